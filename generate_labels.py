@@ -1,0 +1,113 @@
+"""One text file a label, beside its image folder: running this again changes nothing.
+
+    train/ants/0013035.jpg   ->   train/ants_label/0013035.txt, which says "ants"
+
+Data sets often come as a folder of images and a folder of annotations, matched by file name. That
+match is an invariant worth checking: as many labels as images, none overwritten, no image touched.
+
+Checked here   labels = images in every class; a second run writes no file; the images' bytes are as
+               they were
+TensorBoard    nothing to log: read_data.py shows what these labels lead to
+Try            delete one label and run again: how many files are written? Exactly one
+Source         hymenoptera_data, from PyTorch's transfer learning tutorial
+"""
+
+import argparse
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+
+from sample_data import (
+    DATASET,
+    DataError,
+    class_folder,
+    hymenoptera,
+    hymenoptera_source,
+    write_whole,
+)
+
+URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
+MD5 = "5f8c32a6554f6acb4d649776e7735e48"
+SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"}
+
+
+def image_files(folder):
+    """The images in a folder, sorted by name. Raises DataError if two share a label file."""
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise DataError(f"no images in {folder}: expected one of {' '.join(sorted(SUFFIXES))}")
+    stems = [p.stem for p in files]
+    if twice := {stem for stem in stems if stems.count(stem) > 1}:
+        raise DataError(f"{folder} has two images named {min(twice)}: one label cannot serve both")
+    return files
+
+
+def write_labels(folder):
+    """Write the missing labels of train/ and val/, ants and bees.
+
+    Returns {(split, kind): (images, written)}. Raises DataError if a class has no images.
+    """
+    counts = {}
+    for split in ("train", "val"):
+        for kind in ("ants", "bees"):
+            images = image_files(class_folder(folder / split, kind))
+            labels = [folder / split / f"{kind}_label" / f"{image.stem}.txt" for image in images]
+            missing = [label for label in labels if not label.exists()]
+            for label in missing:
+                with write_whole(label) as beside:
+                    beside.write_text(kind, encoding="utf-8")
+            counts[split, kind] = len(images), len(missing)
+    return counts
+
+
+def download(root=DATASET):
+    """Put the photographs at root/hymenoptera_data, adding what is missing there."""
+    from dataset_transform import fetch  # brings torchvision, which nothing else here needs
+
+    archive = Path(root) / "hymenoptera_data.zip"
+    fetch(URL, archive, MD5, "45 MiB")
+    with tempfile.TemporaryDirectory(dir=root) as beside, zipfile.ZipFile(archive) as photographs:
+        photographs.extractall(beside)
+        for source in (Path(beside) / "hymenoptera_data").rglob("*.*"):
+            target = Path(root) / source.relative_to(beside)
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, target)
+
+
+def main(seed=0, root=DATASET):
+    folder = hymenoptera(root)
+    print(hymenoptera_source(folder))
+    before = {path: path.read_bytes() for path in folder.rglob("*.jpg")}
+    first = write_labels(folder)
+    again = write_labels(folder)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert all(written == 0 for _, written in again.values())
+    print("1. labels, and what a second run writes")
+    for (split, kind), (images, written) in first.items():
+        labels = len(list((folder / split / f"{kind}_label").glob("*.txt")))
+        print(
+            f"   {split:<5} {kind:<5} images {images:4d}   labels {labels:4d}   "
+            f"written {written:4d}   then {again[split, kind][1]}"
+        )
+    return {"first": first, "again": again}
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Write a label text file for each ants/bees image."
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="fetch the real photographs (45 MiB) first"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    try:
+        if parse().download:
+            download()
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

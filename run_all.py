@@ -1,0 +1,119 @@
+"""Run every lesson in learning order, each as its own program, and tell in one line how it went.
+
+    python run_all.py                    all of them
+    python run_all.py --only peft        those whose path contains "peft"
+    python run_all.py --jobs 2           two at a time
+
+A lesson whose docstring says `Needs CUDA` is skipped where there is none. Status 1 if one failed.
+"""
+
+import argparse
+import ast
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+LESSONS = """
+00_interactive_playground.py 01_manual_gradient.py 02_autograd_basics.py 03_computational_graph.py
+04_hooks.py 05_jacobian_and_advanced_autograd.py 06_gradient_accumulation_and_tricks.py
+07_custom_autograd_function.py 08_tensor_operations_and_gpu.py
+generate_labels.py read_data.py test_Tf.py Useful_TF.py test_tb.py
+dataset_transform.py dataloader.py
+nn_module.py nn_relu.py nn_maxpool.py nn_conv.py nn_conv2d.py nn_linear.py nn_seq.py
+nn_common_layers.py nn_loss.py model.py nn_loss_network.py nn_optim.py
+model_save.py model_load.py model_pretrained.py
+train.py train_gpu_1.py train_gpu_2.py Console.py
+training_engineering/optimizer_scheduler.py training_engineering/amp_training.py
+training_engineering/gradient_checkpoint.py training_engineering/distributed_training.py
+loss_functions/kl_divergence.py loss_functions/contrastive_loss.py
+loss_functions/focal_loss.py loss_functions/label_smoothing.py
+model_architecture/attention_mechanism.py model_architecture/positional_encoding.py
+model_architecture/residual_connection.py model_architecture/normalization.py
+peft/lora_principle.py peft/adapter_layers.py
+evaluation_inference/sampling_strategies.py evaluation_inference/beam_search.py
+generative_models/vae_basics.py generative_models/diffusion_basics.py
+generative_models/gan_training.py
+multimodal/clip_contrastive.py multimodal/cross_attention.py
+""".split()  # noqa: SIM905
+
+
+def lessons(only="", root=ROOT):
+    """The lessons that are there, in learning order, whose path contains `only`."""
+    return [name for name in LESSONS if only in name and (root / name).is_file()]
+
+
+def needs_cuda(path):
+    """Whether the docstring of a script says `Needs CUDA`."""
+    return "Needs CUDA" in (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+
+
+def last_line(text):
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "no message")
+
+
+def run_lesson(name, has_cuda, root=ROOT):
+    """(name, seconds, outcome), the outcome being "ok", "skipped: …" or "failed: …"."""
+    if needs_cuda(root / name) and not has_cuda:
+        return name, 0.0, "skipped: needs CUDA"
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, root / name], capture_output=True, encoding="utf-8", errors="replace"
+    )
+    outcome = "ok" if done.returncode == 0 else f"failed: {last_line(done.stderr or done.stdout)}"
+    return name, time.perf_counter() - start, outcome
+
+
+def draw_data():
+    """Draw the built-in data before several lessons at once would."""
+    from sample_data import Shapes10, hymenoptera
+
+    Shapes10()
+    hymenoptera()
+
+
+def main(only="", jobs=1, root=ROOT):
+    """Run the chosen lessons and return their outcomes, in learning order."""
+    import torch
+
+    chosen, has_cuda = lessons(only, root), torch.cuda.is_available()
+    if jobs > 1:
+        draw_data()
+    outcomes = []
+    with ThreadPoolExecutor(jobs) as pool:
+        tasks = [pool.submit(run_lesson, name, has_cuda, root) for name in chosen]
+        try:
+            for task in tasks:
+                name, seconds, outcome = task.result()
+                print(f"{name:<52} {seconds:6.1f} s   {outcome}", flush=True)
+                outcomes.append(outcome)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return outcomes
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="run the lessons whose path contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time (1)")
+    options = parser.parse_args(argv)
+    if options.jobs < 1:
+        parser.error("--jobs takes a number from 1 on")
+    if not lessons(options.only):
+        parser.error(f"no lesson's path contains {options.only!r}")
+    return options
+
+
+if __name__ == "__main__":
+    try:
+        options = parse()
+        outcomes = main(options.only, options.jobs)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    failed = sum(outcome.startswith("failed") for outcome in outcomes)
+    print(f"{len(outcomes)} lessons, {failed} failed")
+    sys.exit(1 if failed else 0)

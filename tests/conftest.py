@@ -1,0 +1,88 @@
+"""The path loader, small data, and a check on every event file that a test leaves behind."""
+
+import importlib.util
+import logging
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_script(path):
+    """Import a script by its path: names may start with a digit, folders may shadow packages.
+
+    A script at the top keeps its own name, so that `model` is one module however it is imported.
+    """
+    name = path.removesuffix(".py")
+    if "/" in name:
+        name = "notes_" + name.replace("/", "_")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # before exec: dataclasses look themselves up here
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def load():
+    return load_script
+
+
+@pytest.fixture(scope="session")
+def images_root(load, tmp_path_factory):
+    """A dataset2/ with a small Shapes-10: 800 training and 200 test images. Read only."""
+    root = tmp_path_factory.mktemp("dataset2")
+    load("sample_data.py").write_shapes10(root / "shapes10.npz", train=800, test=200)
+    return root
+
+
+@pytest.fixture
+def insects_root(load, tmp_path_factory):
+    """A dataset/ with a few drawn ants and bees, its own for each test."""
+    root = tmp_path_factory.mktemp("dataset")
+    load("sample_data.py").write_hymenoptera_sample(root / "hymenoptera_sample", train=3, val=2)
+    return root
+
+
+def read_events(log_dir):
+    """The events of one run's folder, as TensorBoard loads them."""
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it announces every purge
+    return EventAccumulator(str(log_dir)).Reload()
+
+
+@pytest.fixture(scope="session")
+def events():
+    return read_events
+
+
+def falling_steps(log_dir):
+    """The tags under `log_dir` whose steps do not rise."""
+    falling = []
+    for run in sorted({path.parent for path in log_dir.rglob("*tfevents*")}):
+        loaded = read_events(run)
+        tags = loaded.Tags()
+        for kind, read in {"scalars": loaded.Scalars, "images": loaded.Images,
+                           "histograms": loaded.Histograms}.items():  # fmt: skip
+            for tag in tags[kind]:
+                steps = [event.step for event in read(tag)]
+                if any(b <= a for a, b in pairwise(steps)):
+                    falling.append(f"{run.name}: {tag} {steps[:20]}")
+    return falling
+
+
+@pytest.fixture(autouse=True)
+def rising_steps(request):
+    """Whatever a test logs under its tmp_path has rising steps, unless marked any_steps."""
+    log_dir = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    yield
+    if log_dir and not request.node.get_closest_marker("any_steps"):
+        assert falling_steps(log_dir) == []
