@@ -143,7 +143,7 @@ def draw_shapes(n, seed, noise=12.0):
     polygons = list(outlines().values())
     alphas, clutter, boxes = [], [], []
     for label in labels:
-        radius = rng.uniform(6, 12)
+        radius = rng.uniform(8, 13)
         place = rng.uniform(radius, SIZE - radius, 2)
         alpha, box = draw_mask(polygons[label], place, radius, rng.uniform(0, 2 * math.pi))
         alphas.append(alpha)
@@ -283,7 +283,7 @@ def hymenoptera(root=DATASET):
         return root / "hymenoptera_data"
     folder = root / "hymenoptera_sample"
     if not sample_is_whole(folder):
-        print(f"drawing ants and bees into {folder} (once, about 2 s)")
+        print(f"drawing ants and bees into {folder} (once, under a second)")
         write_hymenoptera_sample(folder)
     return folder
 

@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parent
 LOG_DIR = ROOT / "runs" / "train"
 CHECKPOINT_DIR = ROOT / "checkpoints" / "train"
 PARTS = ("model", "optimizer", "scheduler")  # what has a state_dict
+KEYS = {*PARTS, "options", "data", "epoch", "random"}  # what a checkpoint holds
 
 
 # --- data ------------------------------------------------------------------------------------
@@ -112,8 +113,8 @@ def train_epoch(model, batches, optimizer, scheduler):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        yield loss.detach()  # the caller still sees the learning rate of this step
         scheduler.step()
-        yield loss.detach()
 
 
 @torch.no_grad()
@@ -146,7 +147,7 @@ def make_optimizer(model, lr, total_steps):
 
 @dataclass
 class Run:
-    """What a run is made of. `epoch` epochs of `steps` steps are done."""
+    """What a run is made of. `epoch` epochs of `steps` steps are done and saved in `checkpoint`."""
 
     options: dict
     data: str
@@ -155,6 +156,7 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     steps: int
     epoch: int = 0
+    checkpoint: Path | None = None
 
     def state(self):
         """Everything that decides what comes next, readable with weights_only=True."""
@@ -192,26 +194,21 @@ def set_random_state(state):
     random.setstate(state["python"])
 
 
-def save_checkpoint(folder, run):
-    """Write folder/epoch_003.pth, whole or not at all."""
+def save_checkpoint(run, folder):
+    """Write folder/epoch_003.pth, whole or not at all. Raises DataError if the disk refuses."""
     path = folder / f"epoch_{run.epoch:03d}.pth"
     buffer = io.BytesIO()
     torch.save(run.state(), buffer)
     with write_whole(path) as beside:
         beside.write_bytes(buffer.getvalue())
-    return path
+    run.checkpoint = path
 
 
 def read_checkpoint(path):
     """The state in a file. Raises DataError if it is cut short, holds code, or something else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not state.keys() >= {
-            *PARTS,
-            "options",
-            "epoch",
-            "random",
-        }:
+        if not isinstance(state, dict) or not state.keys() >= KEYS:
             raise ValueError("it holds other things")
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
         why = f"{error}".partition("\n")[0] or type(error).__name__
@@ -285,6 +282,11 @@ def start_run(options, splits, data):
     return Run(options, data, model, optimizer, scheduler, steps)
 
 
+def check_finite(loss, where):
+    if not math.isfinite(loss):
+        raise DataError(f"the loss is {loss} {where}: try a smaller --lr")
+
+
 def run_epoch(run, batches, writer):
     """Train one epoch under a progress bar; train/loss and optim/lr to TensorBoard.
 
@@ -296,8 +298,7 @@ def run_epoch(run, batches, writer):
         for loss in train_epoch(run.model, batches, run.optimizer, run.scheduler):
             losses.append(loss.item())
             step = first + len(losses)
-            if not math.isfinite(losses[-1]):
-                raise DataError(f"the loss is {losses[-1]} at step {step}: try a smaller --lr")
+            check_finite(losses[-1], f"at step {step}")
             bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
             bar.update(size)
             if len(losses) % 10 == 0 or len(losses) == run.steps:
@@ -315,11 +316,12 @@ def train(run, splits, stats, folder, writer):
         val_loss, accuracy, _ = evaluate(run.model, ordered_batches(*splits["val"], stats))
         run.epoch += 1
         step = run.epoch * run.steps
+        check_finite(val_loss, f"on the validation images after step {step}")
         writer.add_scalar("val/loss", val_loss, step)
         writer.add_scalar("val/accuracy", accuracy, step)
         writer.add_scalar("perf/images_per_second", speed, step)
         writer.flush()
-        save_checkpoint(folder, run)
+        save_checkpoint(run, folder)
         print(f"epoch {run.epoch:2d}/{epochs}   train loss {loss:.3f}   val loss {val_loss:.3f}   "
               f"val accuracy {accuracy:.3f}   ({speed:,.0f} images/s)")  # fmt: skip
 
@@ -363,24 +365,24 @@ def main(
         if state["data"] != run.data:
             raise DataError(f"{resume} was trained on {state['data']}; {root} holds {run.data}")
         run.load_state(state)
+        run.checkpoint, first_step = resume, run.epoch * run.steps + 1
     else:
-        save_checkpoint(folder, run)
+        save_checkpoint(run, folder)
+        first_step = 0
     print(f"run {name}: {len(splits['train'][0]):,} images, epochs {run.epoch + 1} to "
           f"{options['epochs']}, checkpoints in {folder}")  # fmt: skip
 
-    with SummaryWriter(log_dir / name, purge_step=run.epoch * run.steps + bool(resume)) as writer:
-        if run.epoch == 0:
-            draw_graph(writer, run.model)
-        saved = folder / "epoch_{:03d}.pth"
+    with SummaryWriter(log_dir / name, purge_step=first_step) as writer:
         try:
+            if run.epoch == 0:
+                draw_graph(writer, run.model)
             train(run, splits, stats, folder, writer)
             result = test(run, splits["test"], stats, train_set.classes, writer)
         except DataError as error:
-            last = str(saved).format(run.epoch)
-            raise DataError(f"{error}; the last good checkpoint is {last}") from error
+            raise DataError(f"{error}; the last good checkpoint is {run.checkpoint}") from error
         except KeyboardInterrupt:
-            last = str(saved).format(run.epoch)
-            raise KeyboardInterrupt(f"go on with: python train.py --resume {last}") from None
+            how = f"go on with: python train.py --resume {run.checkpoint}"
+            raise KeyboardInterrupt(how) from None
     print(f"test accuracy {result['test_accuracy']:.3f} on {len(splits['test'][1]):,} images")
     return {**result, "folder": folder}
 
@@ -388,13 +390,12 @@ def main(
 # --- the command line ------------------------------------------------------------------------
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite `kind` in (low, high]."""
+def number(kind, low):
+    """An argparse type: a finite `kind`, `low` or more."""
 
     def convert(text):
-        value = kind(text)
-        if not low < value <= high or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not a number over {low:g}")
+        if not low <= (value := kind(text)) < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low} … 2^63")
         return value
 
     return convert
@@ -406,25 +407,21 @@ def run_label(text):
     return text
 
 
-def parse(argv=None):
+def parse(argv=None, checkpoint_dir=CHECKPOINT_DIR):
     """The given options alone, as a dict for main. Wrong ones end with status 2."""
     parser = argparse.ArgumentParser(
         description="Train the Moli CNN on CIFAR-10, or on drawn shapes where there is none.",
         argument_default=argparse.SUPPRESS,
     )
-    whole = number(int, 0)
+    whole = number(int, 1)
     parser.add_argument("--epochs", type=whole, help="passes over the training images (5)")
     parser.add_argument("--batch-size", type=whole, help="images a step (64)")
-    parser.add_argument("--lr", type=number(float, 0), help="largest learning rate (0.1)")
+    parser.add_argument("--lr", type=number(float, 1e-12), help="the largest learning rate (0.1)")
+    parser.add_argument("--seed", type=number(int, 0), help="seed of all that is random (0)")
     parser.add_argument(
-        "--seed", type=number(int, -1, 2**63 - 1), help="seed of everything random (0)"
+        "--limit", type=whole, help="only the first so many images, for a quick try"
     )
-    parser.add_argument(
-        "--limit", type=whole, help="use only the first so many images, for a quick try"
-    )
-    parser.add_argument(
-        "--run-name", type=run_label, help="name in runs/train and checkpoints/train (the time)"
-    )
+    parser.add_argument("--run-name", type=run_label, help="names runs/train/… (the time)")
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="PATH",
         help="go on from a checkpoint or from a run's folder; alone: from the newest run",
@@ -433,7 +430,7 @@ def parse(argv=None):
     if "resume" in given:
         if "run_name" in given:
             parser.error("--resume goes on under the old name: leave out --run-name")
-        given["resume"] = find_checkpoint(given["resume"])
+        given["resume"] = find_checkpoint(given["resume"], checkpoint_dir)
         for name, value in read_checkpoint(given["resume"])["options"].items():
             if given.get(name, value) != value:
                 option = "--" + name.replace("_", "-")
@@ -441,11 +438,17 @@ def parse(argv=None):
     return given
 
 
-if __name__ == "__main__":
+def command(argv=None, checkpoint_dir=CHECKPOINT_DIR, **places):
+    """Run main as the command line says. Returns 0, or 130 after Ctrl-C; errors are SystemExit."""
     try:
-        main(**parse())
+        main(**parse(argv, checkpoint_dir), checkpoint_dir=checkpoint_dir, **places)
     except KeyboardInterrupt as stop:
-        print(stop or "stopped", file=sys.stderr)
-        sys.exit(130)
+        print(f"stopped; {stop or 'nothing was saved yet'}", file=sys.stderr)
+        return 130
     except OSError as error:
-        sys.exit(f"cannot write {error.filename}: {error.strerror}")
+        raise SystemExit(f"cannot write {error.filename or 'to disk'}: {error.strerror}") from error
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command())
