@@ -332,12 +332,11 @@ def test(run, test_split, stats, classes, writer):
     loss, accuracy, predictions = evaluate(run.model, ordered_batches(images, labels, stats))
     counts = confusion_matrix(labels, predictions, len(classes))
     step = run.epoch * run.steps + 1
-    writer.add_scalar("test/accuracy", accuracy, step)
     grid = prediction_grid(images, labels, predictions, classes)
     writer.add_image("test/predictions", grid, step)
     writer.add_image("test/confusion", confusion_picture(counts, classes), step)
     options = {name: value for name, value in run.options.items() if value is not None}
-    metrics = {"hparam/test_accuracy": accuracy, "hparam/test_loss": loss}
+    metrics = {"test/accuracy": accuracy, "test/loss": loss}  # written as scalars, too
     writer.add_hparams(options, metrics, run_name=".", global_step=step)
     return {"test_loss": loss, "test_accuracy": accuracy, "confusion": counts}
 

@@ -115,7 +115,7 @@ def test_a_run_logs_what_the_docstring_names(whole, events):
     run = events(whole.parent)
     assert set(run.Tags()["scalars"]) == {
         "train/loss", "optim/lr", "val/loss", "val/accuracy", "perf/images_per_second",
-        "test/accuracy", "hparam/test_accuracy", "hparam/test_loss"}  # fmt: skip
+        "test/accuracy", "test/loss"}  # fmt: skip
     assert run.Tags()["images"] == ["test/predictions", "test/confusion"] and run.Tags()["graph"]
     assert [e.step for e in run.Scalars("val/loss")] == [8, 16, 24]
 

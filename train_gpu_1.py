@@ -1,0 +1,111 @@
+"""A clock that does not wait for the GPU measures how fast Python queues work, not the work.
+
+    model.cuda()                      parameters and buffers to the GPU, in place
+    x, y = x.cuda(), y.cuda()         every batch, as copies
+    torch.cuda.synchronize()          before each reading of the clock
+
+These lines are all that a GPU asks for; the loop, the optimizer and the evaluation are train.py's.
+A CUDA call returns as soon as its kernel is queued, so a bare perf_counter() stops too early, and
+the first batch pays for what is loaded and chosen once: both are kept apart here.
+
+Needs CUDA
+
+Checked here   the first loss is the CPU's; seconds with and without waiting; the first batch apart;
+               validation accuracy
+TensorBoard    train/loss, val/accuracy, perf/images_per_second
+Try            .cuda() on the batches but not on the model: what happens? An error, no silent copy
+Source         PyTorch notes, "CUDA semantics": asynchronous execution
+"""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.tensorboard import SummaryWriter
+
+from dataset_transform import channel_stats, source_line
+from model import Moli
+from sample_data import DATASET2
+from train import (
+    check_finite,
+    evaluate,
+    load_data,
+    make_optimizer,
+    ordered_batches,
+    train_epoch,
+    training_batches,
+)
+
+LOG_DIR = Path(__file__).resolve().parent / "runs" / "train_gpu_1"
+
+
+def on_gpu(batches):
+    """The same batches (x, y), each copied to the GPU when its turn comes."""
+    for x, y in batches:
+        yield x.cuda(), y.cuda()
+
+
+def seconds(work, wait=True):
+    """How long work() takes: until it is done, or, with wait=False, until Python has queued it."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if wait:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def timed_epoch(model, batches, optimizer, scheduler):
+    """Losses of all steps (T,) on the CPU, seconds of the first step, seconds of the others."""
+    losses, steps = [], train_epoch(model, batches, optimizer, scheduler)
+    first = seconds(lambda: losses.append(next(steps)))
+    rest = seconds(lambda: losses.extend(steps))
+    return torch.stack(losses).cpu(), first, rest
+
+
+def main(seed=0, log_dir=LOG_DIR, root=DATASET2, epochs=2, batch_size=64, lr=0.1, limit=None):
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA GPU: train_gpu_2.py runs on any device, train.py on the CPU")
+    torch.manual_seed(seed)
+    print(f"1. twenty products of {torch.cuda.get_device_name()}, timed")
+    a = torch.randn(2048, 2048).cuda()
+    seconds(lambda: a @ a)  # the first one loads the library
+    queued, done = (seconds(lambda: [a @ a for _ in range(20)], wait) for wait in (False, True))
+    print(f"   without waiting / with waiting {queued / done:.3f}")
+
+    splits, train_set = load_data(root, limit, seed)
+    print(source_line(train_set))
+    stats = channel_stats(splits["train"][0])
+    model = Moli().to(memory_format=torch.channels_last)
+
+    print("2. loss of the first images")
+    x, y = next(ordered_batches(*splits["val"], stats))
+    on_cpu = F.cross_entropy(model.eval()(x), y).item()
+    model.cuda()
+    on_cuda = F.cross_entropy(model(x.cuda()), y.cuda()).item()
+    print(f"   CPU {on_cpu:.4f}   GPU {on_cuda:.4f}")
+    assert abs(on_cpu - on_cuda) < 1e-2  # TF32 convolutions keep 10 bits
+
+    print("3. training, the batches made on the CPU")
+    steps = len(splits["train"][0]) // batch_size
+    optimizer, scheduler = make_optimizer(model, lr, epochs * steps)
+    with SummaryWriter(log_dir / "cuda", purge_step=0) as writer:
+        for epoch in range(epochs):
+            batches = on_gpu(training_batches(*splits["train"], stats, batch_size))
+            losses, first, rest = timed_epoch(model, batches, optimizer, scheduler)
+            check_finite(losses.mean().item(), f"in epoch {epoch + 1}")
+            val_loss, accuracy, _ = evaluate(model, on_gpu(ordered_batches(*splits["val"], stats)))
+            speed = (steps - 1) * batch_size / rest
+            for i, loss in enumerate(losses, start=epoch * steps + 1):
+                writer.add_scalar("train/loss", loss, i)
+            writer.add_scalar("val/accuracy", accuracy, (epoch + 1) * steps)
+            writer.add_scalar("perf/images_per_second", speed, (epoch + 1) * steps)
+            timing = f"first batch {first:.2f} s, then {speed:,.0f} images/s"
+            print(f"   epoch {epoch + 1}   train loss {losses.mean():.3f}   "
+                  f"val loss {val_loss:.3f}   accuracy {accuracy:.3f}   ({timing})")  # fmt: skip
+    return {"on_cpu": on_cpu, "on_cuda": on_cuda, "val_accuracy": accuracy, "queued": queued / done}
+
+
+if __name__ == "__main__":
+    main()
