@@ -9,7 +9,7 @@ variance 1 again, so logits spread wider and the gradient reaches the first laye
 
 Checked here   the expansion above for Moli with batch norm in train and eval mode, and without; the
                last bias's gradient = mean of p - y; a small step lowers the loss by lr |g|^2
-TensorBoard    grad/norm by layer (0-2 convolutions, 3-4 linear) for the runs with_norm, without_norm;
+TensorBoard    grad/norm by layer (0-2 convolutions, 3-4 linear), runs with_norm and without_norm;
                logits/fresh, histograms
 Try            the last layer's weights and biases times 0.01: which loss? ln 10, to three decimals
 Source         Glorot & Bengio 2010; Ioffe & Szegedy 2015, arXiv:1502.03167
