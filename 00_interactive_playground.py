@@ -182,7 +182,7 @@ def main(seed=0, log_dir=LOG_DIR, at=1.5):
         "CPU code for": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "built for CUDA": torch.version.cuda,
-        "accelerators found": torch.accelerator.device_count(),
+        "accelerators found": torch.accelerator.device_count() if device.type != "cpu" else 0,
         "device used": device,
     }.items():
         print(f"   {name:<18} {value}")
