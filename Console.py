@@ -1,0 +1,353 @@
+"""An installed package need not import, a dtype that exists need not multiply: only doing it tells.
+
+    exact   (64, 8) @ (8, 64) of zeros and ones: no sum exceeds 8, which every dtype here can hold
+    speed   2 n^3 / seconds / 1e9   GFLOP/s of an (n, n) product, n doubled until four take 10 ms
+    CUDA    a driver runs wheels up to its own major version: CUDA 12.2 runs 12.8, but not 13.0
+
+A broken install mostly breaks in one place and is reported from another. So each package is
+imported by itself, after those that it needs, and no failure hides another.
+
+    python Console.py [--json]              what works here; status 1 if something is wrong
+    python Console.py torch.nn.Linear       signature, first line of help and members of a name
+
+Checked here   versions against the lowest ones and each other; every import; the wheel's CUDA
+               against the driver's; memory, exact products and their speed on each device
+TensorBoard    nothing of its own: whether it imports
+Try            an empty numpy.py beside this file: what is reported? That it hides NumPy
+Source         NVIDIA, "CUDA Compatibility"; pytorch.org, "Previous versions" (wheels by CUDA)
+"""
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+PYTHON = "3.11"
+LOWEST = {
+    "torch": "2.7", "torchvision": "0.22", "tensorboard": "2.21", "numpy": "2.0",
+    "pillow": "10.1", "tqdm": "4.66", "pytest": "8.2",
+}  # fmt: skip
+IMPORTS = {  # the part that can break, where the bare name loads less
+    "pillow": "PIL.Image",
+    "tensorboard": "tensorboard.summary.writer.event_file_writer",
+    "torchvision": "torchvision.transforms.v2",
+}
+WHEELS = {(13, 0): "cu130", (12, 8): "cu128", (12, 0): "cu126", (11, 0): "cu118"}  # by driver
+DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "int64", "int8", "uint16")
+NEW_PYTHON = "install a newer Python: https://www.python.org/downloads"
+NEW_DRIVER = "restart; if that is no help, install the driver: https://www.nvidia.com/drivers"
+NEW_BUILD = "free its memory, or choose a build for it: https://pytorch.org/get-started/locally"
+TITLES = {
+    "packages": "packages: lowest version, the one that is here, its import",
+    "cuda": "CUDA of the driver and of the torch wheel",
+    "devices": "devices: memory, then products by dtype",
+}
+
+
+def attempt(work, *args):
+    """(what work returns, None), or (None, what went wrong in one line)."""
+    try:
+        return work(*args), None
+    except Exception as error:  # a broken package may raise anything: that is the finding
+        return None, ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+def numbers(version):
+    """Text such as "2.15.0+cu126" -> (2, 15, 0)."""
+    return tuple(int(n) for n in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def fits(version, bounds):
+    """Whether a version meets ">=2.7,<3", each bound compared as far as it is written."""
+    for sign, text in re.findall(r"(==|>=|<)\s*([\d.]+)", bounds):
+        bound = numbers(text)
+        here = (*numbers(version), 0, 0)[: len(bound)]
+        if not {"==": here == bound, ">=": here >= bound, "<": here < bound}[sign]:
+            return False
+    return True
+
+
+def needs(name):
+    """What an installed package asks of the others here: {"torch": "==2.7.0"}."""
+    plain = [line for line in metadata.requires(name) or [] if ";" not in line]  # no extras
+    asked = (re.match(r"([\w.-]+)[ (]*([^)]*)", line).groups() for line in plain)
+    return {other.lower(): bounds for other, bounds in asked if other.lower() in LOWEST}
+
+
+def install(*names, option="--upgrade", tag=""):
+    """What to type so that this Python gets these packages; tag names one of PyTorch's indices."""
+    here = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+    python = "python" if shutil.which("python") == sys.executable else here
+    wanted = " ".join(f'"{name}>={LOWEST[name]}"' for name in names)
+    index = f" --index-url https://download.pytorch.org/whl/{tag}" if tag else ""
+    return f"{python} -m pip install {option} {wanted}{index}"
+
+
+def inspect_package(name, versions, asked, broken):
+    """{"lowest", "version", "imports"}, or instead of the last the "error" and what to "type"."""
+    version, option = versions[name], "--upgrade"
+    row = {"lowest": LOWEST[name], "version": version}
+    module = IMPORTS.get(name, name)
+    hiding = ROOT / f"{module.partition('.')[0]}.py"
+    waits = [other for other in asked if other in broken]
+    clashes = [
+        f"{other}{bounds}, here is {versions[other]}"
+        for other, bounds in asked.items()
+        if versions[other] and not fits(versions[other], bounds)
+    ]
+    if hiding.exists():
+        return row | {"error": f"hidden by {hiding.name}", "type": f"rename {hiding}"}
+    if version is None:
+        error = "not installed"
+    elif not fits(version, f">={LOWEST[name]}"):
+        error = f"older than {LOWEST[name]}"
+    elif clashes:
+        error = f"needs {'; '.join(clashes)}"
+    elif waits:
+        return row | {"error": f"waits for {', '.join(waits)}"}
+    else:
+        _, error = attempt(importlib.import_module, module)
+        option = "--force-reinstall"
+    if error is None:
+        return row | {"imports": True}
+    together = ("torch", "torchvision") if name == "torchvision" else (name,)
+    tag = (versions["torch"] or "").partition("+")[2] if "torch" in together else ""
+    return row | {"error": error, "type": install(*together, option=option, tag=tag)}
+
+
+def inspect_packages():
+    """A row for Python and one for each package, looked at after those that it needs."""
+    here = platform.python_version()
+    rows = {"python": {"lowest": PYTHON, "version": here, "at": sys.executable}}
+    if not fits(here, f">={PYTHON}"):
+        rows["python"] |= {"error": f"older than {PYTHON}", "type": NEW_PYTHON}
+    versions = {name: attempt(metadata.version, name)[0] for name in LOWEST}
+    asked = {name: attempt(needs, name)[0] or {} for name in LOWEST}
+    for name in sorted(LOWEST, key=lambda name: len(asked[name])):
+        broken = [other for other in rows if "error" in rows[other]]
+        rows[name] = inspect_package(name, versions, asked[name], broken)
+    return rows
+
+
+def ask_driver():
+    """{"version", "cuda"} from nvidia-smi, None where there is none. Raises if it fails."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    done = subprocess.run(
+        [program], capture_output=True, encoding="utf-8", errors="replace", timeout=20
+    )
+    if done.returncode != 0:
+        raise RuntimeError(done.stdout + done.stderr)
+    version = re.search(r"(?:Driver|KMD) Version\s*:\s*([\d.]+)", done.stdout)
+    cuda = re.search(r"CUDA (?:UMD )?Version\s*:\s*([\d.]+)", done.stdout)  # UMD: since 2026
+    return {"version": version and version[1], "cuda": cuda and cuda[1]}
+
+
+def unused_gpu(wheel, runs, error):
+    """Why torch built for `wheel` fails to start CUDA on a driver that `runs` one, what to type."""
+    tag = next((tag for least, tag in WHEELS.items() if numbers(runs) >= least), "")
+    other = install("torch", "torchvision", option="--force-reinstall", tag=tag)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if wheel is None:
+        return "built without CUDA, but there is a driver", other
+    if numbers(wheel)[0] > numbers(runs)[0]:
+        return f"built for CUDA {wheel}, but the driver runs up to {runs}", other
+    if hidden is not None:
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides the GPU", "unset CUDA_VISIBLE_DEVICES"
+    return error, NEW_DRIVER
+
+
+def inspect_cuda(with_torch):
+    """A row for the driver and one for the wheel. No GPU is a fact, an unused one is an error."""
+    driver, error = attempt(ask_driver)
+    rows = {"driver": driver or {"nvidia-smi": "not on the PATH"}}
+    if error:
+        rows["driver"] = {"error": error, "type": NEW_DRIVER}
+    if with_torch:
+        import torch
+
+        wheel = torch.version.cuda
+        rows["wheel"] = {"version": torch.__version__, "cuda": wheel, "rocm": torch.version.hip}
+        _, error = attempt(torch.cuda.init)
+        if error and driver and driver["cuda"]:
+            wrong, fix = unused_gpu(wheel, driver["cuda"], error)
+            rows["wheel"] |= {"error": wrong, "type": fix}
+    return rows
+
+
+def inspect_memory(device):
+    """Name and memory of a device, None where it does not tell."""
+    import torch
+
+    if device.type == "cpu":
+        size, _ = attempt(lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        name, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+        return {"name": name, "threads": threads, "GiB": size and size / 2**30}
+    module = torch.get_device_module(device)
+    name, _ = attempt(lambda: module.get_device_name(device))
+    memory, _ = attempt(lambda: module.mem_get_info(device))
+    free, total = memory or (None, None)
+    return {"name": name, "free GiB": memory and free / 2**30, "GiB": memory and total / 2**30}
+
+
+def check_product(device, dtype):
+    """Multiply 0/1 matrices of that dtype. Raises if it cannot, or if the product is wrong."""
+    import torch
+
+    a, b = torch.randint(2, (64, 8)), torch.randint(2, (8, 64))
+    product = a.to(device, dtype) @ b.to(device, dtype)  # (64, 64)
+    if not torch.equal(product.cpu().to(torch.int64), a @ b):
+        raise ArithmeticError("a wrong product")
+
+
+def gflops(device, dtype, seconds=0.01, largest=4096):
+    """The speed at the first n = 64, 128 … whose four products take so many seconds."""
+    import torch
+
+    def wait():
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    n, took = 32, 0.0
+    while took < seconds and n < largest:
+        n *= 2
+        a, b = (torch.randint(2, (n, n)).to(device, dtype) for _ in range(2))
+        a @ b  # the first one loads and chooses what the others use
+        wait()
+        start = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        wait()
+        took = time.perf_counter() - start
+    return 4 * 2 * n**3 / took / 1e9
+
+
+def inspect_dtype(device, name):
+    """{"exact", "GFLOP/s"} or an "error": to be mended for float32 and for a wrong product."""
+    import torch
+
+    dtype = getattr(torch, name)
+    _, error = attempt(check_product, device, dtype)
+    if error is None:
+        return {"exact": True, "GFLOP/s": attempt(gflops, device, dtype)[0]}
+    row = {"exact": False, "error": error}
+    if name == "float32" or "wrong product" in error:
+        again = install("torch", option="--force-reinstall")
+        row["type"] = again if device.type == "cpu" else NEW_BUILD
+    return row
+
+
+def inspect_devices(seed):
+    """For the CPU and every accelerator its memory, and a row for each dtype."""
+    import torch
+
+    torch.manual_seed(seed)
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if kind else 0
+    rows = {}
+    for label in ("cpu", *(f"{kind.type}:{i}" for i in range(count))):
+        rows[label] = inspect_memory(torch.device(label))
+        for name in DTYPES:
+            rows[f"{label} {name}"] = inspect_dtype(torch.device(label), name)
+    return rows
+
+
+def inspect_machine(seed):
+    """The rows of all sections, and "problems": what is wrong and what to type."""
+    packages = inspect_packages()
+    with_torch = "error" not in packages["torch"]
+    devices, error = attempt(inspect_devices, seed) if with_torch else ({}, None)
+    if error:
+        devices = {"cpu": {"error": error, "type": install("torch", option="--force-reinstall")}}
+    facts = {"packages": packages, "cuda": inspect_cuda(with_torch), "devices": devices}
+    facts["problems"] = [
+        {"wrong": f"{label}: {row['error']}", "type": row["type"]}
+        for rows in facts.values()
+        for label, row in rows.items()
+        if "type" in row
+    ]
+    return facts
+
+
+def report(facts):
+    """The facts line by line: numbered sections of aligned rows, at the end what to type."""
+    for i, (section, title) in enumerate(TITLES.items(), start=1):
+        yield f"{i}. {title}"
+        for label, row in facts[section].items():
+            cells = [
+                f"{key} {value:8.1f}" if isinstance(value, float) else f"{key} {value!s:<7}"
+                for key, value in row.items()
+                if value is not None and key != "type"
+            ]
+            yield f"   {label:<19} {'   '.join(cells)}".rstrip()
+    yield f"{len(TITLES) + 1}. what is wrong, and what to type"
+    for problem in facts["problems"]:
+        yield f"   {problem['wrong']}"
+        yield f"      {problem['type']}"
+    if not facts["problems"]:
+        yield "   nothing"
+
+
+def look_up(name):
+    """What there is to know of a dotted name at a glance, by imports and getattr alone."""
+    thing, error = attempt(pkgutil.resolve_name, name)
+    if error:
+        raise LookupError(f"no name {name} ({error})")
+    lines = [line.strip() for line in (inspect.getdoc(thing) or "").splitlines() if line.strip()]
+    signature, _ = attempt(inspect.signature, thing)
+    if signature is None and lines and lines[0].startswith(name.rpartition(".")[2] + "("):
+        signature = lines.pop(0)  # compiled functions carry it in their help
+    return {
+        "name": name,
+        "kind": "class" if isinstance(thing, type) else type(thing).__name__,
+        "signature": signature and str(signature),
+        "help": lines[0] if lines else None,
+        "members": [member for member in dir(thing) if not member.startswith("_")],
+    }
+
+
+def show_name(found):
+    """A name that was looked up, line by line, its members four a line."""
+    yield f"{found['name']}   {found['kind']}"
+    yield from (f"   {found[key]}" for key in ("signature", "help") if found[key])
+    for i in range(0, len(found["members"]), 4):
+        yield "   " + "".join(f"{name:<23} " for name in found["members"][i : i + 4]).rstrip()
+
+
+def main(seed=0, name="", as_json=False):
+    """Inspect the machine, or look up a name. Prints and returns what was found."""
+    with contextlib.redirect_stdout(sys.stderr):  # what packages print when they are imported
+        found = look_up(name) if name else inspect_machine(seed)
+    lines = show_name(found) if name else report(found)
+    print(json.dumps(found, indent=2) if as_json else "\n".join(lines))
+    return found
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description="What works here, or what a name of an API is.")
+    parser.add_argument("name", nargs="?", default="", help="such as torch.nn.Linear")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="the same as JSON")
+    return vars(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(1 if main(**parse()).get("problems") else 0)
+    except LookupError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,373 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def lesson(load):
+    return load("Console.py")
+
+
+@pytest.fixture
+def fast(lesson, monkeypatch):
+    """Without measuring speeds, and without a driver, whatever the machine has."""
+    monkeypatch.setattr(lesson, "gflops", lambda device, dtype: 1.0)
+    monkeypatch.setattr(lesson, "ask_driver", lambda: None)
+    return lesson
+
+
+def installed(monkeypatch, versions=(), requires=()):
+    """Let metadata tell other versions (None: not installed) and other requirements."""
+    versions, requires = dict(versions), dict(requires)
+    true_version, true_requires = metadata.version, metadata.requires
+
+    def version(name):
+        if name in versions and versions[name] is None:
+            raise metadata.PackageNotFoundError(name)
+        return versions.get(name) or true_version(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(metadata, "requires", lambda n: requires.get(n) or true_requires(n))
+
+
+def run(*arguments, script=ROOT / "Console.py", **environment):
+    return subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, encoding="utf-8",
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_the_lowest_versions_are_those_of_the_requirements(lesson):
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    assert dict(re.findall(r"^(\w+)>=([\d.]+)", text, re.MULTILINE)) == lesson.LOWEST
+
+
+@pytest.mark.parametrize("bounds", ["==2.7.0", ">=2.14.0", "<3,>=2.7", ">=2.7.1", "==2.8.*", ""])
+@pytest.mark.parametrize("version", ["2.7", "2.7.0", "2.7.1+cu126", "2.8.3", "2.14.0", "3.0.1"])
+def test_versions_fit_as_packaging_says(lesson, version, bounds):
+    assert lesson.fits(version, bounds) == SpecifierSet(bounds).contains(version)
+
+
+@pytest.mark.parametrize("line", ["torch==2.7.0", "torch (==2.7.0)"])
+def test_needs_reads_both_spellings_and_no_extras(lesson, monkeypatch, line):
+    lines = [line, "Pillow!=8.3.*,>=5.3.0", "gdown; extra == 'x'", "numpy; extra == 'x'", "scipy"]
+    installed(monkeypatch, requires={"torchvision": lines})
+    assert lesson.needs("torchvision") == {"torch": "==2.7.0", "pillow": "!=8.3.*,>=5.3.0"}
+
+
+@pytest.mark.parametrize("name", ["float64", "float32", "bfloat16", "float16", "int64"])
+def test_products_are_exact_on_the_cpu(lesson, name):
+    row = lesson.inspect_dtype(CPU, name)
+    assert row["exact"] and row["GFLOP/s"] > 0 and "error" not in row
+
+
+def test_a_dtype_that_does_not_multiply_is_a_fact(fast):
+    row = fast.inspect_dtype(CPU, "uint16")
+    assert not row["exact"] and "not implemented" in row["error"] and "type" not in row
+
+
+def test_a_wrong_product_is_wrong(fast, monkeypatch):
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda a, b: torch.mm(a, b) + a.is_floating_point()
+    )
+    row = fast.inspect_dtype(CPU, "bfloat16")
+    assert row["error"] == "ArithmeticError: a wrong product" and "install" in row["type"]
+
+
+def test_gflops_counts_two_n_cubed_at_the_first_size_that_takes_long_enough(lesson, monkeypatch):
+    clock = iter([0.0, 0.002, 1.0, 1.02])
+    monkeypatch.setattr(lesson, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert lesson.gflops(CPU, torch.float32) == pytest.approx(4 * 2 * 128**3 / 0.02 / 1e9)
+
+
+def test_gflops_stops_at_the_largest_size(lesson, monkeypatch):
+    clock = iter([0.0, 1e-6] * 2)
+    monkeypatch.setattr(lesson, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    speed = lesson.gflops(CPU, torch.float32, largest=128)
+    assert speed == pytest.approx(4 * 2 * 128**3 / 1e-6 / 1e9)
+
+
+@pytest.mark.parametrize("header", [
+    "| NVIDIA-SMI 550.54.15   Driver Version: 550.54.15   CUDA Version: 12.4 |",
+    "| NVIDIA-SMI 610.43.03   KMD Version: 550.54.15   CUDA UMD Version: 12.4 |",
+])  # fmt: skip
+def test_the_driver_is_read_from_old_and_new_headers(lesson, monkeypatch, header):
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    done = SimpleNamespace(returncode=0, stdout=f"Mon Jan  1\n{header}\n", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
+    assert lesson.ask_driver() == {"version": "550.54.15", "cuda": "12.4"}
+
+
+def test_a_driver_that_does_not_answer_is_wrong(lesson, monkeypatch):
+    def silent(command, timeout, **options):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(subprocess, "run", silent)
+    row = lesson.inspect_cuda(with_torch=True)["driver"]
+    assert "timed out after 20" in row["error"] and row["type"] == lesson.NEW_DRIVER
+    done = SimpleNamespace(returncode=9, stdout="Driver/library version mismatch\n", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
+    error = lesson.inspect_cuda(with_torch=True)["driver"]["error"]
+    assert error == "RuntimeError: Driver/library version mismatch"
+
+
+@pytest.mark.parametrize("wheel", [None, "12.6", "13.2"])
+def test_no_driver_is_a_fact_whatever_the_wheel(fast, monkeypatch, wheel):
+    monkeypatch.setattr(torch.version, "cuda", wheel)
+    rows = fast.inspect_cuda(with_torch=True)
+    assert rows["driver"] == {"nvidia-smi": "not on the PATH"} and rows["wheel"]["cuda"] == wheel
+    assert not any("type" in row for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("wheel", "runs", "wrong", "fix"),
+    [
+        (None, "12.4", "built without CUDA", "/whl/cu126"),
+        (None, "12.9", "built without CUDA", "/whl/cu128"),
+        ("13.2", "12.2", "the driver runs up to 12.2", "/whl/cu126"),
+        ("12.6", "11.4", "the driver runs up to 11.4", "/whl/cu118"),
+        ("12.8", "12.2", "it did not start", "restart"),  # the same major version is no clash
+        ("12.6", "13.0", "it did not start", "restart"),
+    ],
+)
+def test_a_gpu_that_torch_does_not_use_is_explained(lesson, monkeypatch, wheel, runs, wrong, fix):
+    def init():
+        raise RuntimeError("it did not start")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(lesson, "ask_driver", lambda: {"version": "1", "cuda": runs})
+    monkeypatch.setattr(torch.version, "cuda", wheel)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    assert "error" not in lesson.inspect_cuda(with_torch=True)["wheel"]
+    monkeypatch.setattr(torch.cuda, "init", init)
+    row = lesson.inspect_cuda(with_torch=True)["wheel"]
+    assert wrong in row["error"] and fix in row["type"]
+
+
+def test_a_hidden_gpu_is_named_as_such(lesson, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    wrong, fix = lesson.unused_gpu("13.0", "13.1", "no GPU")
+    assert "CUDA_VISIBLE_DEVICES='-1' hides" in wrong and fix == "unset CUDA_VISIBLE_DEVICES"
+
+
+def test_what_to_type_names_the_python_that_was_asked(lesson, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/my programs/python3")
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/python")
+    assert lesson.install("tqdm").startswith('"/my programs/python3" -m pip install --upgrade')
+    monkeypatch.setattr(shutil, "which", lambda name: sys.executable)
+    assert lesson.install("tqdm").startswith("python -m pip install --upgrade")
+
+
+def test_a_missing_torchvision_stops_nothing_else(fast, monkeypatch, capsys):
+    installed(monkeypatch, {"torchvision": None})
+    facts = fast.main()
+    assert [p["wrong"] for p in facts["problems"]] == ["torchvision: not installed"]
+    assert facts["problems"][0]["type"].endswith('--upgrade "torch>=2.7" "torchvision>=0.22"')
+    assert facts["devices"]["cpu float32"]["exact"]
+    assert facts["problems"][0]["type"] == capsys.readouterr().out.splitlines()[-1].strip()
+
+
+def test_an_old_tensorboard_is_told_before_it_is_imported(fast, monkeypatch):
+    installed(monkeypatch, {"tensorboard": "2.10.1"})
+    row = fast.inspect_packages()["tensorboard"]
+    assert row["error"] == "older than 2.21" and "imports" not in row
+    assert row["type"].endswith('-m pip install --upgrade "tensorboard>=2.21"')
+
+
+@pytest.mark.parametrize(("tag", "index"), [("", ""), ("+cpu", "/cpu"), ("+cu126", "/cu126")])
+def test_torch_and_torchvision_that_do_not_belong_together(fast, monkeypatch, tag, index):
+    versions = {"torch": f"2.8.0{tag}", "torchvision": "0.22.0"}
+    installed(monkeypatch, versions, {"torchvision": ["numpy", "torch==2.7.0"]})
+    row = fast.inspect_packages()["torchvision"]
+    assert row["error"] == f"needs torch==2.7.0, here is 2.8.0{tag}"
+    wanted = '"torch>=2.7" "torchvision>=0.22"'
+    host = f" --index-url https://download.pytorch.org/whl{index}" if index else ""
+    assert row["type"].endswith(f"--upgrade {wanted}{host}")
+
+
+def test_without_numpy_those_that_need_it_wait_and_torch_multiplies(fast, monkeypatch):
+    installed(monkeypatch, {"numpy": None})
+    facts = fast.inspect_machine(seed=0)
+    assert [p["wrong"] for p in facts["problems"]] == ["numpy: not installed"]
+    for name in ("torchvision", "tensorboard"):
+        assert facts["packages"][name]["error"] == "waits for numpy"
+    assert facts["devices"]["cpu float32"]["exact"]
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError, TypeError])
+def test_whatever_an_import_raises_is_the_finding(fast, monkeypatch, error):
+    def broken(name):
+        if name == "torchvision.transforms.v2":
+            raise error("operator torchvision::nms does not exist\nand more")
+        return sys.modules.get(name)
+
+    monkeypatch.setattr(fast.importlib, "import_module", broken)
+    row = fast.inspect_packages()["torchvision"]
+    assert row["error"] == f"{error.__name__}: operator torchvision::nms does not exist"
+    assert "--force-reinstall" in row["type"]
+
+
+def test_a_torch_hidden_by_a_file_is_not_asked_anything(fast, monkeypatch, tmp_path):
+    (tmp_path / "torch.py").touch()
+    monkeypatch.setattr(fast, "ROOT", tmp_path)
+    facts = fast.inspect_machine(seed=0)
+    assert [p["wrong"] for p in facts["problems"]] == ["torch: hidden by torch.py"]
+    assert facts["devices"] == {} and "wheel" not in facts["cuda"]
+
+
+def test_devices_that_cannot_be_listed_are_wrong_and_stop_nothing(fast, monkeypatch):
+    monkeypatch.delattr(torch.accelerator, "current_accelerator")
+    facts = fast.inspect_machine(seed=0)
+    assert facts["devices"]["cpu"]["error"].startswith("AttributeError")
+    assert len(facts["problems"]) == 1 and facts["cuda"]["wheel"]["version"] == torch.__version__
+
+
+def test_every_accelerator_gets_its_rows(fast, monkeypatch):
+    gpu = SimpleNamespace(
+        get_device_name=lambda device: f"GPU {device.index}",
+        mem_get_info=lambda device: (2**30, 3 * 2**30),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
+    )
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(fast, "inspect_dtype", lambda device, name: {"exact": True})
+    rows = fast.inspect_devices(seed=0)
+    assert rows["cuda:1"] == {"name": "GPU 1", "free GiB": 1.0, "GiB": 3.0}
+    assert len(rows) == 3 * (1 + len(fast.DTYPES)) and "cuda:0 int8" in rows
+
+
+def test_an_accelerator_that_tells_nothing_still_has_a_row(lesson, monkeypatch):
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
+    row = lesson.inspect_memory(torch.device("mps"))
+    assert row == {"name": None, "free GiB": None, "GiB": None}
+
+
+def test_float32_that_fails_is_wrong_on_every_device(fast, monkeypatch):
+    def fail(device, dtype):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(fast, "check_product", fail)
+    assert "install" in fast.inspect_dtype(CPU, "float32")["type"]
+    assert fast.inspect_dtype(torch.device("cuda"), "float32")["type"] == fast.NEW_BUILD
+    assert "type" not in fast.inspect_dtype(CPU, "float64")
+
+
+def test_an_old_python_is_wrong(fast, monkeypatch):
+    monkeypatch.setattr(fast.platform, "python_version", lambda: "3.10.4")
+    assert fast.inspect_packages()["python"]["error"] == "older than 3.11"
+
+
+def test_try_and_a_badly_broken_install_told_in_valid_json(tmp_path):
+    folder, library = tmp_path / "notes", tmp_path / "library"
+    (library / "tensorboard-2.10.0.dist-info").mkdir(parents=True)
+    (library / "tensorboard-2.10.0.dist-info" / "METADATA").write_text(
+        "Name: tensorboard\nVersion: 2.10.0\n", encoding="utf-8"
+    )
+    (library / "torch.py").write_text("raise OSError('libcudart.so: not found')", encoding="utf-8")
+    (library / "tqdm.py").write_text("print('hello')", encoding="utf-8")
+    folder.mkdir()
+    (folder / "numpy.py").touch()
+    shutil.copy(ROOT / "Console.py", folder)
+    done = run("--json", script=folder / "Console.py", PYTHONPATH=str(library), PATH="")
+    facts = json.loads(done.stdout)
+    errors = {name: row.get("error") for name, row in facts["packages"].items()}
+    assert errors == {
+        "python": None,
+        "torch": "OSError: libcudart.so: not found",
+        "torchvision": "waits for numpy, torch",
+        "tensorboard": "older than 2.21",
+        "numpy": "hidden by numpy.py",
+        "pillow": None,
+        "tqdm": None,
+        "pytest": None,
+    }
+    assert facts["devices"] == {} and "wheel" not in facts["cuda"]
+    assert len(facts["problems"]) == 3 and done.returncode == 1 and "hello" in done.stderr
+    assert {p["type"] for p in facts["problems"]} >= {f"rename {folder / 'numpy.py'}"}
+
+
+def test_a_class_is_shown_by_signature_help_and_members(lesson, capsys):
+    found = lesson.main(name="torch.nn.Linear")
+    assert found["signature"].startswith("(in_features: int, out_features: int, bias: bool = True")
+    assert found["help"].startswith("Applies an affine linear transformation")
+    assert {"forward", "reset_parameters"} <= set(found["members"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "torch.nn.Linear   class" and lines[1].strip() == found["signature"]
+    assert " ".join(lines[3:]).split() == found["members"]
+    assert all(1 <= len(line.split()) <= 4 for line in lines[3:])
+
+
+def test_a_compiled_function_carries_its_signature_in_its_help(lesson):
+    found = lesson.look_up("torch.add")
+    assert found["signature"] == "add(input, other, *, alpha=1, out=None) -> Tensor"
+    assert found["help"].startswith("Adds")
+
+
+def test_nothing_is_executed_but_imports_and_getattr(lesson, monkeypatch):
+    class Trap:
+        def __init__(self):
+            raise AssertionError("it was made")
+
+        @property
+        def value(self):
+            raise AssertionError("it was read")
+
+    monkeypatch.setitem(sys.modules, "trap", SimpleNamespace(Trap=Trap))
+    assert lesson.look_up("trap.Trap")["members"] == ["value"]
+
+
+@pytest.mark.parametrize(
+    "name", ["torch.nn.Linaer", "torch.nn.Linear.foo", "no_such_package", "..x", "torch."]
+)
+def test_a_name_that_does_not_exist_is_one_clear_line(lesson, name):
+    with pytest.raises(LookupError) as stop:
+        lesson.main(name=name)
+    assert str(stop.value).startswith(f"no name {name} (") and "\n" not in str(stop.value)
+
+
+def test_on_the_command_line_a_wrong_name_is_status_2_and_a_right_one_json():
+    done = run("json.lods")
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    done = run("json.loads", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["kind"] == "function"
+    assert run("--no-such-option").returncode == 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_main_finds_nothing_wrong_and_tells_the_same_in_both_ways(fast, capsys, seed):
+    facts = fast.main(seed=seed)
+    told = capsys.readouterr().out
+    assert facts["problems"] == [] and told.endswith("   nothing\n")
+    exact = {name for name in fast.DTYPES if facts["devices"][f"cpu {name}"]["exact"]}
+    assert exact | {"float8_e4m3fn"} == set(fast.DTYPES) - {"uint16"}
+    fast.main(seed=seed, as_json=True)
+    assert json.loads(capsys.readouterr().out) == facts
+    for section in fast.TITLES:
+        for label, row in facts[section].items():
+            line = next(line for line in told.splitlines() if line.startswith(f"   {label:<19} "))
+            assert all(key in line for key, value in row.items() if value is not None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_the_device_tells_its_name_and_memory_and_multiplies(lesson):
+    rows = lesson.inspect_devices(seed=0)
+    assert rows["cuda:0"]["name"] == torch.cuda.get_device_name(0)
+    assert 0 < rows["cuda:0"]["free GiB"] <= rows["cuda:0"]["GiB"]
+    assert rows["cuda:0 float32"]["GFLOP/s"] > rows["cpu float32"]["GFLOP/s"]
+    assert "not implemented" in rows["cuda:0 int64"]["error"]
