@@ -1,4 +1,4 @@
-"""Each transform is a small formula: written out by hand, it gives what torchvision gives.
+"""Each transform obeys a small formula, and what looks random repeats with its seed.
 
     Normalize    (x - mean) / std, undone by x * std + mean
     Resize(s)    the short side becomes s, the long one int(s * long / short): the aspect stays
@@ -16,11 +16,17 @@ Source         torchvision.transforms.v2
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 
-from sample_data import DATASET, class_folder, hymenoptera, hymenoptera_source
+from sample_data import (
+    DATASET,
+    class_folder,
+    hymenoptera,
+    hymenoptera_source,
+    image_files,
+    open_rgb,
+)
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "Useful_TF"
 
@@ -63,8 +69,8 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET, draws=3200):
     torch.manual_seed(seed)
     folder = hymenoptera(root)
     print(hymenoptera_source(folder))
-    with Image.open(min(class_folder(folder / "train", "bees").glob("*.jpg"))) as picture:
-        x = v2.functional.to_dtype(v2.functional.pil_to_tensor(picture.convert("RGB")), scale=True)
+    picture = open_rgb(image_files(class_folder(folder / "train", "bees"))[0])
+    x = v2.functional.to_dtype(v2.functional.pil_to_tensor(picture), scale=True)
     height, width = x.shape[1:]
 
     print("1. Normalize: mean 0.5, std 0.5 maps [0, 1] to [-1, 1]")
@@ -80,6 +86,7 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET, draws=3200):
     print(f"2. Resize of (height {height}, width {width})")
     short, exact = v2.Resize(128)(x), v2.Resize((128, 128))(x)
     assert short.shape[1:] == short_side_size(height, width, 128)
+    assert exact.shape[1:] == (128, 128)
     for name, image in {"Resize(128)": short, "Resize((128, 128))": exact}.items():
         h, w = image.shape[1:]
         print(f"   {name:<20} {(h, w)!s:<12} aspect {w / h:.3f}   was {width / height:.3f}")

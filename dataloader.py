@@ -1,7 +1,7 @@
-"""Shuffled or not, in batches of any size, by any number of workers: an epoch is every image once.
+"""Shuffled or not, by any number of workers: an epoch is every image once, unless drop_last.
 
     batches = floor(N / B) with drop_last, else ceil(N / B), the last one of N mod B images
-    order   = torch.randperm(N, generator=g): the generator's seed fixes it, epoch after epoch
+    order   = torch.randperm(N, generator=g), after one draw of g for the workers' own seed
 
 A DataLoader draws indices (sampler), reads items (workers) and joins them (collate). num_workers=0
 reads in the main process. Workers are processes of their own: they cost their start, and pay when
@@ -90,12 +90,19 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=2000, batch_size=64, work
     print(f"   epoch 0 begins {first[:5].tolist()}   epoch 1 begins {second[:5].tolist()}")
     print(f"   both permutations, {fixed} images in the same place; equal seeds, equal orders")
 
+    theory = torch.Generator().manual_seed(seed)
+    torch.empty((), dtype=torch.int64).random_(generator=theory)
+    assert torch.equal(first, torch.randperm(N, generator=theory))
     with_workers = None
     if workers:
         print(f"3. {workers} workers against none (machine and load decide which is faster)")
         loaders = [seeded_loader(dataset, seed, batch_size=batch_size, num_workers=n)
                    for n in (0, workers)]  # fmt: skip
-        with_workers = torch.equal(*(epoch_indices(loader) for loader in loaders))
+        with_workers = all(
+            torch.equal(a, b)
+            for pair in zip(*loaders, strict=True)
+            for a, b in zip(*pair, strict=True)
+        )
         assert with_workers
         (_, alone), (start, rest) = (epoch_seconds(loader) for loader in loaders)
         print("   the same images in the same order")
@@ -114,4 +121,7 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=2000, batch_size=64, work
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -63,9 +63,12 @@ def unpack_cifar10(root):
     try:
         with tempfile.TemporaryDirectory(dir=root) as beside, tarfile.open(archive) as tar:
             tar.extractall(beside, filter="data")
-            folder.mkdir(exist_ok=True)
-            for file in (Path(beside) / folder.name).iterdir():
-                os.replace(file, folder / file.name)
+            fresh = Path(beside) / folder.name
+            if not folder.exists():
+                os.replace(fresh, folder)  # whole or not at all
+            else:
+                for file in fresh.iterdir():
+                    os.replace(file, folder / file.name)
     except OSError as error:
         raise DataError(f"cannot unpack {archive}: {error}") from error
 
@@ -182,7 +185,7 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=64):
     rows = zip(("mean", "std"), (mean, std), moments, (0, 1), strict=True)
     for name, before, after, target in rows:
         off = (after - target).abs().max()
-        print(f"   {name:<5} before {before.numpy().round(3)}   after {target}, off by {off:.0e}")
+        print(f"   {name:<5} before {before.numpy().round(3)}   after, off {target} by {off:.0e}")
 
     print("3. back again, and sample by sample against by the batch")
     singles = torch.stack([form(dataset[i][0]) for i in range(count)])  # (count, 3, 32, 32)

@@ -24,35 +24,28 @@ from sample_data import (
     class_folder,
     hymenoptera,
     hymenoptera_source,
+    image_files,
     write_whole,
 )
 
 URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 MD5 = "5f8c32a6554f6acb4d649776e7735e48"
-SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"}
-
-
-def image_files(folder):
-    """The images in a folder, sorted by name. Raises DataError if two share a label file."""
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise DataError(f"no images in {folder}: expected one of {' '.join(sorted(SUFFIXES))}")
-    stems = [p.stem for p in files]
-    if twice := {stem for stem in stems if stems.count(stem) > 1}:
-        raise DataError(f"{folder} has two images named {min(twice)}: one label cannot serve both")
-    return files
 
 
 def write_labels(folder):
     """Write the missing labels of train/ and val/, ants and bees.
 
-    Returns {(split, kind): (images, written)}. Raises DataError if a class has no images.
+    Returns {(split, kind): (images, written)}. Raises DataError for a class without images, and for
+    a label without its image.
     """
     counts = {}
     for split in ("train", "val"):
         for kind in ("ants", "bees"):
             images = image_files(class_folder(folder / split, kind))
             labels = [folder / split / f"{kind}_label" / f"{image.stem}.txt" for image in images]
+            stale = set(labels[0].parent.glob("*.txt")) - set(labels)
+            if stale:
+                raise DataError(f"{min(stale)} has no image: delete it, or bring the image back")
             missing = [label for label in labels if not label.exists()]
             for label in missing:
                 with write_whole(label) as beside:
@@ -62,24 +55,26 @@ def write_labels(folder):
 
 
 def download(root=DATASET):
-    """Put the photographs at root/hymenoptera_data, adding what is missing there."""
+    """Put the photographs at root/hymenoptera_data, mending what is missing or damaged there."""
     from dataset_transform import fetch  # brings torchvision, which nothing else here needs
 
     archive = Path(root) / "hymenoptera_data.zip"
     fetch(URL, archive, MD5, "45 MiB")
-    with tempfile.TemporaryDirectory(dir=root) as beside, zipfile.ZipFile(archive) as photographs:
-        photographs.extractall(beside)
-        for source in (Path(beside) / "hymenoptera_data").rglob("*.*"):
-            target = Path(root) / source.relative_to(beside)
-            if not target.exists():
+    try:
+        with tempfile.TemporaryDirectory(dir=root) as beside, zipfile.ZipFile(archive) as photos:
+            photos.extractall(beside)
+            for source in (Path(beside) / "hymenoptera_data").rglob("*.*"):
+                target = Path(root) / source.relative_to(beside)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source, target)
+    except OSError as error:
+        raise DataError(f"cannot unpack {archive}: {error}") from error
 
 
 def main(seed=0, root=DATASET):
     folder = hymenoptera(root)
     print(hymenoptera_source(folder))
-    before = {path: path.read_bytes() for path in folder.rglob("*.jpg")}
+    before = {path: path.read_bytes() for path in folder.glob("*/*/*") if path.suffix != ".txt"}
     first = write_labels(folder)
     again = write_labels(folder)
     assert all(path.read_bytes() == content for path, content in before.items())

@@ -35,7 +35,9 @@ def same_shape(x, t):
 
 
 def reduce(losses, reduction, weights=None):
-    """ "none": the losses; "sum"; "mean": the sum over the sum of the weights, 1 each if none."""
+    """The losses ("none"), their sum, or their sum over the sum of the weights ("mean")."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction {reduction!r} is none of {', '.join(REDUCTIONS)}")
     if reduction == "none":
         return losses
     if reduction == "sum":

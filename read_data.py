@@ -17,12 +17,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.tensorboard import SummaryWriter
 
-from generate_labels import image_files, write_labels
-from sample_data import DATASET, class_folder, hymenoptera, hymenoptera_source
+from generate_labels import write_labels
+from sample_data import (
+    DATASET,
+    DataError,
+    class_folder,
+    hymenoptera,
+    hymenoptera_source,
+    image_files,
+    open_rgb,
+)
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "read_data"
 CLASSES = ("ants", "bees")
@@ -31,7 +38,7 @@ CLASSES = ("ants", "bees")
 class Insects(Dataset):
     """Images of one class folder with labels from text files: (uint8 (3, H, W), class index).
 
-    Raises IndexError, FileNotFoundError (no label) or ValueError (no image, strange label).
+    Raises IndexError, and DataError for a label or an image that is missing or unreadable.
     """
 
     def __init__(self, folder, kind):
@@ -45,23 +52,16 @@ class Insects(Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is outside of {len(self)} images")
         path = self.images[index]
-        return self.read_image(path), self.read_label(path)
-
-    def read_image(self, path):
-        try:
-            with Image.open(path) as image:  # grey, palette and CMYK files all become RGB
-                pixels = np.array(image.convert("RGB"))  # (H, W, 3)
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{path} is not a readable image: replace or delete it") from error
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        pixels = np.array(open_rgb(path))  # (H, W, 3), whatever the file's mode
+        return torch.from_numpy(pixels).permute(2, 0, 1), self.read_label(path)
 
     def read_label(self, path):
         label = self.label_folder / f"{path.stem}.txt"
         if not label.is_file():
-            raise FileNotFoundError(f"{label} is missing: run python generate_labels.py")
+            raise DataError(f"{label} is missing: run python generate_labels.py")
         name = label.read_text(encoding="utf-8").strip()
         if name not in CLASSES:
-            raise ValueError(f"{label} says {name!r}, which is none of {', '.join(CLASSES)}")
+            raise DataError(f"{label} says {name!r}, which is none of {', '.join(CLASSES)}")
         return CLASSES.index(name)
 
 
@@ -97,7 +97,8 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET, batch_size=8):
     torch.testing.assert_close(both[len(ants)][0], bees[0][0])
 
     print("2. default_collate on images of unequal size")
-    unequal = [next(item for item in both if item[0].shape != both[0][0].shape), both[0]]
+    image, label = both[0]
+    unequal = [(image, label), (image[:, 1:], label)]
     try:
         default_collate(unequal)
         raise AssertionError("images of unequal size were stacked")

@@ -8,7 +8,8 @@ A lesson whose docstring says `Needs CUDA` is skipped where there is none. Statu
 """
 
 import argparse
-import ast
+import os
+import re
 import subprocess
 import sys
 import time
@@ -47,7 +48,7 @@ def lessons(only="", root=ROOT):
 
 def needs_cuda(path):
     """Whether the docstring of a script says `Needs CUDA`."""
-    return "Needs CUDA" in (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+    return re.search(r"^Needs CUDA$", path.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 def last_line(text):
@@ -60,7 +61,12 @@ def run_lesson(name, has_cuda, root=ROOT):
         return name, 0.0, "skipped: needs CUDA"
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, root / name], capture_output=True, encoding="utf-8", errors="replace"
+        [sys.executable, root / name],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "PYTHONUTF8": "1"},  # elsewhere Windows pipes its own code page
     )
     outcome = "ok" if done.returncode == 0 else f"failed: {last_line(done.stderr or done.stdout)}"
     return name, time.perf_counter() - start, outcome

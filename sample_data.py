@@ -1,6 +1,6 @@
-"""Ten drawn shapes need what photographs need: a linear classifier fails, a small CNN does not.
+"""Ten drawn shapes need what photographs need: a linear classifier of their pixels fails.
 
-    image = ground + clutter + alpha * (colour - ground) + noise,   noise ~ N(0, 12^2)
+    x = ground;  x <- x + mask (colour - x), for the clutter, then for the shape;  x + N(0, 12^2)
 
 The notes run with no download: this file draws what they fall back on. Shapes-10 has CIFAR-10's
 form (32 x 32 RGB, ten balanced classes) and one thing more, the box of each shape. The ants and
@@ -18,7 +18,6 @@ import os
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ DATASET2 = ROOT / "dataset2"  # CIFAR-10 or Shapes-10
 DATASET = ROOT / "dataset"  # hymenoptera_data or hymenoptera_sample
 CLASSES = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "crescent", "arrow",
            "semicircle")  # fmt: skip
+SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"}
 SIZE, FINE = 32, 4  # pixels a side; masks are drawn FINE times larger, then averaged
 
 
@@ -49,6 +49,8 @@ def write_whole(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())  # on the disk before it gets its name: a power cut may follow
         os.replace(beside, path)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
@@ -174,7 +176,7 @@ def read_shapes10(path, split):
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return tuple(arrays[f"{split}_{key}"] for key in ("images", "labels", "boxes"))
-    except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile, zlib.error):
+    except Exception:  # whatever is wrong with a cache, the answer is to draw it again
         return None
 
 
@@ -300,7 +302,7 @@ def hymenoptera_source(folder):
 def class_folder(folder, kind):
     """`folder`/ants, or `folder`/ants_image as in older copies. Raises DataError without images."""
     for path in (folder / kind, folder / f"{kind}_image"):
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(p.suffix.lower() in SUFFIXES for p in path.iterdir()):
             return path
     raise DataError(
         f"no images in {folder / kind}: put them there, or move {folder.parent} away "
@@ -308,11 +310,30 @@ def class_folder(folder, kind):
     )
 
 
+def image_files(folder):
+    """The images in a folder, sorted by name. Raises DataError if two would share a label file."""
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    stems = [p.stem for p in files]
+    if twice := {stem for stem in stems if stems.count(stem) > 1}:
+        raise DataError(f"{folder} has two images named {min(twice)}: one label cannot serve both")
+    return files
+
+
+def open_rgb(path):
+    """An image file of any mode as an RGB picture. Raises DataError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's own ways to say no
+        mend = "replace or delete it, or run python generate_labels.py --download"
+        raise DataError(f"{path} is not a readable image: {mend}") from error
+
+
 # --- a look at both --------------------------------------------------------------------------
 
 
 def linear_accuracy(train, test, steps=300):
-    """Test accuracy of softmax regression on pixels, trained on the full batch by Adam."""
+    """Test accuracy of softmax regression on pixels, after `steps` of Adam on batches of 256."""
     x, y = (torch.tensor(np.asarray(a)) for a in (train.data, train.targets))
     x_test, y_test = (torch.tensor(np.asarray(a)) for a in (test.data, test.targets))
     linear = torch.nn.Linear(3 * SIZE * SIZE, len(CLASSES))
@@ -351,15 +372,14 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, insects_root=DATASET):
 
     folder = hymenoptera(insects_root)
     print(f"3. {hymenoptera_source(folder)}")
-    paths = [min(class_folder(folder / "train", kind).glob("*.jpg")) for kind in ("ants", "bees")]
+    paths = [image_files(class_folder(folder / "train", kind))[0] for kind in ("ants", "bees")]
     with SummaryWriter(log_dir, purge_step=0) as writer:
         writer.add_image("sample/shapes10", class_rows(train), 0)
         for step in range(8):
             image, box = train.data[step], train.boxes[step : step + 1]
             writer.add_image_with_boxes("sample/boxes", image, box, step, dataformats="HWC")
         for step, path in enumerate(paths):
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
+            pixels = np.asarray(open_rgb(path))
             writer.add_image("sample/ants_and_bees", pixels, step, dataformats="HWC")
     return {"linear": accuracy, "counts": counts.tolist()}
 

@@ -1,4 +1,4 @@
-"""ToTensor does three things at once, and only to uint8: swap axes, divide by 255, make a tensor.
+"""ToTensor swaps the axes, makes a tensor and, for uint8 alone, divides by 255.
 
     (H, W, C) uint8 in 0..255   ->   (C, H, W) float32 in [0, 1],   out[c, y, x] = in[y, x, c] / 255
 
@@ -17,12 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from sample_data import DATASET, class_folder, hymenoptera, hymenoptera_source
+from sample_data import (
+    DATASET,
+    class_folder,
+    hymenoptera,
+    hymenoptera_source,
+    image_files,
+    open_rgb,
+)
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "test_Tf"
 
@@ -53,8 +59,7 @@ def refusal(transform, value):
 def main(seed=0, log_dir=LOG_DIR, root=DATASET):
     folder = hymenoptera(root)
     print(hymenoptera_source(folder))
-    with Image.open(min(class_folder(folder / "train", "ants").glob("*.jpg"))) as file:
-        picture = file.convert("RGB")
+    picture = open_rgb(image_files(class_folder(folder / "train", "ants"))[0])
     array, convert = np.array(picture), transforms.ToTensor()
 
     print(f"1. a picture of width {picture.width} and height {picture.height}, before and after")
@@ -63,6 +68,9 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET):
     print(describe("ToTensor()(picture)", x))
     print(describe("ToTensor()(grey picture)", convert(picture.convert("L"))))
     print(describe("ToTensor()(float array)", convert(array.astype(np.float32))))
+
+    assert convert(picture.convert("L")).shape == (1, picture.height, picture.width)
+    assert convert(array.astype(np.float32)).max() == array.max()
 
     print("2. against the formula, and against v2")
     torch.testing.assert_close(x, to_tensor(array), rtol=0, atol=0)
@@ -75,6 +83,7 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET):
     print("3. what ToTensor refuses")
     refused = {name: refusal(convert, value) for name, value in {
         "a tensor": x, "a list": [[0]], "an array of 4 axes": array[None]}.items()}  # fmt: skip
+    assert all(refused.values())
     for name, error in refused.items():
         print(f"   {name:<20} {error}")
 

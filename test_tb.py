@@ -18,11 +18,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from sample_data import DATASET, class_folder, hymenoptera, hymenoptera_source
+from sample_data import (
+    DATASET,
+    class_folder,
+    hymenoptera,
+    hymenoptera_source,
+    image_files,
+    open_rgb,
+)
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "test_tb"
 RUNS = ("with_step", "without_step", "two_writers", "purged")
@@ -73,8 +79,8 @@ def layout_error(log_dir, array):
 def main(seed=0, log_dir=LOG_DIR, root=DATASET, points=20, pictures=30):
     folder = hymenoptera(root)
     print(hymenoptera_source(folder))
-    with Image.open(min(class_folder(folder / "train", "bees").glob("*.jpg"))) as file:
-        picture = np.array(file.convert("RGB").resize((160, 120)))  # (120, 160, 3)
+    picture = open_rgb(image_files(class_folder(folder / "train", "bees"))[0])
+    picture = np.array(picture.resize((160, 120)))  # (120, 160, 3)
     half = points // 2
 
     print(f"1. y = 2x at {points} steps, read back")

@@ -9,7 +9,7 @@ random streams; a checkpoint that holds them all, renamed into place once it is 
 an epoch. Validation images are cut from the training set by the seed; the test set is seen once.
 
 Checked here   every loss is finite; accuracy on validation images each epoch, on test images at the
-               end; a checkpoint of another model, or one that is cut short, is refused
+               end
 TensorBoard    train/loss, val/loss, val/accuracy, test/accuracy, optim/lr, perf/images_per_second,
                the graph, hparams, test/predictions (with the truth where wrong), test/confusion
 Try            leave the optimizer out of `load_state`: does the resumed run still agree? No
@@ -60,6 +60,8 @@ def load_data(root=DATASET2, limit=None, seed=0, val_share=0.1):
     train_set, test_set = open_images(root), open_images(root, train=False)
     images, labels = (t[:limit] for t in as_tensors(train_set))
     test = tuple(t[:limit] for t in as_tensors(test_set))
+    if len(images) < 2:
+        raise DataError("one image cannot both train and validate: give a larger --limit")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     val, train = order.tensor_split([max(1, int(val_share * len(images)))])
     return {
@@ -70,7 +72,7 @@ def load_data(root=DATASET2, limit=None, seed=0, val_share=0.1):
 
 
 def augment(images, pad=2):
-    """Each image (B, 3, H, W) shifted by up to `pad` pixels and, every second one, mirrored."""
+    """Each image (B, 3, H, W) shifted by up to `pad` pixels, and mirrored with probability 1/2."""
     B, _, H, W = images.shape
     device = images.device
     padded = F.pad(images.float(), (pad,) * 4, mode="reflect")
@@ -171,7 +173,8 @@ class Run:
                 getattr(self, name).load_state_dict(state[name])
             set_random_state(state["random"])
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"checkpoint of another model: {str(error).splitlines()[0]}") from error
+            why = " ".join(str(error).split())[:160]
+            raise DataError(f"the checkpoint is of another model: {why}") from error
         self.epoch = state["epoch"]
 
 
@@ -180,7 +183,7 @@ def random_state():
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "numpy": (name, keys.tolist(), *rest),
         "python": random.getstate(),
     }
@@ -188,8 +191,8 @@ def random_state():
 
 def set_random_state(state):
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for device, stream in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(stream, device)
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
 
@@ -210,7 +213,19 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not state.keys() >= KEYS:
             raise ValueError("it holds other things")
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
+        if state["options"].keys() != {"epochs", "batch_size", "lr", "seed", "limit"}:
+            raise ValueError("it holds other options")
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        UnpicklingError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+    ) as error:  # torch.load's answers to damaged bytes
         why = f"{error}".partition("\n")[0] or type(error).__name__
         raise DataError(f"{path} is not a whole checkpoint of train.py: {why}") from error
     return state
@@ -221,11 +236,11 @@ def find_checkpoint(where, checkpoint_dir=CHECKPOINT_DIR):
     if where and not Path(where).is_dir():
         return Path(where).resolve()
     folder = Path(where or checkpoint_dir).resolve()
-    files = list(folder.glob("epoch_*.pth" if where else "*/epoch_*.pth"))
+    files = list(folder.glob("epoch_[0-9]*.pth" if where else "*/epoch_[0-9]*.pth"))
     if not files:
         raise DataError(f"no checkpoint in {folder}: begin a run with python train.py")
     newest = max(files, key=lambda path: path.stat().st_mtime_ns).parent
-    return max(path for path in files if path.parent == newest)
+    return max(newest.glob("epoch_*.pth"), key=lambda path: int(path.stem.removeprefix("epoch_")))
 
 
 # --- pictures --------------------------------------------------------------------------------
@@ -359,7 +374,7 @@ def main(
     splits, train_set = load_data(root, options["limit"], options["seed"])
     print(source_line(train_set))
     stats = channel_stats(splits["train"][0])
-    run = start_run(options, splits, data=type(train_set).__name__)
+    run = start_run(options, splits, data=f"{type(train_set).__name__} {len(train_set)}")
     if resume:
         if state["data"] != run.data:
             raise DataError(f"{resume} was trained on {state['data']}; {root} holds {run.data}")
@@ -368,8 +383,8 @@ def main(
     else:
         save_checkpoint(run, folder)
         first_step = 0
-    print(f"run {name}: {len(splits['train'][0]):,} images, epochs {run.epoch + 1} to "
-          f"{options['epochs']}, checkpoints in {folder}")  # fmt: skip
+    print(f"run {name}: {len(splits['train'][0]):,} images, {run.epoch} of {options['epochs']} "
+          f"epochs done, checkpoints in {folder}")  # fmt: skip
 
     with SummaryWriter(log_dir / name, purge_step=first_step) as writer:
         try:
@@ -380,7 +395,7 @@ def main(
         except DataError as error:
             raise DataError(f"{error}; the last good checkpoint is {run.checkpoint}") from error
         except KeyboardInterrupt:
-            how = f"go on with: python train.py --resume {run.checkpoint}"
+            how = f'go on with: python train.py --resume "{run.checkpoint}"'
             raise KeyboardInterrupt(how) from None
     print(f"test accuracy {result['test_accuracy']:.3f} on {len(splits['test'][1]):,} images")
     return {**result, "folder": folder}
@@ -394,9 +409,10 @@ def number(kind, low):
 
     def convert(text):
         if not low <= (value := kind(text)) < 2**63:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low} … 2^63")
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}, or beyond all bounds")
         return value
 
+    convert.__name__ = kind.__name__  # argparse says "invalid int value"
     return convert
 
 
@@ -445,7 +461,8 @@ def command(argv=None, checkpoint_dir=CHECKPOINT_DIR, **places):
         print(f"stopped; {stop or 'nothing was saved yet'}", file=sys.stderr)
         return 130
     except OSError as error:
-        raise SystemExit(f"cannot write {error.filename or 'to disk'}: {error.strerror}") from error
+        where, why = error.filename or "to disk", error.strerror or error
+        raise SystemExit(f"cannot write {where}: {why}") from error
     return 0
 
 

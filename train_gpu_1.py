@@ -108,4 +108,7 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, epochs=2, batch_size=64, lr=0.1
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

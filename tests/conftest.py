@@ -1,6 +1,7 @@
 """The path loader, small data, and a check on every event file that a test leaves behind."""
 
 import importlib.util
+import inspect
 import logging
 import sys
 from itertools import pairwise
@@ -56,7 +57,8 @@ def insects_root(load, tmp_path_factory):
 def read_events(log_dir):
     """The events of one run's folder, as TensorBoard loads them."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it announces every purge
-    return EventAccumulator(str(log_dir)).Reload()
+    everything = dict.fromkeys(("scalars", "images", "histograms", "tensors"), 0)
+    return EventAccumulator(str(log_dir), everything).Reload()
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +88,8 @@ def rising_steps(request):
     yield
     if log_dir and not request.node.get_closest_marker("any_steps"):
         assert falling_steps(log_dir) == []
+        if (
+            ".main(" in (source := inspect.getsource(request.function))
+            and "log_dir=tmp_path" in source
+        ):
+            assert any(log_dir.rglob("*tfevents*")), "main logged nothing"

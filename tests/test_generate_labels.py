@@ -47,6 +47,14 @@ def test_a_class_without_images_is_an_error(lesson, insects_root, state):
         lesson.write_labels(folder.parents[1])
 
 
+def test_a_label_without_its_image_is_an_error(lesson, insects_root):
+    folder = insects_root / "hymenoptera_sample"
+    lesson.write_labels(folder)
+    (folder / "train" / "bees" / "bees_001.jpg").unlink()
+    with pytest.raises(lesson.DataError, match=r"bees_001\.txt has no image"):
+        lesson.write_labels(folder)
+
+
 def test_two_images_for_one_label_are_an_error(lesson, insects_root):
     folder = insects_root / "hymenoptera_sample" / "train" / "ants"
     (folder / "ants_000.png").write_bytes(b"")

@@ -46,14 +46,14 @@ def test_errors_name_the_file_and_what_mends_it(lesson, train):
     ants = lesson.Insects(train, "ants")
     label = train / "ants_label" / "ants_001.txt"
     label.write_text("wasps", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"ants_001.txt says 'wasps'"):
+    with pytest.raises(lesson.DataError, match=r"ants_001.txt says 'wasps'"):
         ants[1]
     label.unlink()
-    with pytest.raises(FileNotFoundError, match=r"ants_001.txt is missing: run python gen"):
+    with pytest.raises(lesson.DataError, match=r"ants_001.txt is missing: run python gen"):
         ants[1]
     for damage in (b"no image", (train / "ants" / "ants_000.jpg").read_bytes()[:900]):
         (train / "ants" / "ants_002.jpg").write_bytes(damage)
-        with pytest.raises(ValueError, match=r"ants_002.jpg is not a readable image"):
+        with pytest.raises(lesson.DataError, match=r"ants_002.jpg is not a readable image"):
             ants[2]
 
 

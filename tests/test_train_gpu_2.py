@@ -38,7 +38,7 @@ def test_autocast_does_not_pay_on_the_cpu(lesson):
     assert not lesson.pays_autocast(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "nonsense", "xpu:7"])
+@pytest.mark.parametrize("name", ["cuda:99", "nonsense", "xpu:7", "meta", "hpu"])
 def test_a_device_that_is_not_there_is_one_line(lesson, name):
     with pytest.raises(SystemExit, match=rf"no device '{name}' here; there is .*cpu"):
         lesson.pick_device(name)
