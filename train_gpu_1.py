@@ -64,12 +64,14 @@ def timed_epoch(model, batches, optimizer, scheduler):
     return torch.stack(losses).cpu(), first, rest
 
 
-def main(seed=0, log_dir=LOG_DIR, root=DATASET2, epochs=2, batch_size=64, lr=0.1, limit=None):
+def main(
+    seed=0, log_dir=LOG_DIR, root=DATASET2, epochs=2, batch_size=64, lr=0.1, limit=None, size=2048
+):
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA GPU: train_gpu_2.py runs on any device, train.py on the CPU")
     torch.manual_seed(seed)
     print(f"1. twenty products of {torch.cuda.get_device_name()}, timed")
-    a = torch.randn(2048, 2048).cuda()
+    a = torch.randn(size, size).cuda()
     seconds(lambda: a @ a)  # the first one loads the library
     queued, done = (seconds(lambda: [a @ a for _ in range(20)], wait) for wait in (False, True))
     print(f"   without waiting / with waiting {queued / done:.3f}")

@@ -53,7 +53,8 @@ def test_run_all_skips_it_where_there_is_no_cuda(load):
 def test_main_takes_the_same_path_on_a_pretended_gpu(
     lesson, pretended_cuda, images_root, tmp_path, seed, events
 ):
-    measured = lesson.main(seed=seed, log_dir=tmp_path, root=images_root, limit=200, batch_size=32)
+    small = {"limit": 200, "batch_size": 32, "size": 64}
+    measured = lesson.main(seed=seed, log_dir=tmp_path, root=images_root, **small)
     assert measured["on_cpu"] == measured["on_cuda"]
     assert [e.step for e in events(tmp_path / "cuda").Scalars("train/loss")] == list(range(1, 11))
 
