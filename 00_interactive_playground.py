@@ -4,7 +4,7 @@
     (f(x + h) - 2 f(x) + f(x - h)) / h^2  = f''(x) + h^2 f''''(x) / 12 + O(h^4)
 
     python 00_interactive_playground.py "sin(x) * x**2" --at 1.5     any expression in x
-    python 00_interactive_playground.py -i                           asks again and again
+    python 00_interactive_playground.py -i      asks again and again: sin(x), or sin(x) at 2
 
 Autograd applies the chain rule to the operations that ran: it takes no step h, so there is none to
 choose, and one backward pass gives the derivatives by all inputs, where differences evaluate f
@@ -131,6 +131,8 @@ def play(text, at=1.5, log_dir=LOG_DIR):
     for name, exact, near, error in rows:
         print(f"   {name:<4} {exact:16.10g}   central {near:16.10g}   off by {near - exact:+.3e}"
               f"   theory {error:+.3e}")  # fmt: skip
+    if not all(map(math.isfinite, (first, second, *central))):
+        print("   not finite: no derivative at x, or x - h or x + h is outside of the domain")
     draw_curves(text, f, at, log_dir)
     return {"f": value, "autograd": [first, second], "central": central, "theory": theory}
 
@@ -246,6 +248,7 @@ def parse(argv=None):
 
 def ask(at, log_dir=LOG_DIR):
     """Answer `sin(x)`, or `sin(x) at 2`, until an empty line. The point stays until it is given."""
+    print("an expression, or one with its point: sin(x) at 2; an empty line ends")
     while line := input("f(x) = ").strip():
         text, _, where = line.partition(" at ")
         try:

@@ -1,4 +1,4 @@
-"""backward() adds into .grad: forget to zero it, and gradient descent swings for ever.
+"""backward() adds into .grad: forget to zero it, and gradient descent never settles.
 
     L = mean(r^2), r = w x + b - y      dL/dw = mean(2 r x), dL/db = mean(2 r)
     zeroed       p <- p - lr g_t                    error e_t = (1 - lr h)^t e_0

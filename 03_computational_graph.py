@@ -82,7 +82,8 @@ def gradients_by_walk(L):
         passed = passed if isinstance(passed, tuple) else (passed,)
         for parent, g in zip(parents(node), passed, strict=True):
             if parent is not None:
-                g = g.sum_to_size(parent._input_metadata[0].shape)  # undoes broadcasting
+                # undo broadcasting; private, but nothing public tells the shape
+                g = g.sum_to_size(parent._input_metadata[0].shape)
                 grads[parent] = grads.get(parent, 0) + g
                 due[parent] -= 1
                 if due[parent] == 0:

@@ -325,13 +325,11 @@ def to_corner(images, boxes, corner):
     return pictures, boxes / 2 + shift.repeat(1, 2)
 
 
-def train(model, images, labels, boxes, epochs, batch, lr=0.1):
+def train(model, images, labels, boxes, epochs, batch, lr=0.01):
     """Train on images in ever new corners, and yield after each step."""
     batches = [i for _ in range(epochs) for i in torch.randperm(len(images)).split(batch)]
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=len(batches), cycle_momentum=False
-    )
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(batches))
     for i in tqdm(batches, disable=None, leave=False):
         x, _ = to_corner(images[i], boxes[i], torch.randint(4, (len(i),)))
         model.train()

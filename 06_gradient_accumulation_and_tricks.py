@@ -134,12 +134,18 @@ def clip_value_(gradients, c):
 
 
 def show_clipping(c=1.0):
-    print(f"3. one gradient, and the same clipped at {c:g}")
+    print(
+        f"3. one gradient, and the same clipped at {c:g}, as by nn.utils.clip_grad_norm_, _value_"
+    )
     g = torch.tensor([3.0, -4.0, 0.5])
     cosines = {}
     for name, clip in {"norm": clip_norm_, "value": clip_value_}.items():
         clipped = g.clone()
         clip([clipped], c)
+        twin = torch.nn.Parameter(torch.zeros(3))
+        twin.grad = g.clone()
+        getattr(nn.utils, f"clip_grad_{name}_")([twin], c)
+        torch.testing.assert_close(clipped, twin.grad)
         cosines[name] = F.cosine_similarity(g, clipped, dim=0).item()
         row = "  ".join(f"{element:6.3f}" for element in [*g.tolist(), *clipped.tolist()])
         print(f"   by {name:<5} {row}   |g| {clipped.norm():.3f}   cosine {cosines[name]:.3f}")

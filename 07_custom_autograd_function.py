@@ -272,6 +272,8 @@ def main(seed=0, log_dir=LOG_DIR, count=256, steps=200, lr=0.02):
     trained = {}
     for run, functions in runs.items():
         errors, changed = trained[run] = train(params, x, y, *functions, steps, lr)
+        assert run != "true_gradient" or not any(changed)
+        assert run != "layer_behind" or not any(changed[:2])
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
             for step, error in enumerate(errors):
                 writer.add_scalar("train/error", error, step)

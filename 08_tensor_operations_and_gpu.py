@@ -3,7 +3,7 @@
     address of x[i, j, ...] = storage_offset + i * stride_0 + j * stride_1 + ...   (in elements)
 
 Slicing, transposing, expanding and most reshaping only change those numbers: the result is a view,
-and writing to it writes to x. A list or a mask as index copies. Broadcasting reads a size 1 as if
+and writing to it writes to x. Read by list or mask, x is copied. Broadcasting reads a size 1 as if
 it were n, by a stride of 0; it also subtracts (B,) from (B, 1) to (B, B) without a word, and the
 squared loss of perfect predictions y becomes 2 var(y). Of two dtypes the higher of bool < integer <
 float decides; within it a tensor beats one without axes, and that beats a number: in uint8, 200 +

@@ -148,7 +148,7 @@ def ways_back(state_path, whole_path):
     empty, filled = Moli(), Moli()
     filled.load_state_dict(torch.load(state_path, weights_only=True))
     whole = unguarded(whole_path)
-    classes = {type(module) for module in whole.modules()}
+    classes = {type(module) for module in empty.modules()}
     with torch.serialization.safe_globals(list(classes)):
         listed = torch.load(whole_path, weights_only=True)
     return {

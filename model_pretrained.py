@@ -113,7 +113,7 @@ def change_head(net, kind, classes=10):
 
 
 def train_whole(net, x, y, steps):
-    """SGD with weight decay over all parameters, frozen or not."""
+    """SGD with weight decay over all parameters, frozen or not; in eval mode, so no Dropout."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, weight_decay=0.1)
     for _ in range(steps):
         loss = F.cross_entropy(net(x), y)
@@ -157,7 +157,10 @@ def train_head(head, splits, epochs, writers):
 
 
 def load_splits(root, size):
-    """`size` images for training and as many for validation, in the form the weights expect."""
+    """`size` images for training and as many for validation, normalised as the weights expect.
+
+    They stay 32 x 32, for speed: WEIGHTS.transforms() would enlarge them to 224 x 224.
+    """
     dataset = open_images(root)
     print(source_line(dataset))
     images, labels = (part[: 2 * size] for part in as_tensors(dataset))

@@ -5,9 +5,9 @@
 
 A whole model needs its classes where they were when it is loaded; a state dict needs a model with
 the same layers, from anywhere. Neither notices that forward was rewritten. To go on with training,
-weights are not enough: Adam's next step depends on its two moving averages, and the learning rate
-here on the epoch. Whatever is saved is written beside its place and then renamed, so that a save
-that fails leaves the last good file.
+weights are not enough: Adam's next step depends on its moving averages and step count, and the
+learning rate here on the epoch. Whatever is saved is written beside its place and then renamed, so
+that a save that fails leaves the last good file.
 
 Checked here   both files hold the same bytes of weights; what each makes of four changes to the
                class; a resumed fit ends as one never stopped, but not without optimizer or epoch;

@@ -2,6 +2,7 @@
 
     out[b, k, i, j] = bias[k] + sum over c, u, v of
                       weight[k, c, u, v] x[b, c, i stride + u dilation - padding, j stride + ...]
+    with groups, c counts only the C / groups input channels of k's own group
     size = floor((H + 2 padding - dilation (kernel - 1) - 1) / stride) + 1
 
 A convolution runs through the kernel backwards (x[i - u] for x[i + u]); it commutes, and in Fourier

@@ -5,7 +5,7 @@
     logsumexp(z)  = m + log sum_k exp(z_k - m),   m = max_k z_k
 
 L1's slope is a sign, so outliers pull no harder than the rest; MSE's slope grows with the error.
-Cross-entropy's is p - y, between -1 and 1 for each logit, and large just where the answer is wrong.
+Cross-entropy's is p - y, between -1 and 1 a logit, and near 0 once the true class has all of p.
 float32's exp overflows beyond 88.7; shifted by the largest logit no term exceeds exp(0), and the
 value is the same.
 
@@ -72,7 +72,7 @@ def cross_entropy(z, t, weight=None, ignore_index=-100, reduction="mean"):
 
 
 def naive_cross_entropy(z, t):
-    """The definition as it is written, (N,): right until exp overflows."""
+    """The definition as it is written, (N,): right until exp overflows, or underflows to 0."""
     p = z.exp() / z.exp().sum(1, keepdim=True)
     return -p.gather(1, t[:, None]).squeeze(1).log()
 

@@ -1,14 +1,14 @@
-"""A fresh classifier of K classes starts at a loss near ln K, whatever it is shown.
+"""A fresh classifier of K classes starts at a loss near ln K, if its input is normalised.
 
     CE = logsumexp(z) - z_t = ln K + Var_k(z) / 2 + (mean_k z - z_t) + O(z^3)
 
 Its logits z are small and know nothing of the target t: the variance is small, and the bracket
 averages to about 0. So Moli starts near ln 10 = 2.303, and a start far from it is the cheapest sign
-of a bug. Batch norm hardly moves that loss, and changes what lies behind it: it gives each channel
-variance 1 again, so logits spread wider and the gradient reaches the first layer undiminished.
+of a bug: pixels in 0..255 are one, unless batch norm mends it. On normalised input batch norm
+hardly moves the loss, but logits spread wider, and every layer's gradient is tens of times larger.
 
-Checked here   the expansion above for Moli with batch norm in train and eval mode, and without; the
-               last bias's gradient = mean of p - y; a small step lowers the loss by lr |g|^2
+Checked here   the expansion above for Moli with batch norm in train and eval mode, and without; raw
+               pixels, too; the last bias's gradient = mean of p - y; a small step's fall
 TensorBoard    grad/norm by layer (0-2 convolutions, 3-4 linear), runs with_norm and without_norm;
                logits/fresh, histograms
 Try            the last layer's weights and biases times 0.01: which loss? ln 10, to three decimals
@@ -84,11 +84,13 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=256, lr=1e-4):
         "no batch norm": plain,
     }.items():
         with torch.no_grad():
+            raw = F.cross_entropy(network(60 * x + 120), t).item()  # about 0..255 again
             z = network(x)
         loss, theory = F.cross_entropy(z, t).item(), expected_loss(z, t).item()
         spread = z.var(1, correction=0).mean().item()
-        starts[name] = {"loss": loss, "theory": theory, "variance": spread}
-        print(f"   {name:<18} loss {loss:.4f}   expansion {theory:.4f}   variance {spread:.4f}")
+        starts[name] = {"loss": loss, "theory": theory, "variance": spread, "raw": raw}
+        print(f"   {name:<18} loss {loss:.4f}   expansion {theory:.4f}   "
+              f"variance {spread:.4f}   raw pixels {raw:.2f}")  # fmt: skip
 
     print("2. backward(): the gradient of the last bias, and the mean of p - y")
     z = model(x)

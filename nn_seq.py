@@ -169,7 +169,8 @@ def main(seed=0, log_dir=LOG_DIR, batch=64):
             if len(shape) == 3:
                 first, size, heat = receptive_field(net[:depth], x)
                 fields[name] = first, size
-                row += f"   formula {size:2d}   gradient {size:2d}   from pixel {first:2d}"
+                formula = field_by_formula(net[:depth], shape[-1] // 2)[1]
+                row += f"   formula {formula:2d}   gradient {size:2d}   from pixel {first:2d}"
                 picture = field_picture(heat, first, size)
                 writer.add_image_with_boxes(f"receptive_field/{depth}_{name}", *picture, depth)
             print(row)

@@ -12,12 +12,13 @@ Needs CUDA
 
 Checked here   the first loss is the CPU's; seconds with and without waiting; the first batch apart;
                validation accuracy
-TensorBoard    train/loss, val/accuracy, perf/images_per_second
+TensorBoard    train/loss, val/accuracy, perf/images_per_second, in a run named by its time
 Try            .cuda() on the batches but not on the model: what happens? An error, no silent copy
 Source         PyTorch notes, "CUDA semantics": asynchronous execution
 """
 
 import time
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -92,7 +93,8 @@ def main(
     print("3. training, the batches made on the CPU")
     steps = len(splits["train"][0]) // batch_size
     optimizer, scheduler = make_optimizer(model, lr, epochs * steps)
-    with SummaryWriter(log_dir / "cuda", purge_step=0) as writer:
+    run = f"{datetime.now():%Y%m%d-%H%M%S}"
+    with SummaryWriter(log_dir / run, purge_step=0) as writer:
         for epoch in range(epochs):
             batches = on_gpu(training_batches(*splits["train"], stats, batch_size))
             losses, first, rest = timed_epoch(model, batches, optimizer, scheduler)

@@ -6,17 +6,19 @@
     no .item() in a step    each would make Python wait; losses stay on the device for an epoch
 
 `.to(device)` is the one word that a device needs, and "cpu" is a device too: this file runs
-anywhere. All else is train.py's. --compile fuses small kernels, which pays in long runs.
+anywhere. All else is train.py's. --batch-size fills the chip, its --lr scaled with it; --compile
+fuses small kernels, but compiling takes time first: compare the runs.
 
 Checked here   every loss is finite; accuracy on validation images each epoch, on test images at the
                end; images/s between two waits for the device
-TensorBoard    train/loss, val/accuracy, perf/images_per_second in a run named after the device
+TensorBoard    train/loss, val/accuracy, perf/images_per_second in a run named by time and device
 Try            .item() on every loss: is it slower? On a GPU yes; the CPU has nothing to wait for
 Source         PyTorch tutorials, "Performance Tuning Guide" and "Channels Last Memory Format"
 """
 
 import argparse
 import time
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -104,7 +106,8 @@ def main(
         f"1. training on {device}, autocast {'on' if autocast else 'off'}, {steps} steps an epoch"
     )
     speeds = []
-    with SummaryWriter(log_dir / device.type, purge_step=0) as writer:
+    run = f"{datetime.now():%Y%m%d-%H%M%S}-{device.type}"
+    with SummaryWriter(log_dir / run, purge_step=0) as writer:
         for epoch in range(epochs):
             synchronize(device)
             start = time.perf_counter()

@@ -165,7 +165,7 @@ def test_an_image_has_the_same_heat_alone_and_in_a_batch(lesson):
     torch.testing.assert_close(batch, torch.cat(alone))
 
 
-def test_grad_cam_is_cam_for_moli_with_average_pooling_and_not_for_moli(lesson):
+def test_grad_cam_is_cam_under_average_pooling_and_one_linear_layer(lesson):
     torch.manual_seed(0)
     model, x = lesson.moli_for_cam().double().eval(), leaf(3, 3, 32, 32).detach()
     heat = 16 * lesson.grad_cam(model, model.features, x)
@@ -228,13 +228,13 @@ def test_the_overlay_shows_heat_in_red_and_the_box_in_green(lesson):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_main_finds_the_shapes_by_hooks(lesson, images_root, tmp_path, events, seed):
-    sizes = {"images": 240, "epochs": 4, "batch": 16, "tested": 40}
+    sizes = {"images": 240, "epochs": 5, "tested": 30}
     measured = lesson.main(seed=seed, log_dir=tmp_path, root=images_root, **sizes)
     assert 0.09 < measured["box area"] < 0.12
-    assert measured["trained"] > 1.7 * measured["box area"]
+    assert measured["trained"] > 1.8 * measured["box area"]
     assert measured["trained"] > 1.5 * max(measured["untrained"], measured["another box"])
     curve = events(tmp_path / "own_box").Scalars("cam/peak_in_box")
-    assert [e.step for e in curve] == [0, 20, 40, 60]
+    assert [e.step for e in curve] == [0, 20, 40]
     assert curve[-1].value == pytest.approx(measured["trained"])
     leak = events(tmp_path / "forgotten").Scalars("leak/hidden_kB")
     assert [e.value for e in leak] == pytest.approx([32.768 * n for n in range(1, 21)])

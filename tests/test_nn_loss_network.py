@@ -55,6 +55,7 @@ def test_main_measures_what_the_expansion_predicts(lesson, images_root, tmp_path
     assert with_norm > 1.5 * starts["no batch norm"]["variance"]
     fresh = starts["batch norm, eval"]["variance"]  # its running statistics are still 0 and 1
     assert fresh == pytest.approx(starts["no batch norm"]["variance"], rel=1e-3)
+    assert starts["no batch norm"]["raw"] > 2.5 > starts["batch norm, train"]["raw"]
     assert measured["fall"] == pytest.approx(measured["theory"], rel=0.1)
     first = next(iter(measured["norms"]["with_norm"]))
     assert measured["norms"]["with_norm"][first] > 10 * measured["norms"]["without_norm"][first]
