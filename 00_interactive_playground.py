@@ -7,9 +7,8 @@
     python 00_interactive_playground.py -i      asks again and again: sin(x), or sin(x) at 2
 
 Autograd applies the chain rule to the operations that ran: it takes no step h, so there is none to
-choose, and one backward pass gives the derivatives by all inputs, where differences evaluate f
-twice for each. At a kink it follows a convention, and for relu that is 0. What is typed becomes a
-function through a whitelist of nodes of Python's syntax tree; eval would run any code.
+choose. At a kink it follows a convention, and for relu that is 0. What is typed becomes a function
+through a whitelist of nodes of Python's syntax tree; eval would run any code.
 
 Checked here   gradient of sum((2x + 1)^2) = 4 (2x + 1); a Jacobian R^3 -> R^3 by hand, by
                autograd.functional, jacrev and jacfwd; f' and f'' by hand, the errors as above

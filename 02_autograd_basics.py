@@ -7,10 +7,9 @@
 Both laws hold along each eigenvector of L's Hessian, h its eigenvalue; cos a = 1 - lr h / 2. The
 sum of all gradients is a velocity that nothing slows: to forget the zero is momentum 1, a pendulum
 without friction. Autograd's refusals have reasons as plain. Recorded, an in-place edit would make a
-leaf a result, whose .grad nothing fills. An in-place edit counts up the tensor's version, unless it
-hides behind .data, and backward() refuses a saved value that has changed; what inference_mode makes
-has no version, so it is neither saved nor edited later. A vector y has no gradient, only v^T J, for
-a v of your choice.
+leaf a result, whose .grad nothing fills. An in-place edit counts up the tensor's version, and
+backward() refuses a saved value that has changed; what inference_mode makes has no version, so it
+is neither saved nor edited later. A vector y has no gradient, only v^T J, for a v of your choice.
 
 Checked here   who requires grad; the fit by hand and by autograd equal at each step; both laws;
                SGD with a grad of None and of 0; which edits are refused; no_grad against

@@ -1,9 +1,9 @@
-"""A Jacobian costs m backward or n forward-mode passes; a product H v only two gradients.
+"""A Jacobian costs m backward or n forward-mode passes; a product H v a few gradients, at any n.
 
     f: R^n -> R^m   J = df/dx of shape (m, n)
     VJP   u^T J     one backward pass; u = e_i gives row i of J: m passes for J
     JVP   J v       one forward-mode pass; v = e_j gives column j of J: n passes for J
-    HVP   H v       VJP of the gradient: 2 gradients' work at any n, where H costs 1 + n
+    HVP   H v       VJP of the gradient: here 2 gradients' products at any n; H costs 1 + n
     Newton          x - H^-1 grad f turns the error e into H^-1 T(e, e) / 2 + O(|e|^3), where
                     T(e, e) = d^2/dt^2 grad f(x* + t e): near x* its exponent about doubles
 
