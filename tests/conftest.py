@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,6 +80,12 @@ def falling_steps(log_dir):
                 if any(b <= a for a, b in pairwise(steps)):
                     falling.append(f"{run.name}: {tag} {steps[:20]}")
     return falling
+
+
+@pytest.fixture(scope="session", autouse=True)
+def event_files_sort_as_written():
+    """Files of one second are told apart by a counter, and read by name: .10 would precede .9."""
+    event_file_writer._global_uid = event_file_writer.AtomicCounter(100_000)
 
 
 @pytest.fixture(autouse=True)
