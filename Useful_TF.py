@@ -19,14 +19,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 
-from sample_data import (
-    DATASET,
-    class_folder,
-    hymenoptera,
-    hymenoptera_source,
-    image_files,
-    open_rgb,
-)
+from sample_data import DATASET, first_picture, hymenoptera, hymenoptera_source
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "Useful_TF"
 
@@ -69,7 +62,7 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET, draws=3200):
     torch.manual_seed(seed)
     folder = hymenoptera(root)
     print(hymenoptera_source(folder))
-    picture = open_rgb(image_files(class_folder(folder / "train", "bees"))[0])
+    picture = first_picture(folder, "bees")
     x = v2.functional.to_dtype(v2.functional.pil_to_tensor(picture), scale=True)
     height, width = x.shape[1:]
 

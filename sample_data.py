@@ -329,6 +329,11 @@ def open_rgb(path):
         raise DataError(f"{path} is not a readable image: {mend}") from error
 
 
+def first_picture(folder, kind):
+    """The first training image of a class, as an RGB picture. Raises DataError as above."""
+    return open_rgb(image_files(class_folder(folder / "train", kind))[0])
+
+
 # --- a look at both --------------------------------------------------------------------------
 
 
@@ -372,14 +377,13 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, insects_root=DATASET):
 
     folder = hymenoptera(insects_root)
     print(f"3. {hymenoptera_source(folder)}")
-    paths = [image_files(class_folder(folder / "train", kind))[0] for kind in ("ants", "bees")]
     with SummaryWriter(log_dir, purge_step=0) as writer:
         writer.add_image("sample/shapes10", class_rows(train), 0)
         for step in range(8):
             image, box = train.data[step], train.boxes[step : step + 1]
             writer.add_image_with_boxes("sample/boxes", image, box, step, dataformats="HWC")
-        for step, path in enumerate(paths):
-            pixels = np.asarray(open_rgb(path))
+        for step, kind in enumerate(("ants", "bees")):
+            pixels = np.asarray(first_picture(folder, kind))
             writer.add_image("sample/ants_and_bees", pixels, step, dataformats="HWC")
     return {"linear": accuracy, "counts": counts.tolist()}
 

@@ -21,14 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from sample_data import (
-    DATASET,
-    class_folder,
-    hymenoptera,
-    hymenoptera_source,
-    image_files,
-    open_rgb,
-)
+from sample_data import DATASET, first_picture, hymenoptera, hymenoptera_source
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "test_Tf"
 
@@ -59,7 +52,7 @@ def refusal(transform, value):
 def main(seed=0, log_dir=LOG_DIR, root=DATASET):
     folder = hymenoptera(root)
     print(hymenoptera_source(folder))
-    picture = open_rgb(image_files(class_folder(folder / "train", "ants"))[0])
+    picture = first_picture(folder, "ants")
     array, convert = np.array(picture), transforms.ToTensor()
 
     print(f"1. a picture of width {picture.width} and height {picture.height}, before and after")

@@ -21,14 +21,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from sample_data import (
-    DATASET,
-    class_folder,
-    hymenoptera,
-    hymenoptera_source,
-    image_files,
-    open_rgb,
-)
+from sample_data import DATASET, first_picture, hymenoptera, hymenoptera_source
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "test_tb"
 RUNS = ("with_step", "without_step", "two_writers", "purged")
@@ -79,7 +72,7 @@ def layout_error(log_dir, array):
 def main(seed=0, log_dir=LOG_DIR, root=DATASET, points=20, pictures=30):
     folder = hymenoptera(root)
     print(hymenoptera_source(folder))
-    picture = open_rgb(image_files(class_folder(folder / "train", "bees"))[0])
+    picture = first_picture(folder, "bees")
     picture = np.array(picture.resize((160, 120)))  # (120, 160, 3)
     half = points // 2
 
