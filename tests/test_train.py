@@ -1,5 +1,6 @@
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -177,7 +178,9 @@ def start(places, resume=None):
     )
 
 
-def test_killed_twice_and_resumed_a_run_ends_with_the_same_bits(train, places, whole, events):
+def test_killed_twice_and_resumed_a_run_ends_with_the_same_bits(
+    train, places, whole, events, monkeypatch
+):
     folder, killed = places["checkpoint_dir"] / "run", []
     for moment, delay in {"epoch_000.pth": 0.15, "epoch_001.pth": 0.0}.items():
         resume = train.find_checkpoint(folder) if folder.is_dir() else None
@@ -189,6 +192,8 @@ def test_killed_twice_and_resumed_a_run_ends_with_the_same_bits(train, places, w
         process.kill()
         process.wait()
     assert killed == [True, True]
+    # event files of one second are read in the order of their host's name: this one is the last
+    monkeypatch.setattr(socket, "gethostname", lambda: "~the-last")
     train.main(resume=train.find_checkpoint("", places["checkpoint_dir"]), root=places["root"],
                log_dir=places["log_dir"])  # fmt: skip
     resumed = torch.load(folder / "epoch_003.pth", weights_only=True)
