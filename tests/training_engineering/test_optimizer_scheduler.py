@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 from torch.optim import lr_scheduler
 
-SMALL = {"twin_steps": 12, "decay_steps": 300, "schedule_steps": 40, "train_steps": 300}
+SMALL = {"twin_steps": 12, "decay_steps": 300, "schedule_steps": 40, "train_steps": 600}
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_main_schedules_reorders_and_resumes(measured):
 def test_main_ends_lower_with_every_schedule_than_with_a_constant_rate(measured, events):
     result, log_dir = measured
     ends = result["training"]
-    assert max(end for name, end in ends.items() if name != "constant") < 0.8 * ends["constant"]
+    assert max(end for name, end in ends.items() if name != "constant") < 0.7 * ends["constant"]
     for name in ends:
         run = events(log_dir / "schedule" / name)
         assert len(run.Scalars("optim/lr")) == SMALL["train_steps"]
