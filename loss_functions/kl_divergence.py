@@ -14,9 +14,9 @@ earlier embeddings, and the student learns the teacher's distribution over them.
 Checked here   definition, Gaussian form, Monte Carlo, torch.distributions; F.kl_div's order and
                reductions; fitted moments against theory; the gradient over T; a student with soft
                labels, or after SEED, against the same student without, on points it has not seen
-TensorBoard    fit/densities (target grey, forward blue, reverse red); temperature/gradient by T in
-               the runs raw, times_T2; val/accuracy by epoch in distillation/hard, soft; seed/loss,
-               seed/probe by epoch in seed
+TensorBoard    fit/densities in fit/forward, reverse_left, reverse_right (the target is grey);
+               temperature/gradient by T in temperature/raw, times_T2; val/accuracy by epoch in
+               distillation/hard, soft; seed/loss, seed/probe by epoch in seed, untrained_teacher
 Try            reverse KL from the right mode: which mode, which KL? The right one, -log 0.4 = 0.92
 Source         Kullback & Leibler 1951; Hinton et al. 2015, arXiv:1503.02531, section 2 and eq. 2-4;
                Fang et al. 2021 (SEED), arXiv:2101.04731, section 3.2; Bishop 2006, section 10.1.2
@@ -258,15 +258,15 @@ def show_fits(log_dir):
     }
     starts = {"forward": 0.0, "reverse_left": -2.0, "reverse_right": 2.0}
     fits, x = {}, torch.linspace(-9, 9, 480, dtype=F64)
-    with SummaryWriter(log_dir / "fit", purge_step=0) as writer:
-        for step, (name, (mean, std, kl)) in enumerate(theory.items()):
-            m, s, found = fits[name] = fit_gaussian(name.split("_")[0], starts[name])
-            expected = f"{mean:7.4f} {std:.4f} " + (f"{kl:.4f}" if kl else "  -")
-            print(f"   {name:<13}   {m:7.4f} {s:.4f} {found:.4f}   theory {expected}")
-            colour = (0.1, 0.35, 0.8) if name == "forward" else (0.85, 0.2, 0.15)
-            densities = {(0.6, 0.6, 0.6): target_log_density(x), colour: Normal(m, s).log_prob(x)}
-            image = picture({rgb: log_p.exp() for rgb, log_p in densities.items()})
-            writer.add_image("fit/densities", image, step)
+    for name, (mean, std, kl) in theory.items():
+        m, s, found = fits[name] = fit_gaussian(name.split("_")[0], starts[name])
+        expected = f"{mean:7.4f} {std:.4f} " + (f"{kl:.4f}" if kl else "  -")
+        print(f"   {name:<13}   {m:7.4f} {s:.4f} {found:.4f}   theory {expected}")
+        colour = (0.1, 0.35, 0.8) if name == "forward" else (0.85, 0.2, 0.15)
+        densities = {(0.6, 0.6, 0.6): target_log_density(x), colour: Normal(m, s).log_prob(x)}
+        image = picture({rgb: log_p.exp() for rgb, log_p in densities.items()})
+        with SummaryWriter(log_dir / "fit" / name, purge_step=0) as writer:
+            writer.add_image("fit/densities", image, 0)
     return fits
 
 
