@@ -1,0 +1,266 @@
+"""RoPE turns q and k by their positions, so that their score knows the distance and nothing else.
+
+    sinusoidal   PE(t)_2i = sin(t w_i), PE(t)_2i+1 = cos(t w_i),  w_i = base^(-2i / d)    added to x
+    learned      row t of a table                                                         added to x
+    RoPE         pair i of q and k turned by the angle t w_i:  (R_m q) . (R_n k) = q . R_(n-m) k
+
+Without any of them attention is permutation-equivariant: shuffle the inputs, and the outputs are
+shuffled. A sinusoidal PE(t + k) is PE(t), each pair turned by k w_i, and PE(t) . PE(t + k) depends
+on k alone; but behind W_q and W_k the score does not. A pair is two neighbours in Su et al.
+("interleaved"), and i and i + d / 2 in LLaMA's weights ("half-split"), from which LLaVA starts: the
+same up to a permutation of the d numbers, but weights for the one are wrong for the other.
+
+Checked here   equivariance; the shift is a rotation; scores by distance; norms; both pairings under
+               the permutation; decoding with the right and with a forgotten offset; a task of
+               relative position within the length trained on, and past it, where a table ends
+TensorBoard    encoding/scores: heat maps over two positions in sinusoidal, rope, projected (what
+               W_q, W_k make of the first); val/accuracy by length in extrapolation/none,
+               sinusoidal, learned, rope
+Try            apply_rope(x, positions + 1000): which scores change? None, by more than rounding
+Source         Vaswani et al. 2017, arXiv:1706.03762, section 3.5; Devlin et al. 2019 (BERT),
+               arXiv:1810.04805; Su et al. 2021 (RoPE), arXiv:2104.09864, eq. 14-16, 34
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+TOPIC = "model_architecture"
+LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / TOPIC / "positional_encoding"
+F64 = torch.float64
+TIGHT = {"rtol": 0, "atol": 1e-10}
+
+
+# --- encodings ---------------------------------------------------------------------------------
+
+
+def angles(positions, d, base=10000.0, dtype=torch.float32):
+    """t w_i (…, d / 2) for positions t (…,), whole or not, in at least float32."""
+    if d % 2:
+        raise ValueError(f"positions are encoded in pairs: d must be even, not {d}")
+    i = torch.arange(d // 2, device=positions.device, dtype=dtype)
+    return positions.to(dtype)[..., None] * base ** (-2 * i / d)
+
+
+def sinusoidal(T, d, base=10000.0, dtype=torch.float32, device=None):
+    """PE (T, d): sines at the even places, cosines at the odd ones."""
+    a = angles(torch.arange(T, device=device), d, base, dtype)  # (T, d / 2)
+    return torch.stack([a.sin(), a.cos()], dim=-1).flatten(-2)
+
+
+class LearnedPositions(nn.Module):
+    """A table (length, d); forward(T) gives its first T rows, and ValueError past its end."""
+
+    def __init__(self, length, d):
+        super().__init__()
+        self.table = nn.Embedding(length, d)
+        nn.init.normal_(self.table.weight, std=0.02)
+
+    def forward(self, T):
+        length = self.table.num_embeddings
+        if length < T:
+            raise ValueError(f"the table has {length} positions, the input {T}")
+        return self.table.weight[:T]
+
+
+def rotate(x, a, interleaved):
+    """Each pair of x (…, d) turned by its angle a (…, d / 2)."""
+    cos, sin = a.cos(), a.sin()
+    if interleaved:
+        x1, x2 = x[..., 0::2], x[..., 1::2]
+        return torch.stack([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).flatten(-2)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+
+
+def apply_rope(x, positions, base=10000.0, interleaved=False):
+    """x (…, T, d) with each vector turned by its position: (T,), or (B, T) for x (B, …, T, d).
+
+    Half-split pairs (i, i + d / 2), or neighbours if interleaved. Angles are float32 at least, so
+    that half precision is right far out; the result has the type of x.
+    """
+    if positions.shape[-1:] != x.shape[-2:-1] or positions.dim() > 2:
+        raise ValueError(f"positions {tuple(positions.shape)} do not fit x {tuple(x.shape)}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    a = angles(positions, x.size(-1), base, wide)  # (T, d / 2) or (B, T, d / 2)
+    if positions.dim() == 2:
+        if len(positions) not in (1, len(x)):
+            raise ValueError(f"positions {tuple(positions.shape)} do not fit x {tuple(x.shape)}")
+        a = a.view(len(a), *[1] * (x.dim() - 3), *a.shape[1:])
+    return rotate(x.to(wide), a, interleaved).to(x.dtype)
+
+
+def to_half_split(d):
+    """The order of d numbers that takes interleaved pairs to half-split ones: 0, 2, … 1, 3, …"""
+    return torch.arange(d).view(-1, 2).T.flatten()
+
+
+# --- the laws ----------------------------------------------------------------------------------
+
+
+def attend(q, k, v):
+    return (q @ k.mT / math.sqrt(q.size(-1))).softmax(-1) @ v
+
+
+def show_order(T=7, d=8):
+    print("1. attention on shuffled inputs, against the shuffled outputs: largest difference")
+    x, order = torch.randn(T, d, dtype=F64), torch.randperm(T)
+    W = torch.randn(3, d, d, dtype=F64) / math.sqrt(d)
+    encodings = {"none": 0, "sinusoidal": sinusoidal(T, d, dtype=F64)}
+    off = {}
+    for name, encoding in encodings.items():
+        plain, shuffled = (attend(*(z @ W)) for z in (x + encoding, x[order] + encoding))
+        off[name] = (plain[order] - shuffled).abs().max().item()
+        print(f"   {name:<10} {off[name]:.0e}")
+    assert off["none"] < 1e-12
+    return off
+
+
+def show_laws(T=64, d=32):
+    print(f"2. laws for T = {T}, d = {d}: largest differences")
+    PE, k = sinusoidal(T, d, dtype=F64), 5
+    turn = angles(torch.full((T - k,), -k), d, dtype=F64)  # (sin, cos) turns the other way round
+    off = {"sinusoidal: shift by 5 = rotation": PE[k:] - rotate(PE[:-k], turn, True)}
+    q, k, positions = *torch.randn(2, d, dtype=F64), torch.arange(T)
+    turned_q, turned_k = (apply_rope(z.expand(T, d), positions) for z in (q, k))
+    scores = turned_q @ turned_k.T  # (T, T), the same q and k everywhere
+    off["RoPE: score by distance alone"] = scores[1:, 1:] - scores[:-1, :-1]
+    off["RoPE: norm kept"] = turned_q.norm(dim=1) - q.norm()
+    x, order = torch.randn(T, d, dtype=F64), to_half_split(d)
+    half, neighbours = (
+        apply_rope(x[:, order], positions),
+        apply_rope(x, positions, interleaved=True),
+    )
+    off["RoPE: pairings, permuted"] = half - neighbours[:, order]
+    for name, difference in off.items():
+        torch.testing.assert_close(difference, torch.zeros_like(difference), **TIGHT)
+        print(f"   {name:<34} {difference.abs().max():.0e}")
+    mixed = (apply_rope(x, positions) - neighbours).abs().max().item()
+    W = torch.randn(d, d, dtype=F64) / math.sqrt(d)
+    projected = PE @ W @ PE.T
+    spread = (projected[1:, 1:] - projected[:-1, :-1]).abs().max().item()
+    print(f"   RoPE: pairings, not permuted       {mixed:.1f}")
+    print(f"   sinusoidal behind W: one distance  {spread:.1f}")
+    return {"mixed": mixed, "spread": spread}, {
+        "sinusoidal": PE @ PE.T, "rope": scores, "projected": projected
+    }  # fmt: skip
+
+
+def show_maps(log_dir, maps):
+    """Heat maps (T, T) of scores, blue low, red high, four pixels a position."""
+    for name, scores in maps.items():
+        s = ((scores - scores.min()) / (scores.max() - scores.min())).float()
+        s = s.repeat_interleave(4, 0).repeat_interleave(4, 1)
+        picture = torch.stack([s, 0.9 - 1.6 * (s - 0.5).abs(), 1 - s]).clamp(0, 1)
+        with SummaryWriter(log_dir / name, purge_step=0) as writer:
+            writer.add_image("encoding/scores", picture, 0)
+
+
+def show_decoding(T=10, d=16):
+    print("3. token by token with turned keys kept, against the full pass: largest difference")
+    q, k, v = torch.randn(3, T, d, dtype=F64)
+    positions = torch.arange(T)
+    causal = torch.ones(T, T).triu(1).bool()
+    scores = apply_rope(q, positions) @ apply_rope(k, positions).T / math.sqrt(d)
+    full = scores.masked_fill(causal, -math.inf).softmax(-1) @ v
+    off = {}
+    for name, offset in (("right", 1), ("forgotten", 0)):  # forgotten: each token is at position 0
+        keys, outputs = [], []
+        for t in range(T):
+            now = torch.tensor([t * offset])
+            keys.append(apply_rope(k[t : t + 1], now))
+            outputs.append(attend(apply_rope(q[t : t + 1], now), torch.cat(keys), v[: t + 1]))
+        off[name] = (torch.cat(outputs) - full).abs().max().item()
+        print(f"   {name:<9} offset {off[name]:.0e}")
+    assert off["right"] < 1e-12
+    return off
+
+
+# --- a task of relative position ---------------------------------------------------------------
+
+
+class Echo(nn.Module):
+    """Tokens (B, T) -> logits (B, T, V), by one attention layer with the encoding `kind`."""
+
+    def __init__(self, kind, V, length, d=32):
+        super().__init__()
+        self.kind, self.tokens = kind, nn.Embedding(V, d)
+        self.positions = LearnedPositions(length, d) if kind == "learned" else None
+        self.qkv, self.head = nn.Linear(d, 3 * d), nn.Linear(d, V)
+
+    def forward(self, tokens):
+        T, x = tokens.size(1), self.tokens(tokens)  # (B, T, d)
+        if self.kind == "sinusoidal":
+            x = x + sinusoidal(T, x.size(-1), device=x.device)
+        elif self.kind == "learned":
+            x = x + self.positions(T)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.kind == "rope":
+            positions = torch.arange(T, device=x.device)
+            q, k = apply_rope(q, positions), apply_rope(k, positions)
+        return self.head(attend(q, k, v))
+
+
+def echo_accuracy(model, V, T, back, n=100):
+    tokens = torch.randint(V, (n, T))
+    with torch.no_grad():
+        predicted = model(tokens).argmax(-1)
+    return (predicted[:, back:] == tokens[:, :-back]).double().mean().item()
+
+
+def stretch(model, T):
+    """A copy of the learned table's network whose table is drawn out to T rows."""
+    longer = Echo("learned", model.head.out_features, T)
+    state = model.state_dict()
+    table = state["positions.table.weight"].T[None]  # (1, d, length)
+    stretched = F.interpolate(table, T, mode="linear", align_corners=True)[0].T
+    longer.load_state_dict(state | {"positions.table.weight": stretched})
+    return longer
+
+
+def show_extrapolation(seed, log_dir, lengths, steps, V=8, back=2):
+    T = lengths[0]
+    print(f"4. the token {back} places back, trained at T = {T}: accuracy at T, chance {1 / V}")
+    table = {}
+    for kind in tqdm(("none", "sinusoidal", "learned", "rope"), leave=False, disable=None):
+        torch.manual_seed(seed)
+        model = Echo(kind, V, T)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(steps):
+            tokens = torch.randint(V, (32, T))
+            logits = model(tokens)[:, back:]  # (B, T - back, V)
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, :-back].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with SummaryWriter(log_dir / "extrapolation" / kind, purge_step=0) as writer:
+            for length in lengths:
+                longer = stretch(model, length) if kind == "learned" and length > T else model
+                table[kind, length] = echo_accuracy(longer, V, length, back)
+                writer.add_scalar("val/accuracy", table[kind, length], length)
+        shown = "   ".join(f"{length} {table[kind, length]:.3f}" for length in lengths)
+        tqdm.write(f"   {kind:<10}   {shown}" + "   (table stretched)" * (kind == "learned"))
+    return table
+
+
+def main(seed=0, log_dir=LOG_DIR, lengths=(32, 64, 128), steps=800):
+    torch.manual_seed(seed)
+    order = show_order()
+    laws, maps = show_laws()
+    show_maps(log_dir, maps)
+    return {
+        "order": order,
+        "laws": laws,
+        "decoding": show_decoding(),
+        "table": show_extrapolation(seed, log_dir, lengths, steps),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # networks this small are slower on two
+    main()
