@@ -1,40 +1,46 @@
 """Forward KL fits the mean and spread of two modes, reverse KL locks on one: the order decides.
 
     KL(p || q) = sum_k p_k log(p_k / q_k)  >= 0, in nats; 0 only for p = q; not symmetric
-    Gaussians    log(s_q / s_p) + (s_p^2 + (m_p - m_q)^2) / (2 s_q^2) - 1 / 2
-    forward      min over q of KL(p || q): q may not miss what p does; a Gaussian takes p's moments
-    reverse      min over q of KL(q || p): q may not go where p is not; a Gaussian sits on one mode
+    Gaussians    log(sigma_q / sigma_p) + (sigma_p^2 + (mu_p - mu_q)^2) / (2 sigma_q^2) - 1 / 2
+    forward      min over q of KL(p || q): q must be where p is; a Gaussian takes p's two moments
+    reverse      min over q of KL(q || p): q must not be where p is not; a Gaussian takes one mode,
+                 of weight w, at a KL of at most -log w; a q with two modes would have taken both
 
-A student is taught by the teacher's softened answer: T^2 KL(softmax(v / T) || softmax(z / T)). Its
-gradient with respect to z is T (softmax(z / T) - softmax(v / T)), which tends to the difference of
-the logits less their means, over C; without T^2 it would die with 1 / T^2 beside the hard labels'.
-SEED needs no labels at all: teacher and student each compare an image with a queue of the teacher's
-earlier embeddings, and the student learns the teacher's distribution over them.
+A student learns from a teacher's softened answers: T^2 KL(softmax(v / T) || softmax(z / T)). Its
+gradient T (softmax(z / T) - softmax(v / T)) tends to the difference of the logits less their means,
+over C; without T^2 it dies by 1 / T^2, while that of the labels' cross-entropy stays. SEED does the
+same with similarities for classes: where the teacher's embedding of a point stands among those of a
+queue of points, there shall the student's stand. Neither sees a label: InfoNCE taught the teacher.
 
-Checked here   definition, Gaussian form, Monte Carlo, torch.distributions; F.kl_div's order and
-               reductions; fitted moments against theory; the gradient over T; a student with soft
-               labels, or after SEED, against the same student without, on points it has not seen
-TensorBoard    fit/densities in fit/forward, reverse_left, reverse_right (the target is grey);
-               temperature/gradient by T in temperature/raw, times_T2; val/accuracy by epoch in
-               distillation/hard, soft; seed/loss, seed/probe by epoch in seed, untrained_teacher
-Try            reverse KL from the right mode: which mode, which KL? The right one, -log 0.4 = 0.92
-Source         Kullback & Leibler 1951; Hinton et al. 2015, arXiv:1503.02531, section 2 and eq. 2-4;
-               Fang et al. 2021 (SEED), arXiv:2101.04731, section 3.2; Bishop 2006, section 10.1.2
+Checked here   the definition, torch.distributions and Monte Carlo; four ways to call F.kl_div; the
+               fitted moments; the gradient over T; a student of 300 labels, without a teacher's
+               answers, with them, and with answers as soft that know only the label; a linear
+               probe after SEED, with a teacher that learned, one that did not, and with none
+TensorBoard    fit/densities in fit/… (grey the target, a line the fit); temperature/log2_gradient
+               by log2 T in temperature/raw, times_T2; val/accuracy by epoch in distillation/hard,
+               smoothed, soft; probe/accuracy by epoch in seed/teacher and two controls
+Try            reverse KL from 0, between the modes: which one? Neither: a broad, worse optimum
+Source         Kullback & Leibler 1951; Bishop 2006, section 10.1.2; Hinton et al. 2015, section 2,
+               arXiv:1503.02531; Fang et al. 2021 (SEED), section 3, arXiv:2101.04731
 """
 
 import math
+import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import Categorical, Normal
+from torch.distributions import kl_divergence as torch_kl
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / "loss_functions" / "kl_divergence"
 F64 = torch.float64
 CLASSES = 10
+MODES = ((0.6, -3.0), (0.4, 3.0))  # weight and mean of two Gaussians with variance 1
 
 
 def draw(log_dir, curves):
@@ -45,9 +51,11 @@ def draw(log_dir, curves):
                 writer.add_scalar(tag, value, step)
 
 
-def same_shapes(a, b):
-    if a.shape != b.shape:
-        raise ValueError(f"need equal shapes, not {tuple(a.shape)} and {tuple(b.shape)}")
+def same_shapes(*tensors, dim=None):
+    shapes = [tuple(t.shape) for t in tensors]
+    if len(set(shapes)) > 1 or dim not in (None, len(shapes[0])):
+        axes = f" with {dim} axes" if dim else ""
+        raise ValueError(f"need equal shapes{axes}, not {' and '.join(map(str, shapes))}")
 
 
 # --- divergences and losses --------------------------------------------------------------------
@@ -59,17 +67,18 @@ def kl_divergence(p, q):
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
 
 
-def gaussian_kl(mean_p, std_p, mean_q, std_q):
-    """KL of N(mean_p, std_p^2) from N(mean_q, std_q^2), elementwise."""
-    spread = (std_p**2 + (mean_p - mean_q) ** 2) / (2 * std_q**2)
-    return torch.log(std_q / std_p) + spread - 0.5
+def gaussian_kl(mu_p, sigma_p, mu_q, sigma_q):
+    """KL(N(mu_p, sigma_p^2) || N(mu_q, sigma_q^2)), elementwise, of four tensors of one shape."""
+    same_shapes(mu_p, sigma_p, mu_q, sigma_q)
+    spread = (sigma_p**2 + (mu_p - mu_q) ** 2) / (2 * sigma_q**2)
+    return torch.log(sigma_q / sigma_p) + spread - 0.5
 
 
 def soft_loss(student_logits, teacher_logits, T):
     """T^2 KL(teacher || student) of the softened answers (B, C), mean over the batch."""
-    same_shapes(student_logits, teacher_logits)
-    log_q = F.log_softmax(student_logits / T, dim=-1)
-    log_p = F.log_softmax(teacher_logits / T, dim=-1)
+    same_shapes(student_logits, teacher_logits, dim=2)
+    log_q = F.log_softmax(student_logits / T, dim=1)
+    log_p = F.log_softmax(teacher_logits / T, dim=1)
     return T**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
@@ -79,272 +88,300 @@ def distillation_loss(student_logits, teacher_logits, labels, T=4.0, alpha=0.9):
     return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels)
 
 
-def seed_loss(student, teacher, queue, student_t=0.2, teacher_t=0.05):
-    """Cross-entropy of the similarity distributions of student and teacher, mean over the batch.
+def seed_loss(student_z, teacher_z, queue, tau_s=0.2, tau_t=0.1):
+    """Cross-entropy of student and teacher over candidates: their KL, plus a constant.
 
-    student, teacher (B, D) embed the same images, queue (K, D) is the teacher's of earlier ones;
-    the image's own teacher embedding is the (K + 1)-th candidate. All are taken at length 1.
+    student_z, teacher_z (B, D) embed the same points; candidates are the queue (K, D), of the
+    teacher's earlier embeddings, and the point's own by the teacher. All are taken at length 1.
     """
-    same_shapes(student, teacher)
-    student = F.normalize(student, dim=-1)
-    teacher, queue = (F.normalize(z.detach(), dim=-1) for z in (teacher, queue))
+    same_shapes(student_z, teacher_z, dim=2)
+    student_z = F.normalize(student_z, dim=1)
+    teacher_z, queue = (F.normalize(z.detach(), dim=1) for z in (teacher_z, queue))
 
     def similarities(z):  # (B, K + 1)
-        return torch.cat([z @ queue.T, (z * teacher).sum(1, keepdim=True)], dim=1)
+        return torch.cat([z @ queue.T, (z * teacher_z).sum(1, keepdim=True)], dim=1)
 
-    p = F.softmax(similarities(teacher) / teacher_t, dim=1)
-    return -(p * F.log_softmax(similarities(student) / student_t, dim=1)).sum(1).mean()
+    p = F.softmax(similarities(teacher_z) / tau_t, dim=1)
+    return -(p * F.log_softmax(similarities(student_z) / tau_s, dim=1)).sum(1).mean()
+
+
+def info_nce(q, k, temperature):
+    """Mean InfoNCE of q, k (B, D): k_i is the positive of q_i, the other k_j are its negatives."""
+    same_shapes(q, k, dim=2)
+    s = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T / temperature  # (B, B)
+    return F.cross_entropy(s, torch.arange(len(q), device=q.device))
 
 
 # --- fitting a Gaussian to two modes -----------------------------------------------------------
 
 
 def target_log_density(x):
-    """0.6 N(-3, 1) + 0.4 N(3, 1)"""
-    parts = [math.log(w) + Normal(m, 1.0).log_prob(x) for w, m in ((0.6, -3.0), (0.4, 3.0))]
-    return torch.logaddexp(*parts)
+    return torch.logaddexp(*(math.log(w) + Normal(mu, 1.0).log_prob(x) for w, mu in MODES))
 
 
-def fit_gaussian(direction, mean, std=1.0):
-    """Mean, standard deviation and KL of the best N(m, s^2) near the start, by L-BFGS on a grid."""
+def fit_gaussian(order, mu, sigma=1.0):
+    """mu, sigma and KL of the best N(mu, sigma^2) near the start, by L-BFGS on a grid."""
     x = torch.linspace(-25, 25, 5001, dtype=F64)
-    p, dx = target_log_density(x), x[1] - x[0]
-    theta = torch.tensor([mean, math.log(std)], dtype=F64, requires_grad=True)  # m, log s
-    tight = {"tolerance_grad": 1e-11, "tolerance_change": 1e-15}
-    optimizer = torch.optim.LBFGS([theta], max_iter=200, line_search_fn="strong_wolfe", **tight)
+    log_p, dx = target_log_density(x), x[1] - x[0]
+    theta = torch.tensor([mu, math.log(sigma)], dtype=F64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [theta], max_iter=200, tolerance_grad=1e-11, tolerance_change=1e-15,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
 
     def divergence():
-        q = Normal(theta[0], theta[1].exp()).log_prob(x)
-        a, b = (p, q) if direction == "forward" else (q, p)
-        return (a.exp() * (a - b)).sum() * dx
-
-    def closure():
-        optimizer.zero_grad()
-        loss = divergence()
-        loss.backward()
+        log_q = Normal(theta[0], theta[1].exp()).log_prob(x)
+        a, b = (log_p, log_q) if order == "forward" else (log_q, log_p)
+        loss = (a.exp() * (a - b)).sum() * dx
+        theta.grad = torch.autograd.grad(loss, theta)[0]
         return loss
 
-    optimizer.step(closure)
+    optimizer.step(divergence)
     return theta[0].item(), theta[1].exp().item(), divergence().item()
 
 
-def picture(curves, height=240):
-    """(3, H, W) picture of {colour: values (W,) from 0 up}, on white."""
-    highest = max(values.max() for values in curves.values()) * 1.05
-    canvas = torch.ones(3, height, len(next(iter(curves.values()))))
-    for colour, values in curves.items():
-        row = (height - 1 - values / highest * (height - 1)).round().long()
-        previous = torch.cat([row[:1], row[:-1]])  # a line joins it to the pixel before
-        for column in range(len(row)):
-            top, bottom = sorted((row[column].item(), previous[column].item()))
-            canvas[:, max(0, top - 1) : bottom + 2, column] = torch.tensor(colour)[:, None]
-    return canvas
+def picture(target, fit, colour, top=0.42, height=240):
+    """(3, H, W) in [0, 1]: the target (W,) as a grey area, the fit (W,) as a line."""
+    pixel = top / height
+    level = torch.arange(height, 0, -1)[:, None] * pixel  # (H, 1), highest first
+    image = torch.where(level <= target, 0.75, 1.0).expand(3, -1, -1)
+    before = torch.cat([fit[:1], fit[:-1]])  # the line reaches to the height one column before
+    low, high = torch.minimum(fit, before) - pixel, torch.maximum(fit, before) + 2 * pixel
+    return torch.where((level >= low) & (level <= high), torch.tensor(colour)[:, None, None], image)
 
 
 # --- teachers and students ---------------------------------------------------------------------
 
 
-def world(seed, clusters=4, D=12):
-    """A function n -> x (n, D), labels (n,): each class is `clusters` overlapping clouds."""
+def clouds(seed, per_class=2, D=12):
+    """A function n -> points x (n, D), labels (n,): each class is some clouds, which overlap."""
     generator = torch.Generator().manual_seed(seed)
-    centres = 1.6 * torch.randn(CLASSES * clusters, D, generator=generator)
+    centres = torch.randn(CLASSES * per_class, D, generator=generator)
 
     def sample(n):
-        which = torch.randint(len(centres), (n,), generator=generator)
-        return centres[which] + torch.randn(n, D, generator=generator), which % CLASSES
+        cloud = torch.randint(len(centres), (n,), generator=generator)
+        return centres[cloud] + torch.randn(n, D, generator=generator), cloud % CLASSES
 
     return sample
 
 
 def network(width, out, D=12):
-    """A body (B, D) -> (B, width) and a head (B, width) -> (B, out), one after the other."""
-    body = nn.Sequential(nn.Linear(D, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
-    return nn.Sequential(body, nn.Linear(width, out))
+    hidden = nn.Linear(D, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+    return nn.Sequential(*hidden, nn.Linear(width, out))
 
 
 def accuracy(logits, labels):
     return (logits.argmax(1) == labels).double().mean().item()
 
 
-def fit(model, x, loss_of, epochs, watch=None, batch=50, lr=2e-3):
-    """Adam on loss_of(output, indices); after each epoch what watch(model) gives."""
-    optimizer, seen = torch.optim.Adam(model.parameters(), lr=lr), []
-    for _ in range(epochs):
-        for i in torch.randperm(len(x)).split(batch):
-            loss = loss_of(model(x[i]), i)
+def fit(model, n, loss_of, epochs, watch=None, batch=100, lr=4e-3):
+    """Adam on loss_of(indices of a batch out of n); watch(model) at the start, after each epoch."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    seen = [watch(model)] if watch else []
+    for _ in tqdm(range(epochs), leave=False, disable=None):
+        for i in torch.randperm(n).split(batch):
+            loss = loss_of(i)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         if watch:
-            with torch.no_grad():
-                seen.append(watch(model))
+            seen.append(watch(model))
     return seen
 
 
-def linear_probe(body, train, test, ridge=1.0):
-    """Test accuracy of a linear classifier on frozen features, by ridge regression."""
-    h, h_test = body(train[0]), body(test[0])
+def smoothed_answers(logits, labels, T):
+    """Logits that at T are as sure of the label as `logits` on average, and know nothing else."""
+    C = logits.size(1)
+    share = (logits / T).softmax(1).gather(1, labels[:, None]).mean()
+    return T * torch.log(share * (C - 1) / (1 - share)) * F.one_hot(labels, C)
+
+
+@torch.no_grad()
+def linear_probe(model, few, test, ridge=10.0):
+    """Test accuracy of a ridge regression from frozen features to the classes of a few points."""
+    h, h_test = model(few[0]), model(test[0])
     mean, std = h.mean(0), h.std(0) + 1e-5
     h, h_test = (F.pad((f - mean) / std, (0, 1), value=1.0) for f in (h, h_test))
-    targets = F.one_hot(train[1], CLASSES).to(h.dtype)
+    targets = F.one_hot(few[1], CLASSES).to(h.dtype)
     W = torch.linalg.solve(h.T @ h + ridge * torch.eye(h.size(1)), h.T @ targets)
     return accuracy(h_test @ W, test[1])
 
 
-def fit_seed(student, teacher, x, epochs, watch, batch=100, queue_size=1000):
-    """SEED on points x (n, D), the queue first in, first out: losses, watch(student) by epoch."""
-    queue = teacher(x[:queue_size])
-    optimizer, losses, seen = torch.optim.Adam(student.parameters(), lr=2e-3), [], []
-    for _ in range(epochs):
-        for i in torch.randperm(len(x)).split(batch):
-            z = teacher(x[i])
-            loss = seed_loss(student(x[i]), z, queue)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            queue = torch.cat([queue[len(z) :], z])
-        losses.append(loss.item())
-        with torch.no_grad():
-            seen.append(watch(student))
-    return losses, seen
+def contrastive(student, x, noise=0.8):
+    """loss_of for `fit`: two noisy views of a point shall meet, away from those of others."""
+
+    def view(i):
+        return student(x[i] + noise * torch.randn_like(x[i]))
+
+    return lambda i: info_nce(view(i), view(i), temperature=0.2)
+
+
+def mimic(student, x, teacher, size=500):
+    """loss_of for `fit`: SEED, with a queue of the last `size` embeddings."""
+    queue = teacher(x[:size])
+
+    def loss_of(i):
+        nonlocal queue
+        z = teacher(x[i])
+        loss = seed_loss(student(x[i]), z, queue)
+        queue = torch.cat([queue, z])[-size:]  # first in, first out
+        return loss
+
+    return loss_of
 
 
 # --- the sections ------------------------------------------------------------------------------
 
 
 def show_definition(samples):
-    print("1. KL of two distributions over 5 outcomes, and of two Gaussians, in nats")
-    p, q = torch.randn(2, 5, dtype=F64).softmax(-1)
+    print("1. KL of 1,000 pairs of distributions over 5 outcomes, and of two Gaussians, in nats")
+    p, q = torch.randn(2, 1000, 5, dtype=F64).softmax(-1)
     forward, reverse = kl_divergence(p, q), kl_divergence(q, p)
-    library = torch.distributions.kl_divergence(*map(torch.distributions.Categorical, (p, q)))
+    library = torch_kl(Categorical(p), Categorical(q))
     torch.testing.assert_close(forward, library, rtol=0, atol=1e-12)
-    assert forward > 0 and reverse > 0 and kl_divergence(p, p) == 0
-    print(f"   KL(p || q) {forward:.4f}   KL(q || p) {reverse:.4f}   KL(p || p) 0")
+    assert (forward > 0).all() and (kl_divergence(p, p) == 0).all()
+    print(f"   smallest {forward.min():.4f}   of p from itself 0   "
+          f"largest |KL(p || q) - KL(q || p)| {(forward - reverse).abs().max():.4f}")  # fmt: skip
 
     P, Q = Normal(*torch.tensor([0.5, 0.8], dtype=F64)), Normal(*torch.tensor([-1, 1.7], dtype=F64))
     closed = gaussian_kl(P.mean, P.stddev, Q.mean, Q.stddev)
-    library = torch.distributions.kl_divergence(P, Q)
-    torch.testing.assert_close(closed, library, rtol=0, atol=1e-12)
+    torch.testing.assert_close(closed, torch_kl(P, Q), rtol=0, atol=1e-12)
     x = P.sample((samples,))
-    ratios = P.log_prob(x) - Q.log_prob(x)
+    ratios = P.log_prob(x) - Q.log_prob(x)  # KL is their mean under P
     error = ratios.std() / samples**0.5
-    print(f"   closed form {closed:.4f}   torch.distributions {library:.4f}   "
+    print(f"   closed form {closed:.4f}   torch.distributions {torch_kl(P, Q):.4f}   "
           f"Monte Carlo {ratios.mean():.4f} +- {error:.4f}")  # fmt: skip
     return {"closed": closed.item(), "monte_carlo": ratios.mean().item(), "error": error.item()}
 
 
 def show_kl_div(B=4, C=5):
-    print(f"2. F.kl_div(log q, p) on (B, C) = ({B}, {C}): input is a log, target comes second")
+    print(f"2. F.kl_div on (B, C) = ({B}, {C}): the input is a log, and the target comes second")
     p, q = torch.randn(2, B, C, dtype=F64).softmax(-1)
-    ours = kl_divergence(p, q).mean()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of "mean" by itself
+        mean = F.kl_div(q.log(), p, reduction="mean")
     values = {
         "batchmean": F.kl_div(q.log(), p, reduction="batchmean"),
-        "mean": F.kl_div(q.log(), p.log(), reduction="sum", log_target=True) / (B * C),
+        "mean": mean,
         "swapped": F.kl_div(p.log(), q, reduction="batchmean"),
+        "no log": F.kl_div(q, p, reduction="batchmean"),
     }
-    torch.testing.assert_close(values["batchmean"], ours, rtol=0, atol=1e-12)
-    torch.testing.assert_close(values["swapped"], kl_divergence(q, p).mean(), rtol=0, atol=1e-12)
+    right, swapped = kl_divergence(p, q).mean(), kl_divergence(q, p).mean()
+    for name, theory in {"batchmean": right, "mean": right / C, "swapped": swapped}.items():
+        torch.testing.assert_close(values[name], theory, rtol=0, atol=1e-12)
+    assert values["no log"] < 0  # which no divergence is
     shown = "   ".join(f"{name} {value:.4f}" for name, value in values.items())
-    print(f"   KL(p || q) {ours:.4f}   {shown}")
-    return {name: value.item() for name, value in values.items()} | {"ours": ours.item()}
+    print(f"   by definition  KL(p || q) {right:.4f}   KL(q || p) {swapped:.4f}")
+    print(f"   by F.kl_div    {shown}")
 
 
 def show_fits(log_dir):
-    print("3. the best Gaussian for 0.6 N(-3, 1) + 0.4 N(3, 1): mean, standard deviation, KL")
-    theory = {  # moments of the mixture; those of a mode, and minus the log of its weight
-        "forward": (-0.6, math.sqrt(1 + 9 - 0.36), None),
-        "reverse_left": (-3.0, 1.0, -math.log(0.6)),
-        "reverse_right": (3.0, 1.0, -math.log(0.4)),
-    }
-    starts = {"forward": 0.0, "reverse_left": -2.0, "reverse_right": 2.0}
-    fits, x = {}, torch.linspace(-9, 9, 480, dtype=F64)
-    for name, (mean, std, kl) in theory.items():
-        m, s, found = fits[name] = fit_gaussian(name.split("_")[0], starts[name])
-        expected = f"{mean:7.4f} {std:.4f} " + (f"{kl:.4f}" if kl else "  -")
-        print(f"   {name:<13}   {m:7.4f} {s:.4f} {found:.4f}   theory {expected}")
-        colour = (0.1, 0.35, 0.8) if name == "forward" else (0.85, 0.2, 0.15)
-        densities = {(0.6, 0.6, 0.6): target_log_density(x), colour: Normal(m, s).log_prob(x)}
-        image = picture({rgb: log_p.exp() for rgb, log_p in densities.items()})
+    print("3. the best Gaussian for 0.6 N(-3, 1) + 0.4 N(3, 1): mu, sigma, KL")
+    mu = sum(w * m for w, m in MODES)  # the mixture's moments
+    sigma = math.sqrt(sum(w * (1 + m**2) for w, m in MODES) - mu**2)
+    theory = {"forward": (mu, sigma, 0.0, math.inf)}  # mu, sigma; start of mu, bound of the KL
+    for name, (w, m) in zip(("reverse_left", "reverse_right"), MODES, strict=True):
+        theory[name] = (m, 1.0, m / 2, -math.log(w))
+    fits, x = {}, torch.linspace(-9, 9, 480)
+    for name, (mu, sigma, start, bound) in theory.items():
+        order = name.split("_")[0]
+        m, s, kl = fits[name] = fit_gaussian(order, start)
+        assert kl <= bound  # which q = the mode itself has at most
+        print(f"   {name:<13} {m:7.4f} {s:.4f} {kl:.4f}   theory {mu:7.4f} {sigma:.4f}"
+              + (f" at most {bound:.4f}" if order == "reverse" else ""))  # fmt: skip
+        q = Normal(m, s).log_prob(x).exp()
+        colour = (0.1, 0.35, 0.8) if order == "forward" else (0.85, 0.2, 0.15)
         with SummaryWriter(log_dir / "fit" / name, purge_step=0) as writer:
-            writer.add_image("fit/densities", image, 0)
+            writer.add_image("fit/densities", picture(target_log_density(x).exp(), q, colour), 0)
     return fits
 
 
 def show_temperature(log_dir):
-    print("4. gradient of KL(softmax(v / T) || softmax(z / T)) with respect to z, norm over T")
+    print("4. norm of the gradient of KL(softmax(v / T) || softmax(z / T)) with respect to z")
     z, v = 3 * torch.randn(2, CLASSES, dtype=F64)
     limit = ((z - z.mean()) - (v - v.mean())) / CLASSES
     rows = {}
-    for T in (1, 2, 4, 8, 16, 64, 256):
-        leaf = z.clone().requires_grad_()
-        (grad,) = torch.autograd.grad(soft_loss(leaf[None], v[None], T) / T**2, leaf)
-        by_hand = ((z / T).softmax(0) - (v / T).softmax(0)) / T
-        torch.testing.assert_close(grad, by_hand, rtol=0, atol=1e-12)
-        rows[T] = grad.norm().item(), (T**2 * grad).norm().item()
+    for k in range(11):
+        T, leaf = 2**k, z[None].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(soft_loss(leaf, v[None], T), leaf)
+        by_hand = T * ((z / T).softmax(0) - (v / T).softmax(0))
+        torch.testing.assert_close(grad[0], by_hand, rtol=0, atol=1e-10)
+        rows[T] = grad.norm().item() / T**2, grad.norm().item()
+        if k % 2 == 0:
+            print(f"   T {T:4}   without T^2 {rows[T][0]:.7f}   with {rows[T][1]:.4f}")
     for column, name in enumerate(("raw", "times_T2")):
-        with SummaryWriter(log_dir / "temperature" / name, purge_step=0) as writer:
-            for T, row in rows.items():
-                writer.add_scalar("temperature/gradient", row[column], T)
-    for T in (1, 4, 16, 256):
-        print(f"   T {T:3}   raw {rows[T][0]:.5f}   times T^2 {rows[T][1]:.4f}")
-    print(f"   limit of T^2 times it   {limit.norm():.4f}")
-    return rows, limit.norm().item()
+        curve = [math.log2(row[column]) for row in rows.values()]
+        draw(log_dir / "temperature" / name, {"temperature/log2_gradient": curve})
+    hard = (z.softmax(0) - F.one_hot(v.argmax(), CLASSES)).norm()
+    print(f"   limit with T^2 {limit.norm():.4f}   of cross-entropy with a label {hard:.4f}")
+    return {"rows": rows, "limit": limit.norm().item()}
 
 
-def show_distillation(seed, log_dir, teacher, few, test, epochs):
-    (x, labels), (x_test, test_labels) = few, test
-    print(f"5. a student with {len(x)} labels: accuracy on {len(x_test):,} others")
-    answers, ends = teacher(x), {"teacher": accuracy(teacher(x_test), test_labels)}
-    losses = {
-        "hard": lambda z, i: F.cross_entropy(z, labels[i]),
-        "soft": lambda z, i: distillation_loss(z, answers[i], labels[i]),
+def train_student(seed, few, test, targets, alpha, T, epochs):
+    """Accuracy on `test` by epoch; the same start and the same batches for a seed."""
+    torch.manual_seed(seed)
+    (x, labels), (x_test, labels_test) = few, test
+    student = network(32, CLASSES)
+
+    def loss_of(i):
+        return distillation_loss(student(x[i]), targets[i], labels[i], T, alpha)
+
+    return fit(student, len(x), loss_of, epochs, lambda m: accuracy(m(x_test), labels_test))
+
+
+def show_distillation(seed, log_dir, train, few, test, epochs, T=4.0):
+    print(f"5. a student with {len(few[0])} labels, its teacher with {len(train[0]):,}: accuracy")
+    x, labels = train
+    teacher = network(256, CLASSES)
+    fit(teacher, len(x), lambda i: F.cross_entropy(teacher(x[i]), labels[i]), 4)
+    answers = teacher.requires_grad_(False)(few[0])
+    runs = {  # targets, alpha
+        "hard": (answers, 0.0),
+        "smoothed": (smoothed_answers(answers, few[1], T), 0.9),  # the control
+        "soft": (answers, 0.9),
     }
-    for name, loss_of in tqdm(losses.items(), leave=False, disable=None):
-        torch.manual_seed(seed)  # the same start and the same batches
-        student = network(32, CLASSES)
-        seen = fit(student, x, loss_of, epochs, lambda m: accuracy(m(x_test), test_labels))
+    ends = {"teacher": accuracy(teacher(test[0]), test[1])}
+    for name, (targets, alpha) in runs.items():
+        seen = train_student(seed, few, test, targets, alpha, T, epochs)
         draw(log_dir / "distillation" / name, {"val/accuracy": seen})
         ends[name] = seen[-1]
     print("   " + "   ".join(f"{name} {end:.3f}" for name, end in ends.items()))
     return ends
 
 
-def show_seed(seed, log_dir, teacher, x, few, test, epochs):
-    print(f"6. SEED on {len(x):,} points without labels: linear probe, {len(few[0])} labels")
-    torch.manual_seed(seed)
-    untrained = nn.Sequential(network(256, CLASSES)[0]).requires_grad_(False)
-    probes = {"teacher": linear_probe(teacher, few, test)}
-    for name, body in (("untrained_teacher", untrained), ("seed", teacher)):
+def show_seed(seed, log_dir, x, few, test, epochs):
+    print(f"6. linear probe with {len(few[0])} labels, after {len(x):,} points without labels")
+    teacher, untrained = network(256, 64), network(256, 64).requires_grad_(False)
+    fit(teacher, len(x), contrastive(teacher, x), 8, batch=200, lr=2e-3)
+    teacher.requires_grad_(False)
+    probe = partial(linear_probe, few=few, test=test)
+    probes = {"the points": probe(nn.Identity()), "teacher": probe(teacher)}
+    for name, objective in {
+        "no_teacher": contrastive,
+        "untrained_teacher": partial(mimic, teacher=untrained),
+        "teacher": partial(mimic, teacher=teacher),
+    }.items():
         torch.manual_seed(seed)
-        student = network(32, 256)  # a body, and a projection to the teacher's dimensions
-        with torch.no_grad():
-            probes["student as it started"] = linear_probe(student[0], few, test)
-        losses, seen = fit_seed(student, body, x, epochs, lambda m: linear_probe(m[0], few, test))
-        draw(log_dir / name, {"seed/loss": losses, "seed/probe": seen})
-        probes[name] = seen[-1]
-    for name, probe in probes.items():
-        print(f"   {name.replace('_', ' '):<22} {probe:.3f}")
+        student = network(32, 64)
+        seen = fit(student, len(x), objective(student, x), epochs, probe, batch=200, lr=6e-3)
+        draw(log_dir / "seed" / name, {"probe/accuracy": seen})
+        probes |= {"student at the start": seen[0], f"student, {name.replace('_', ' ')}": seen[-1]}
+    for name, value in probes.items():
+        print(f"   {name:<27} {value:.3f}")
     return probes
 
 
-def main(seed=0, log_dir=LOG_DIR, samples=100_000, labels=300, unlabelled=4000, epochs=(100, 15)):
+def main(seed=0, log_dir=LOG_DIR, samples=100_000, points=6000, labels=300, epochs=(100, 10)):
     torch.manual_seed(seed)
-    measured = {
-        "definition": show_definition(samples),
-        "kl_div": show_kl_div(),
-        "fits": show_fits(log_dir),
-        "temperature": show_temperature(log_dir),
-    }
-    sample = world(seed)
-    (x, y), few, test = sample(4000), sample(labels), sample(4000)
-    torch.manual_seed(seed)
-    teacher = network(256, CLASSES)
-    fit(teacher, x, lambda z, i: F.cross_entropy(z, y[i]), 6, batch=100)
-    teacher.requires_grad_(False)
-    distilled = show_distillation(seed, log_dir, teacher, few, test, epochs[0])
-    body = nn.Sequential(teacher[0])
-    mimic = show_seed(seed, log_dir, body, sample(unlabelled)[0], few, test, epochs[1])
-    return measured | {"distillation": distilled, "seed": mimic}
+    measured = {"definition": show_definition(samples)}
+    show_kl_div()
+    measured["fits"] = show_fits(log_dir)
+    measured["temperature"] = show_temperature(log_dir)
+    sample = clouds(seed)
+    train, few, test = sample(points), sample(labels), sample(4000)
+    measured["distillation"] = show_distillation(seed, log_dir, train, few, test, epochs[0])
+    measured["seed"] = show_seed(seed, log_dir, train[0], few, test, epochs[1])
+    return measured
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.distributions import Categorical, Normal
 from torch.distributions import kl_divergence as torch_kl
 
-SMALL = {"samples": 20_000, "labels": 300, "unlabelled": 2000, "epochs": (60, 10)}
+SMALL = {"samples": 20_000, "points": 4000, "labels": 300, "epochs": (60, 5)}
 
 
 @pytest.fixture(scope="module")
@@ -28,28 +28,34 @@ def test_kl_by_hand_and_where_a_probability_is_0(lesson):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_kl_is_torchs_is_never_negative_and_has_its_gradient(lesson, dtype):
+def test_kl_is_torchs_with_its_gradient(lesson, dtype):
     torch.manual_seed(0)
-    a, b = (3 * torch.randn(2, 50, 7, dtype=dtype)).unbind()
+    a, b = 3 * torch.randn(2, 50, 7, dtype=dtype)
     leaves = [z.clone().requires_grad_() for z in (a, b, a, b)]
     ours = lesson.kl_divergence(leaves[0].softmax(-1), leaves[1].softmax(-1))
     theirs = torch_kl(Categorical(logits=leaves[2]), Categorical(logits=leaves[3]))
     torch.testing.assert_close(ours, theirs)
-    assert (ours > 0).all() and not torch.allclose(
-        ours, lesson.kl_divergence(b.softmax(-1), a.softmax(-1))
-    )
     ours.sum().backward()
     theirs.sum().backward()
     for mine, other in zip(leaves[:2], leaves[2:], strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_gaussian_form_is_torchs(lesson):
+def test_kl_is_positive_not_symmetric_and_no_distance(lesson):
+    a, b, c = torch.tensor([[0.5, 0.5], [0.25, 0.75], [0.1, 0.9]])
+    kl = lesson.kl_divergence
+    assert kl(a, b) > 0 and kl(b, a) > 0 and (kl(a, b) - kl(b, a)).abs() > 0.01
+    assert kl(a, c) > kl(a, b) + kl(b, c)  # the triangle's inequality fails
+
+
+def test_gaussian_form_is_torchs_and_the_vae_prior_term(lesson):
     torch.manual_seed(0)
     m_p, m_q = torch.randn(2, 9, dtype=torch.float64)
     s_p, s_q = torch.rand(2, 9, dtype=torch.float64) + 0.1
     ours = lesson.gaussian_kl(m_p, s_p, m_q, s_q)
     torch.testing.assert_close(ours, torch_kl(Normal(m_p, s_p), Normal(m_q, s_q)))
+    to_prior = lesson.gaussian_kl(m_p, s_p, torch.zeros_like(m_p), torch.ones_like(s_p))
+    torch.testing.assert_close(to_prior, (m_p**2 + s_p**2 - 1) / 2 - s_p.log())
 
 
 @pytest.mark.parametrize("T", [1.0, 3.5, 20.0])
@@ -59,7 +65,7 @@ def test_soft_loss_is_kl_times_t_squared_with_its_gradient(lesson, T):
     z.requires_grad_()
     loss = lesson.soft_loss(z, v, T)
     p, q = (v / T).softmax(1), (z / T).softmax(1)
-    torch.testing.assert_close(loss, T**2 * (p * (p / q).log()).sum(1).mean())
+    torch.testing.assert_close(loss, T**2 * lesson.kl_divergence(p, q).mean())
     (grad,) = torch.autograd.grad(loss, z)
     torch.testing.assert_close(grad, T * (q - p).detach() / 6)
 
@@ -73,74 +79,183 @@ def test_distillation_loss_mixes_soft_and_hard(lesson):
     torch.testing.assert_close(lesson.distillation_loss(z, v, labels, alpha=0.0), hard)
 
 
-def test_seed_loss_by_a_loop(lesson):
+def seed_by_loop(student, teacher, queue, tau_s, tau_t):
+    """Mean over the batch of (cross-entropy, KL, the teacher's entropy)."""
+    student, teacher, queue = (F.normalize(z, dim=1) for z in (student, teacher, queue))
+    total = torch.zeros(3, dtype=student.dtype)
+    for s, t in zip(student, teacher, strict=True):
+        candidates = [*queue, t]
+        p = torch.stack([t @ d / tau_t for d in candidates]).softmax(0)
+        q = torch.stack([s @ d / tau_s for d in candidates]).softmax(0)
+        total += torch.stack(
+            [-(p * q.log()).sum(), (p * (p / q).log()).sum(), -(p * p.log()).sum()]
+        )
+    return total / len(student)
+
+
+def test_seed_loss_is_its_loop_and_kl_plus_the_teachers_entropy(lesson):
     torch.manual_seed(0)
-    student, teacher, queue = torch.randn(3, 4), torch.randn(3, 4), torch.randn(6, 4)
-    unit = [F.normalize(z, dim=1) for z in (student, teacher, queue)]
-    total = 0.0
-    for s, t in zip(*unit[:2], strict=True):
-        candidates = [*unit[2], t]
-        p = torch.stack([t @ d / 0.3 for d in candidates]).softmax(0)
-        q = torch.stack([s @ d / 0.7 for d in candidates]).softmax(0)
-        total -= (p * q.log()).sum() / 3
-    ours = lesson.seed_loss(student, teacher, queue, student_t=0.7, teacher_t=0.3)
-    torch.testing.assert_close(ours, total)
+    student, teacher = torch.randn(2, 3, 4, dtype=torch.float64)
+    queue = torch.randn(6, 4, dtype=torch.float64)
+    both = [z.requires_grad_() for z in (student, teacher)]
+    loss = lesson.seed_loss(*both, queue, tau_s=0.7, tau_t=0.3)
+    cross_entropy, kl, entropy = seed_by_loop(student, teacher.detach(), queue, 0.7, 0.3)
+    torch.testing.assert_close(loss, cross_entropy)
+    torch.testing.assert_close(loss, kl + entropy)
+    grads = [torch.autograd.grad(value, student, retain_graph=True)[0] for value in (loss, kl)]
+    torch.testing.assert_close(*grads)  # of KL alone: the entropy is a constant to the student
+    loss.backward()
+    assert teacher.grad is None
 
 
-def test_seed_loss_is_kl_plus_the_teachers_entropy_and_teaches_the_student_alone(lesson):
+def test_the_queue_forgets_its_oldest(lesson, monkeypatch):
+    x, queues = torch.arange(10.0)[:, None], []
+    monkeypatch.setattr(lesson, "seed_loss", lambda s, t, queue: queues.append(queue.flatten()))
+    loss_of = lesson.mimic(lambda x: x, x, teacher=lambda x: 10 * x, size=4)
+    for i in ([8, 9], [4], [5]):
+        loss_of(torch.tensor(i))
+    assert [q.tolist() for q in queues] == [[0, 10, 20, 30], [20, 30, 80, 90], [30, 80, 90, 40]]
+
+
+def test_info_nce_is_that_of_the_lesson_on_contrastive_losses(lesson, load):
+    q, k = torch.randn(2, 7, 5)
+    theirs = load("loss_functions/contrastive_loss.py").info_nce(q, k, 0.3)
+    torch.testing.assert_close(lesson.info_nce(q, k, 0.3), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_half_and_near(lesson, dtype):
     torch.manual_seed(0)
-    student, teacher, queue = torch.randn(3, 4), torch.randn(3, 4), torch.randn(6, 4)
-    for z in (student, teacher):
-        z.requires_grad_()
-    lesson.seed_loss(student, teacher, queue).backward()
-    assert student.grad.abs().max() > 0 and teacher.grad is None
-    best = lesson.seed_loss(teacher, teacher, queue, student_t=0.1, teacher_t=0.1)
-    assert best < lesson.seed_loss(student, teacher, queue, student_t=0.1, teacher_t=0.1)
+    z, v, queue = torch.randn(3, 5), torch.randn(3, 5), torch.randn(8, 5)
+    labels = torch.tensor([0, 4, 2])
+    for function, tensors, more in (
+        (lesson.kl_divergence, (z.softmax(1), v.softmax(1)), ()),
+        (lesson.gaussian_kl, (z, v.exp(), v, z.exp()), ()),
+        (lesson.distillation_loss, (z, v), (labels,)),
+        (lesson.seed_loss, (z, v, queue), ()),
+    ):
+        half = function(*(t.to(dtype) for t in tensors), *more)
+        assert half.dtype == dtype
+        torch.testing.assert_close(half.float(), function(*tensors, *more), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ["kl_divergence", "soft_loss", "seed_loss"])
-def test_shapes_that_would_broadcast_are_refused(lesson, name):
-    more = {"kl_divergence": (), "soft_loss": (2.0,), "seed_loss": (torch.randn(5, 3),)}[name]
-    with pytest.raises(ValueError, match=r"need equal shapes, not \(4, 3\) and \(1, 3\)"):
-        getattr(lesson, name)(torch.ones(4, 3) / 3, torch.ones(1, 3) / 3, *more)
+ONE, FOUR, QUEUE = torch.ones(1, 3) / 3, torch.ones(4, 3) / 3, torch.randn(5, 3)
 
 
-def test_try_reverse_kl_locks_on_the_mode_it_starts_near(lesson):
-    mean, std, kl = lesson.fit_gaussian("reverse", 2.0)
-    assert (mean, std) == pytest.approx((3, 1), abs=0.04)
-    assert kl == pytest.approx(-math.log(0.4), abs=0.01)
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("kl_divergence", (FOUR, ONE)),
+        ("gaussian_kl", (FOUR, FOUR, FOUR, ONE)),
+        ("soft_loss", (FOUR, ONE, 2.0)),
+        ("soft_loss", (FOUR[0], FOUR[0], 2.0)),  # "batchmean" would divide by the classes
+        ("seed_loss", (FOUR, ONE, QUEUE)),
+        ("info_nce", (FOUR, ONE, 0.2)),
+    ],
+)
+def test_shapes_that_would_broadcast_are_refused(lesson, name, inputs):
+    with pytest.raises(ValueError, match=r"need equal shapes.*, not \("):
+        getattr(lesson, name)(*inputs)
+
+
+def test_torch_advises_against_the_reduction_mean():
+    with pytest.warns(UserWarning, match="batchmean"):
+        F.kl_div(FOUR.log(), FOUR, reduction="mean")
+
+
+def test_try_between_the_modes_reverse_kl_ends_in_a_third_worse_optimum(lesson):
+    mu, sigma, kl = lesson.fit_gaussian("reverse", 0.0)
+    assert -1 < mu < 0 and sigma > 2.5
+    assert kl > lesson.fit_gaussian("reverse", -2.0)[2] + 0.3
+
+
+@pytest.mark.parametrize("start", [-2.0, 2.0])
+def test_reverse_kl_stops_where_its_gradient_says(lesson, start):
+    mu, sigma, _ = lesson.fit_gaussian("reverse", start)
+    x = torch.linspace(-25, 25, 5001, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(lesson.target_log_density(x).sum(), x, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), x)
+    q = Normal(mu, sigma).log_prob(x.detach()).exp() * 0.01  # dx
+    assert (q * slope).sum().item() == pytest.approx(0, abs=1e-6)
+    assert (q * curvature).sum().item() == pytest.approx(-1 / sigma**2, abs=1e-6)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_a_q_that_may_have_two_modes_takes_both_in_either_order(lesson, order):
+    p = lesson.target_log_density(torch.linspace(-7, 7, 29, dtype=torch.float64)).softmax(0)
+    z = torch.zeros(29, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([z], max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure():
+        pair = (p, z.softmax(0)) if order == "forward" else (z.softmax(0), p)
+        loss = lesson.kl_divergence(*pair)
+        z.grad = torch.autograd.grad(loss, z)[0]
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(z.softmax(0).detach(), p, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("start", [-4.0, 0.0, 5.0])
 def test_forward_kl_takes_the_moments_from_anywhere(lesson, start):
-    mean, std, _ = lesson.fit_gaussian("forward", start, std=2.0)
-    assert (mean, std) == pytest.approx((-0.6, math.sqrt(9.64)), abs=1e-5)
+    mu, sigma, _ = lesson.fit_gaussian("forward", start, sigma=2.0)
+    assert (mu, sigma) == pytest.approx((-0.6, math.sqrt(9.64)), abs=1e-5)
 
 
-def test_a_picture_has_its_line_where_the_curve_is(lesson):
-    values = torch.tensor([0.0, 0.5, 1.0])
-    image = lesson.picture({(1.0, 0.0, 0.0): values}, height=101)
-    assert image.shape == (3, 101, 3)
-    assert image[:, 100, 0].tolist() == [1, 0, 0] and image[:, 5, 2].tolist() == [1, 0, 0]
-    assert image[:, 5, 0].tolist() == [1, 1, 1]
+def test_a_picture_has_its_area_and_its_line_where_the_curves_are(lesson):
+    target, fit = torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.2, 0.2, 0.9])
+    image = lesson.picture(target, fit, (1.0, 0.0, 0.0), top=1.0, height=100)
+    assert image.shape == (3, 100, 3)
+    for row, column, colour in (
+        (79, 0, (1, 0, 0)), (79, 1, (1, 0, 0)), (40, 2, (1, 0, 0)),  # the line, and its rise
+        (60, 1, (0.75, 0.75, 0.75)), (95, 2, (0.75, 0.75, 0.75)),
+        (40, 1, (1, 1, 1)), (95, 0, (1, 1, 1)), (2, 2, (1, 1, 1)),
+    ):  # fmt: skip
+        assert image[:, row, column].tolist() == list(colour)
+
+
+def test_the_control_is_as_sure_of_the_label_as_the_teacher_and_knows_no_more(lesson):
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(50, 7), torch.randint(7, (50,))
+    p = (lesson.smoothed_answers(logits, labels, 2.5) / 2.5).softmax(1)
+    share = (logits / 2.5).softmax(1)[range(50), labels].mean()
+    expected = torch.where(F.one_hot(labels, 7) == 1, share, (1 - share) / 6)
+    torch.testing.assert_close(p, expected)
+
+
+def test_a_probe_reads_what_is_in_the_features_and_nothing_else(lesson):
+    torch.manual_seed(0)
+    few, test = ((torch.eye(10)[y], y) for y in (torch.randint(10, (n,)) for n in (200, 1000)))
+    assert lesson.linear_probe(torch.nn.Identity(), few, test) == 1
+    shuffled = few[0], few[1][torch.randperm(200)]
+    assert lesson.linear_probe(torch.nn.Identity(), shuffled, test) < 0.4
 
 
 def test_main_measures_what_the_formulas_say(measured, events):
     result, log_dir = measured
-    definition, kl_div = result["definition"], result["kl_div"]
+    definition, fits = result["definition"], result["fits"]
     assert abs(definition["monte_carlo"] - definition["closed"]) < 4 * definition["error"] < 0.05
-    assert kl_div["batchmean"] == pytest.approx(5 * kl_div["mean"]) == pytest.approx(kl_div["ours"])
-    assert result["fits"]["forward"][:2] == pytest.approx((-0.6, 3.10484), abs=1e-5)
-    assert result["fits"]["reverse_left"][2] == pytest.approx(-math.log(0.6), abs=0.005)
-    rows, limit = result["temperature"]
-    assert rows[256][1] == pytest.approx(limit, rel=0.01)
-    assert rows[256][0] < 1e-3 * rows[1][0] < rows[1][1]
+    assert fits["forward"][:2] == pytest.approx((-0.6, 3.10484), abs=1e-5)
+    assert fits["reverse_left"] == pytest.approx((-3, 1, -math.log(0.6)), abs=0.04)
+    assert fits["reverse_right"] == pytest.approx((3, 1, -math.log(0.4)), abs=0.04)
+    rows, limit = result["temperature"]["rows"], result["temperature"]["limit"]
+    assert rows[1024][1] == pytest.approx(limit, rel=0.01)
+    assert rows[512][0] / rows[1024][0] == pytest.approx(4, rel=0.01)
     for name in ("forward", "reverse_left", "reverse_right"):
         assert len(events(log_dir / "fit" / name).Images("fit/densities")) == 1
 
 
-def test_main_students_learn_from_the_teacher(measured):
-    distilled, mimic = measured[0]["distillation"], measured[0]["seed"]
-    assert distilled["soft"] > distilled["hard"] + 0.02
-    assert mimic["seed"] > mimic["student as it started"] + 0.15
-    assert mimic["seed"] > mimic["untrained_teacher"] + 0.05
+def test_main_soft_labels_teach_more_than_hard_ones_and_more_than_softness(measured, events):
+    ends, log_dir = measured[0]["distillation"], measured[1]
+    assert ends["soft"] > ends["hard"] + 0.02
+    assert ends["soft"] > ends["smoothed"] + 0.005
+    assert len(events(log_dir / "distillation" / "soft").Scalars("val/accuracy")) == 61
+
+
+def test_main_seed_beats_the_start_the_points_and_an_untrained_teacher(measured, events):
+    probes, log_dir = measured[0]["seed"], measured[1]
+    seed = probes["student, teacher"]
+    assert seed > probes["student at the start"] + 0.1
+    assert seed > probes["the points"] + 0.04
+    assert seed > probes["student, untrained teacher"] + 0.02
+    assert len(events(log_dir / "seed" / "teacher").Scalars("probe/accuracy")) == 6
