@@ -11,14 +11,18 @@
 In training BatchNorm also keeps, for evaluation, running <- (1 - m) running + m batch, with a
 variance divided by n - 1; m weighs the *new* value. A mean over B examples is off by sigma^2 / B:
 small batches are noise in training, and evaluation is another network. The other three know no
-batch. InstanceNorm divides out how large an example is: where that is the answer, it is gone.
+batch, but divide out how large an example is: where that is the answer, it is gone. So choose
 
-Checked here   mean 0 and variance 1 over these axes and no others; torch's outputs, gradients,
-               running statistics; the ends of GroupNorm; sigma^2 / B; accuracy by batch size, where
-               the scale means nothing and where it is the answer: choose by this table
-TensorBoard    noise/mean by B in noise/measured, theory; val/accuracy by log2 B in
-               waveform/BatchNorm …, none
-Try            evaluate a BatchNorm trained on pairs with the statistics of large batches: better?
+    BatchNorm   for large batches, or where the scale of an example means something
+    GroupNorm, LayerNorm   for small batches, and where the scale means nothing
+    InstanceNorm   where even the scale of a single channel means nothing; here it never wins
+
+Checked here   mean 0 and variance 1 over these axes, torch's outputs, gradients and running
+               statistics; the ends of GroupNorm; sigma^2 / B in BatchNorm's own running mean;
+               accuracy by batch size, where the scale means nothing, and where it is the answer
+TensorBoard    noise/log2_mean by log2 B in noise/measured, theory (slope -1); val/accuracy by
+               log2 B in waveform/BatchNorm …, none
+Try            bias=True in network(): can GroupNorm then hear how loud a wave is? It can
 Source         Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1; Ba et al. 2016,
                arXiv:1607.06450, eq. 3; Ulyanov et al. 2016, arXiv:1607.08022, eq. 3; Wu & He 2018,
                arXiv:1803.08494, eq. 7
@@ -47,10 +51,10 @@ def widen(x):
 
 
 def normalize(x, axes, eps=1e-5):
-    """x less its mean over `axes`, over its standard deviation there; keeps x's type."""
-    wide = widen(x)
-    var, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
-    return ((wide - mean) / (var + eps).sqrt()).to(x.dtype)
+    """x less its mean over `axes`, over its standard deviation there; half comes out as float32."""
+    x = widen(x)
+    var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    return (x - mean) / (var + eps).sqrt()
 
 
 class Norm(nn.Module):
@@ -67,13 +71,18 @@ class Norm(nn.Module):
             need = ", ".join(["B", str(self.channels), "L"][:dims])
             raise ValueError(f"{type(self).__name__} needs ({need}, …), not {tuple(x.shape)}")
 
+    def check_count(self, x, values):
+        if values < 2:
+            raise ValueError(f"a mean over {values} value of {tuple(x.shape)} leaves nothing")
+
     def along(self, p, x):
         return p.view(-1, *[1] * (x.dim() - 2))  # (C,) -> (C, 1, …)
 
-    def scale(self, x):
-        if self.weight is None:
-            return x
-        return x * self.along(self.weight, x) + self.along(self.bias, x)
+    def scale(self, y, dtype):
+        """w y + b, only then rounded to the type of the input."""
+        if self.weight is not None:
+            y = y * self.along(self.weight, y) + self.along(self.bias, y)
+        return y.to(dtype)
 
 
 class BatchNorm(Norm):
@@ -93,17 +102,17 @@ class BatchNorm(Norm):
         self.check(x, 2)
         if not self.training:
             mean, var = (self.along(s, x) for s in (self.running_mean, self.running_var))
-            wide = (widen(x) - mean) / (var + self.eps).sqrt()
-            return self.scale(wide.to(x.dtype))
-        if x.numel() == self.channels:
-            raise ValueError(f"BatchNorm needs more than 1 value per channel, not {tuple(x.shape)}")
+            return self.scale((widen(x) - mean) / (var + self.eps).sqrt(), x.dtype)
+        self.check_count(x, x.numel() // self.channels)
         axes = (0, *range(2, x.dim()))
         self.track(widen(x.detach()), axes)
-        return self.scale(normalize(x, axes, self.eps))
+        return self.scale(normalize(x, axes, self.eps), x.dtype)
 
     def track(self, x, axes):
         self.num_batches_tracked += 1
-        m = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        m = self.momentum
+        if m is None:
+            m = 1 / self.num_batches_tracked.item()
         for running, batch in ((self.running_mean, x.mean(axes)),
                                (self.running_var, x.var(axes, correction=1))):  # fmt: skip
             running.copy_((1 - m) * running + m * batch)
@@ -112,12 +121,13 @@ class BatchNorm(Norm):
 class InstanceNorm(Norm):
     """Over all of L, for x (B, C, L…); without weights unless asked for."""
 
-    def __init__(self, num_features, eps=1e-5, affine=False):
+    def __init__(self, num_features, eps=1e-5, *, affine=False):
         super().__init__(num_features, eps, affine)
 
     def forward(self, x):
         self.check(x, 3)
-        return self.scale(normalize(x, tuple(range(2, x.dim())), self.eps))
+        self.check_count(x, x[0, 0].numel())
+        return self.scale(normalize(x, tuple(range(2, x.dim())), self.eps), x.dtype)
 
 
 class GroupNorm(Norm):
@@ -125,15 +135,16 @@ class GroupNorm(Norm):
 
     def __init__(self, num_groups, num_channels, eps=1e-5, affine=True):
         super().__init__(num_channels, eps, affine)
-        if num_channels % num_groups:
+        if num_groups < 1 or num_channels % num_groups:
             raise ValueError(f"{num_channels} channels do not split into {num_groups} groups")
         self.num_groups = num_groups
 
     def forward(self, x):
         self.check(x, 2)
         groups = x.unflatten(1, (self.num_groups, -1))  # (B, C, …) -> (B, G, C/G, …)
+        self.check_count(x, groups[0, 0].numel())
         y = normalize(groups, tuple(range(2, groups.dim())), self.eps)
-        return self.scale(y.flatten(1, 2))
+        return self.scale(y.flatten(1, 2), x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -151,16 +162,16 @@ class LayerNorm(nn.Module):
     def forward(self, x):
         last = len(self.normalized_shape)
         if tuple(x.shape[-last:]) != self.normalized_shape:
-            raise ValueError(f"LayerNorm needs (…, {self.normalized_shape}), not {tuple(x.shape)}")
+            raise ValueError(f"LayerNorm needs (…, *{self.normalized_shape}), not {tuple(x.shape)}")
         y = normalize(x, tuple(range(-last, 0)), self.eps)
-        return y if self.weight is None else y * self.weight + self.bias
+        return (y if self.weight is None else y * self.weight + self.bias).to(x.dtype)
 
 
 # --- equalities --------------------------------------------------------------------------------
 
 
 def uneven(B, C, L):
-    """x (B, C, L) whose channels and examples differ in mean and scale: no norm is for nothing."""
+    """x (B, C, L) whose channels and examples differ in mean and scale, so that a norm has work."""
     scale = torch.linspace(0.5, 3, C, dtype=F64)[:, None]
     shift = torch.linspace(-4, 4, B, dtype=F64)[:, None, None] + 2 * torch.arange(C)[:, None]
     return shift + scale * torch.linspace(1, 2, B)[:, None, None] * torch.randn(B, C, L, dtype=F64)
@@ -229,16 +240,19 @@ def show_ends(B=3, C=6, L=10):
     return list(off.values())
 
 
-def show_noise(log_dir, trials=20_000):
-    print("4. a batch's mean of N(0, 1), squared and averaged: measured, theory 1 / B")
+def show_noise(log_dir, trials, sigma=2.0):
+    print("4. mean that BatchNorm takes of B examples of N(0, 4), squared: measured, theory 4 / B")
     noise = {}
-    for B in (2, 4, 8, 32, 128):
-        noise[B] = torch.randn(trials, B).mean(1).square().mean().item()
+    for B in (2, 8, 32, 128):
+        norm = BatchNorm(trials, momentum=1.0)  # each channel is a trial
+        norm(sigma * torch.randn(B, trials))
+        noise[B] = norm.running_mean.square().mean().item()
     for name in ("measured", "theory"):
         with SummaryWriter(log_dir / "noise" / name, purge_step=0) as writer:
             for B, value in noise.items():
-                writer.add_scalar("noise/mean", value if name == "measured" else 1 / B, B)
-    print("   " + "   ".join(f"B {B} {value:.4f} {1 / B:.4f}" for B, value in noise.items()))
+                square = value if name == "measured" else sigma**2 / B
+                writer.add_scalar("noise/log2_mean", math.log2(square), round(math.log2(B)))
+    print("   " + "   ".join(f"B {B} {v:.4f} {sigma**2 / B:.4f}" for B, v in noise.items()))
     return noise
 
 
@@ -267,11 +281,12 @@ def signals(n, task):
     return x[:, None], form if task == "waveform" else loud
 
 
-def network(norm):
+def network(norm, bias=False):
     """(B, 1, 32) -> (B, 4)"""
     layers, channels = [], (1, 16, 32)
     for c_in, c_out in pairwise(channels):
-        layers += [nn.Conv1d(c_in, c_out, 5, stride=2, padding=2), norm(c_out), nn.ReLU()]
+        conv = nn.Conv1d(c_in, c_out, 5, stride=2, padding=2, bias=bias)  # a norm has its own
+        layers += [conv, norm(c_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(32, 4))
 
 
@@ -281,7 +296,7 @@ def accuracy(model, x, labels):
 
 
 def fit(norm, task, B, steps, seed):
-    """Test accuracy in evaluation mode, and with the statistics of the test batch, of 2,000."""
+    """Test accuracy after `steps` batches of B signals: compare norms, not batch sizes."""
     torch.manual_seed(seed)
     model = network(norm)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -292,7 +307,7 @@ def fit(norm, task, B, steps, seed):
         loss.backward()
         optimizer.step()
     x, labels = signals(2000, task)
-    return accuracy(model.eval(), x, labels), accuracy(model.train(), x, labels)
+    return accuracy(model.eval(), x, labels)
 
 
 def show_tasks(seed, log_dir, norms, sizes, steps):
@@ -304,18 +319,17 @@ def show_tasks(seed, log_dir, norms, sizes, steps):
         with SummaryWriter(log_dir / "waveform" / name, purge_step=0) as writer:
             for B in sizes:
                 table[name, B] = fit(NORMS[name], "waveform", B, steps, seed)
-                writer.add_scalar("val/accuracy", table[name, B][0], round(math.log2(B)))
-        shown = "   ".join(f"B {B:2} {table[name, B][0]:.3f}" for B in sizes)
-        more = "   ".join(f"{table[name, B][1]:.3f}" for B in sizes)
-        tqdm.write(f"   {name:<12}   {shown}" + f"   by batch {more}" * (name == "BatchNorm"))
+                writer.add_scalar("val/accuracy", table[name, B], round(math.log2(B)))
+        shown = "   ".join(f"B {B:2} {table[name, B]:.3f}" for B in sizes)
+        tqdm.write(f"   {name:<12}   {shown}")
     print(f"6. how loud, B {sizes[-1]}: accuracy")
     for name in norms:
-        table["loudness", name] = fit(NORMS[name], "loudness", sizes[-1], steps, seed)[0]
+        table["loudness", name] = fit(NORMS[name], "loudness", sizes[-1], steps, seed)
     print("   " + "   ".join(f"{name} {table['loudness', name]:.3f}" for name in norms))
     return table
 
 
-def main(seed=0, log_dir=LOG_DIR, trials=20_000, norms=tuple(NORMS), sizes=(2, 4, 32), steps=500):
+def main(seed=0, log_dir=LOG_DIR, trials=20_000, norms=tuple(NORMS), sizes=(2, 8, 32), steps=400):
     torch.manual_seed(seed)
     return {
         "rest": show_axes(),

@@ -49,7 +49,7 @@ def test_hypotheses_are_different_sorted_and_end_once(lesson):
     for seed in range(6):
         found = lesson.beam_search(lesson.random_language(seed, 4, 5), PROMPT, 8, 5, eos=0)
         texts = [tuple(words) for _, _, words in found]
-        assert len(set(texts)) == len(texts) and 5 <= len(texts) <= 8
+        assert len(set(texts)) == len(texts) and 2 <= len(texts) <= 8
         assert all(text[-1] == 0 and 0 not in text[:-1] for text in texts)
         scores = [score for score, _, _ in found]
         assert scores == sorted(scores, reverse=True)

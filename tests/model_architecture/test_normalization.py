@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-HALF = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+HALF = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # after three batches in 16 bits
 
 
 @pytest.fixture(scope="module")
@@ -14,13 +14,13 @@ def lesson(load):
 def measured(request, lesson, tmp_path_factory):
     log_dir = tmp_path_factory.mktemp("runs")
     norms = ("BatchNorm", "GroupNorm", "InstanceNorm")
-    small = {"trials": 4000, "norms": norms, "sizes": (2,), "steps": 400}
+    small = {"trials": 1000, "norms": norms, "sizes": (2,), "steps": 300}
     return lesson.main(request.param, log_dir, **small), log_dir
 
 
 def test_normalize_by_hand(lesson):
     x = torch.tensor([[1.0, 3.0], [10.0, 10.0]])
-    y = lesson.normalize(x, 1, eps=0.0 + 1e-12)
+    y = lesson.normalize(x, 1, eps=1e-12)
     torch.testing.assert_close(y[0], torch.tensor([-1.0, 1.0]))
     assert y[1].tolist() == [0, 0]
 
@@ -50,7 +50,7 @@ def test_outputs_gradients_and_state_are_torchs(lesson, name, dtype):
     ours, library = ours.to(dtype), library.to(dtype)
     x = (3 + 2 * torch.randn(shape)).to(dtype)
     tolerance = HALF.get(dtype, 1e-5 if dtype == torch.float32 else 1e-12)
-    for mode in (True, True, False):
+    for mode in (True, True, True, False):
         leaves = [x.clone().requires_grad_() for _ in range(2)]
         pair = [m.train(mode)(leaf) for m, leaf in zip((ours, library), leaves, strict=True)]
         assert pair[0].dtype == dtype
@@ -66,6 +66,22 @@ def test_outputs_gradients_and_state_are_torchs(lesson, name, dtype):
     state, expected = ours.state_dict(), library.state_dict()
     assert state.keys() == expected.keys()
     torch.testing.assert_close(dict(state), dict(expected), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", list(HALF))
+def test_half_input_with_float32_weights_stays_half_as_in_torch(lesson, dtype):
+    torch.manual_seed(0)
+    x = (3 + 2 * torch.randn(4, 6, 5)).to(dtype)
+    for ours, library in (
+        (lesson.BatchNorm(6), nn.BatchNorm1d(6)),
+        (lesson.GroupNorm(3, 6), nn.GroupNorm(3, 6)),
+        (lesson.LayerNorm(5), nn.LayerNorm(5)),
+        (lesson.InstanceNorm(6, affine=True), nn.InstanceNorm1d(6, affine=True)),
+    ):
+        for mode in (True, False):
+            y, expected = ours.train(mode)(x), library.train(mode)(x.float()).to(dtype)
+            assert y.dtype == dtype
+            torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
 
 
 def test_running_variance_is_unbiased_and_momentum_weighs_the_new(lesson):
@@ -86,7 +102,10 @@ def test_half_precision_sums_do_not_overflow(lesson):
 def test_shapes_that_do_not_fit_are_refused(lesson):
     for norm, x, message in (
         (lesson.BatchNorm(3), torch.randn(4, 5), r"BatchNorm needs \(B, 3, …\), not \(4, 5\)"),
-        (lesson.BatchNorm(3), torch.randn(1, 3), "more than 1 value per channel"),
+        (lesson.BatchNorm(3), torch.randn(1, 3), "a mean over 1 value"),
+        (lesson.BatchNorm(3), torch.randn(0, 3), "a mean over 0 value"),
+        (lesson.InstanceNorm(3), torch.randn(2, 3, 1), "a mean over 1 value"),
+        (lesson.GroupNorm(3, 3), torch.randn(1, 3), "a mean over 1 value"),
         (lesson.BatchNorm(3), torch.randn(3), "BatchNorm needs"),
         (lesson.InstanceNorm(3), torch.randn(4, 3), r"InstanceNorm needs \(B, 3, L, …\)"),
         (lesson.GroupNorm(3, 6), torch.randn(2, 9), r"GroupNorm needs \(B, 6, …\)"),
@@ -94,8 +113,9 @@ def test_shapes_that_do_not_fit_are_refused(lesson):
     ):
         with pytest.raises(ValueError, match=message):
             norm(x)
-    with pytest.raises(ValueError, match="7 channels do not split into 2 groups"):
-        lesson.GroupNorm(2, 7)
+    for groups in (2, 0, -7):
+        with pytest.raises(ValueError, match=f"7 channels do not split into {groups} groups"):
+            lesson.GroupNorm(groups, 7)
 
 
 def test_a_batch_norm_output_depends_on_its_company_in_training_alone(lesson):
@@ -136,16 +156,21 @@ def test_main_measures_noise_and_ends(measured):
     assert result["biased"] == pytest.approx(3 / 4, abs=1e-3)
     assert result["ends"][0] < 1e-12 and result["ends"][1] < 1e-12 and result["ends"][2] > 0.1
     for B, value in result["noise"].items():
-        assert value == pytest.approx(1 / B, rel=0.1)
+        assert value == pytest.approx(4 / B, rel=0.2)
 
 
-def test_main_small_batches_break_batch_norm_and_loudness_breaks_instance_norm(measured, events):
+def test_main_small_batches_break_batch_norm_and_loudness_the_others(measured, events):
     table, log_dir = measured[0]["table"], measured[1]
-    assert table["BatchNorm", 2][0] < table["GroupNorm", 2][0]
-    assert table["loudness", "InstanceNorm"] < 0.4 < 0.6 < table["loudness", "GroupNorm"]
+    assert table["BatchNorm", 2] < table["GroupNorm", 2]
+    assert table["loudness", "BatchNorm"] > 0.38
+    assert max(table["loudness", name] for name in ("GroupNorm", "InstanceNorm")) < 0.35
     assert len(events(log_dir / "waveform" / "BatchNorm").Scalars("val/accuracy")) == 1
 
 
-def test_try_statistics_of_large_batches_help_a_network_trained_on_pairs(measured):
-    evaluation, by_batch = measured[0]["table"]["BatchNorm", 2]
-    assert by_batch > evaluation - 0.1  # a little, at most: the noise is in the weights
+def test_try_with_a_bias_group_norm_hears_the_scale(lesson):
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, 32)
+    for bias in (True, False):
+        model = lesson.network(lesson.NORMS["GroupNorm"], bias=bias).eval()
+        same = torch.allclose(model(x), model(50 * x), rtol=1e-2, atol=1e-3)
+        assert same == (not bias)
