@@ -56,8 +56,19 @@ class LoRALinear(nn.Module):
         return self.kept is not None
 
     def delta(self):
-        """(alpha / r) B A, (out, in)"""
-        return self.alpha / self.r * (self.lora_B @ self.lora_A)
+        """(alpha / r) B A (out, in), in float32 at least: merging into a half rounds only once."""
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return self.alpha / self.r * (self.lora_B.to(wide) @ self.lora_A.to(wide))
+
+    @property
+    def weight(self):
+        """W, for modules that read it past forward, as nn.MultiheadAttention its out_proj's."""
+        W = self.base.weight
+        return W if self.merged else (W + self.delta()).to(W.dtype)
+
+    @property
+    def bias(self):
+        return self.base.bias
 
     def forward(self, x):
         y = self.base(x)
@@ -69,8 +80,9 @@ class LoRALinear(nn.Module):
     def merge(self):
         """Add the update to the weight, of which a copy is kept; a second call does nothing."""
         if not self.merged:
+            W = self.weight
             self.kept = self.base.weight.clone()
-            self.base.weight += self.delta()
+            self.base.weight.copy_(W)
 
     @torch.no_grad()
     def unmerge(self):
@@ -82,10 +94,12 @@ class LoRALinear(nn.Module):
 
 def replace_layers(model, wanted, make):
     """Put make(layer) in place of every layer for which wanted(name, layer): the names."""
-    found = [(name, layer) for name, layer in model.named_modules() if wanted(name, layer)]
+    places = model.named_modules(remove_duplicate=False)
+    found = [(name, layer) for name, layer in places if wanted(name, layer)]
+    made = {layer: make(layer) for _, layer in found}  # a layer in two places stays one
     for name, layer in found:
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, make(layer))
+        setattr(model.get_submodule(parent), last, made[layer])
     return [name for name, _ in found]
 
 
@@ -113,12 +127,15 @@ def remove_lora(model):
 
 
 def lora_state_dict(model):
-    """The numbers of the updates alone: {name.lora_A: …, name.lora_B: …}."""
-    return {name: w for name, w in model.state_dict().items() if "lora_" in name}
+    """A copy of the updates alone: {name.lora_A: …, name.lora_B: …}; alpha is not in it."""
+    ends = (".lora_A", ".lora_B")
+    return {name: w.clone() for name, w in model.state_dict().items() if name.endswith(ends)}
 
 
 def load_lora(model, state):
-    """Load what lora_state_dict gave; ValueError where names or shapes differ."""
+    """Load what lora_state_dict gave; ValueError where names or shapes differ, or if merged."""
+    if any(isinstance(layer, LoRALinear) and layer.merged for layer in model.modules()):
+        raise ValueError("unmerge the model before an adapter is loaded")
     own = lora_state_dict(model)
     shapes, given = ({name: w.shape for name, w in part.items()} for part in (own, state))
     wrong = [name for name in sorted(own | state) if shapes.get(name) != given.get(name)]
@@ -280,12 +297,12 @@ def show_file(r=4):
     print(f"3. an adapter-only file, r = {r}")
     model = Transformer()
     names = add_lora(model, TARGETS, r, alpha=8.0)
-    for w in lora_state_dict(model).values():
+    for w in (w for w in model.parameters() if w.requires_grad):
         nn.init.normal_(w)
     size, file = size_of(lora_state_dict(model))
     whole, _ = size_of(model.state_dict())
     other = copy.deepcopy(model)
-    for w in lora_state_dict(other).values():
+    for w in (w for w in other.parameters() if w.requires_grad):
         nn.init.zeros_(w)
     file.seek(0)
     load_lora(other, torch.load(file, weights_only=True))

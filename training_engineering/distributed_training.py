@@ -3,13 +3,14 @@
     all-reduce     N - 1 steps in which each rank passes a sum of a chunk on (reduce-scatter), then
                    N - 1 in which it passes the finished chunk on (all-gather); a chunk is size / N
     time           a a message, b a byte:  ring    2 (N - 1) (a + b S / N)
-                                           tree    2 log2(N) (a + b S)
+                                           tree    2 ceil(log2 N) (a + b S)
                                            server  2 (N - 1) (a + b S)      one port for all workers
     DDP            each rank has the model and its share of the batch; while backward goes on, each
-                   bucket of finished gradients is all-reduced, and divided by N
+                   bucket of finished gradients is divided by N and all-reduced
 
-Equal shares of a mean loss give the mean of the whole batch, unequal ones do not. The ring is best
-for large gradients; its 2 (N - 1) latencies make it worse than the tree for small ones.
+Equal shares of a mean loss give the mean of the whole batch, unequal ones do not. For 100 MB this
+model has the ring ahead of a plain tree up to 4,096 ranks, for 10 kB behind it from a few ranks on:
+2 (N - 1) latencies add up.
 
     python training_engineering/distributed_training.py                 starts its two ranks itself
     torchrun --standalone --nproc-per-node=2 training_engineering/distributed_training.py
@@ -18,8 +19,8 @@ for large gradients; its 2 (N - 1) latencies make it worse than the tree for sma
 Checked here   ring = dist.all_reduce, its bytes counted; DDP's gradient = one process's on the
                whole batch; weights equal on all ranks; no_sync; the sampler; a resumed checkpoint;
                what a rank holds under DDP and under fully_shard; a rank that dies ends the others
-TensorBoard    train/loss by step in ddp, one_process: one line; cost/ms by log2 N in
-               cost/large_ring, large_tree, large_server (100 MB), small_… (10 kB)
+TensorBoard    train/loss by step in ddp, one_process: one line; cost/large_log10_ms (100 MB) and
+               cost/small_log10_ms (10 kB) by log2 N in cost/ring, tree, server
 Try            shares of 3 and 1 examples in place of 2 and 2: whose gradient is it? Nobody's mean
 Source         Patarasuk & Yuan 2009, doi:10.1016/j.jpdc.2008.09.002 (ring); Li et al. 2020 (DDP),
                arXiv:2006.15704; Zhao et al. 2023 (FSDP), arXiv:2304.11277
@@ -44,6 +45,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
@@ -120,7 +122,7 @@ def all_reduce_seconds(N, size, latency=2e-5, per_byte=8e-11):
     """Seconds of an all-reduce of `size` bytes over N ranks; 20 us a message, 12.5 GB/s a link."""
     return {
         "ring": 2 * (N - 1) * (latency + per_byte * size / N),
-        "tree": 2 * math.log2(N) * (latency + per_byte * size),
+        "tree": 2 * math.ceil(math.log2(N)) * (latency + per_byte * size),
         "server": 2 * (N - 1) * (latency + per_byte * size),
     }
 
@@ -145,13 +147,15 @@ def show_cost(log_dir):
     costs, worlds = {}, [2**k for k in range(1, 13)]
     for name, size in (("large", 100_000_000), ("small", 10_000)):
         costs[name] = {N: all_reduce_seconds(N, size) for N in worlds}
-        for kind in ("ring", "tree", "server"):
-            with SummaryWriter(log_dir / "cost" / f"{name}_{kind}", purge_step=0) as writer:
-                for N, cost in costs[name].items():
-                    writer.add_scalar("cost/ms", 1e3 * cost[kind], round(math.log2(N)))
         for N in (2, 64, 4096):
             shown = "   ".join(f"{kind} {1e3 * t:10.2f}" for kind, t in costs[name][N].items())
             print(f"   {size:11,} bytes   N {N:4}   {shown}")
+    for kind in ("ring", "tree", "server"):
+        with SummaryWriter(log_dir / "cost" / kind, purge_step=0) as writer:
+            for name, by_world in costs.items():
+                for N, cost in by_world.items():
+                    ms = math.log10(1e3 * cost[kind])
+                    writer.add_scalar(f"cost/{name}_log10_ms", ms, round(math.log2(N)))
     return costs
 
 
@@ -175,12 +179,14 @@ def serve_store():
 
 def join(rank, world_size, port):
     """Make this process rank `rank`; returns its device."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its ranks
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at Ctrl-C, or with the parent, silently
     backend, device = pick_device(rank, world_size)
     libuv = sys.platform != "win32"
     store = dist.TCPStore("127.0.0.1", port, None, False, TIMEOUT, use_libuv=libuv)
-    group = {"rank": rank, "world_size": world_size, "timeout": TIMEOUT}
-    dist.init_process_group(backend, store=store, **group)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT,
+        device_id=device if backend == "nccl" else None,
+    )  # fmt: skip
     return device
 
 
@@ -191,8 +197,15 @@ def leave():
 
 def start_ranks(work, world_size, *args):
     """Run work(rank, world_size, port, *args) in `world_size` new processes."""
-    store = serve_store()
-    mp.spawn(work, (world_size, store.port, *args), nprocs=world_size, daemon=True)
+    store, before = serve_store(), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:  # while they import, the ranks inherit that Ctrl-C is the parent's affair
+        context = mp.spawn(
+            work, (world_size, store.port, *args), nprocs=world_size, join=False, daemon=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    while not context.join():
+        pass
 
 
 def gathered(tensor):
@@ -239,16 +252,18 @@ def counting_ddp(device):
 
 
 def show_p2p(rank, N, device):
-    sizes, off = (840, 7, 1), 0.0
-    for size in sizes:
-        tensor = torch.randn(size, dtype=torch.float64, device=device)
+    generator, off, sent = torch.Generator().manual_seed(rank), 0.0, {}  # each rank its own numbers
+    for size in (840, 7, 1):
+        tensor = torch.randn(size, dtype=torch.float64, generator=generator).to(device)
         expected = tensor.clone()
-        ring_all_reduce(tensor, rank, N)
+        sent[size] = ring_all_reduce(tensor, rank, N)
         dist.all_reduce(expected)
         torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-12)
         off = max(off, (tensor - expected).abs().max().item())
-    say(f"3. {N} processes, {dist.get_backend()}: ring and dist.all_reduce of {sizes} numbers")
-    say(f"   largest difference {off:.0e}")
+    theory = 2 * (N - 1) / N * 840 * 8
+    say(f"3. {N} processes, {dist.get_backend()}: ring = dist.all_reduce; bytes of 840 numbers")
+    say(f"   largest difference {off:.0e}   sent {sent[840]:,}   theory {theory:,.0f}")
+    return sent[840], theory
 
 
 def show_gradients(rank, N, device, B=8):
@@ -287,19 +302,20 @@ def show_no_sync(rank, N, device, B=4, micro_batches=3):
     return before, len(buckets) - before
 
 
-def show_sampler(rank, N, n=11):
+def show_sampler(rank, N, device, n=11):
     sampler = DistributedSampler(range(n), N, rank, shuffle=True, seed=0)
     orders = []
-    for epoch in (0, 0, 1):
-        sampler.set_epoch(epoch)
-        mine = gathered(torch.tensor(list(sampler)).to(pick_device(rank, N)[1]))
+    for epoch in (None, None, 1):  # None: forgotten
+        if epoch is not None:
+            sampler.set_epoch(epoch)
+        mine = gathered(torch.tensor(list(sampler), device=device))
         orders.append(mine.T.flatten().tolist())
     padding = len(orders[0]) - n
     assert sorted(orders[0][:n]) == list(range(n)) and orders[0][n:] == orders[0][:padding]
     assert orders[0] == orders[1] != orders[2]
     say(f"6. DistributedSampler, {n} examples for {N} ranks: each once, then {padding} again")
-    say(f"   epoch 0   {orders[0]}")
-    say(f"   epoch 1   {orders[2]}   without set_epoch: as epoch 0")
+    say(f"   epoch 0, and again without set_epoch   {orders[1]}")
+    say(f"   epoch 1   {orders[2]}")
     return orders
 
 
@@ -336,20 +352,26 @@ def show_training(rank, N, device, log_dir, folder, n=256, B=16, epochs=6):
     losses = list(train(model, optimizer, *mine, range(half), B))
     if rank == 0:  # all ranks hold the same: one of them writes
         state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(state, folder / "checkpoint.pth")
+        torch.save(state | {"epoch": half}, folder / "checkpoint.pth")
     losses += train(model, optimizer, *mine, range(half, epochs), B)
-    losses = gathered(torch.tensor(losses, device=device)).mean(0).tolist()
+    losses = torch.tensor(losses, dtype=torch.float64, device=device)
+    losses = gathered(losses).mean(0).tolist()
 
-    expected = list(train(*start(network(device)), samplers, x, y, range(epochs), B))
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    alone, alone_optimizer = start(network(device))
+    expected = list(train(alone, alone_optimizer, samplers, x, y, range(epochs), B))
+    torch.testing.assert_close(losses, expected, rtol=1e-10, atol=0)
+    weights = list(model.module.parameters()), list(alone.parameters())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-10)
 
     resumed, optimizer = start(DDP(network(device)))
     file = folder / "checkpoint.pth"
-    state = [torch.load(file, weights_only=True) if rank == 0 else None]
+    state = [None]
+    if rank == 0:
+        state = [torch.load(file, weights_only=True, map_location="cpu")]
     dist.broadcast_object_list(state)  # the others may be on machines without that disk
     resumed.module.load_state_dict(state[0]["model"])
     optimizer.load_state_dict(state[0]["optimizer"])
-    list(train(resumed, optimizer, *mine, range(half, epochs), B))
+    list(train(resumed, optimizer, *mine, range(state[0]["epoch"], epochs), B))
     pairs = zip(resumed.parameters(), model.parameters(), strict=True)
     off = max((a - b).abs().max().item() for a, b in pairs)
     ranks_off = spread(model)
@@ -381,9 +403,15 @@ def show_fully_shard(rank, N, device, B=8):
     gradient = torch.cat([w.grad.full_tensor().flatten() for w in model.parameters()])
     torch.testing.assert_close(gradient, whole, rtol=0, atol=1e-12)
     assert sum(numbers["fully_shard"]) == numbers["DDP"]
-    say("8. numbers that each rank holds of weights (as many of gradients, twice of Adam's state)")
-    say(f"   DDP {numbers['DDP']:,} each   fully_shard {numbers['fully_shard']}   "
+    _, optimizer = start(model)
+    optimizer.step()
+    state = (s for w in optimizer.state.values() for s in w.values() if isinstance(s, DTensor))
+    adam = sum(s.to_local().numel() for s in state)
+    say("8. numbers that each rank holds: weights; of Adam on rank 0")
+    say(f"   DDP {numbers['DDP']:,} each   Adam {2 * numbers['DDP']:,}")
+    say(f"   fully_shard {numbers['fully_shard']}   Adam {adam:,}   "
         f"gradient off by {(gradient - whole).abs().max():.0e}")  # fmt: skip
+    assert adam == 2 * numbers["fully_shard"][rank]
     return numbers
 
 
@@ -392,21 +420,24 @@ def show_data_parallel(rank, device):
     if rank:
         return None
     x, y = examples(16, device)
-    plain, parallel = network(device), nn.DataParallel(network(device))
-    gpus = len(parallel.device_ids)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    plain, parallel = network(device), network(device)
+    if gpus:  # without, it would only call the model
+        parallel = nn.DataParallel(parallel)
     off = (loss_gradient(plain, x, y) - loss_gradient(parallel, x, y)).abs().max().item()
-    say("9. DataParallel: one process, which copies the model to each GPU in every forward pass")
-    say(f"   GPUs {gpus}   {'runs the model as it is' if gpus < 2 else 'splits the batch'}   "
-        f"gradient off by {off:.0e}")  # fmt: skip
+    copies = gpus * sum(w.numel() for w in plain.parameters()) if gpus > 1 else 0
+    say("9. DataParallel: one process, which sends the model to each GPU in every forward pass")
+    say(f"   GPUs {gpus}   numbers sent a step {copies:,}   gradient off by {off:.0e}"
+        if gpus else "   skipped: no GPU for it here")  # fmt: skip
     return {"gpus": gpus, "off": off}
 
 
 def all_sections(rank, N, device, log_dir, folder):
-    show_p2p(rank, N, device)
     return {
+        "p2p": show_p2p(rank, N, device),
         "gradients": show_gradients(rank, N, device),
         "no_sync": show_no_sync(rank, N, device),
-        "orders": show_sampler(rank, N),
+        "orders": show_sampler(rank, N, device),
         "training": show_training(rank, N, device, log_dir, folder),
         "held": show_fully_shard(rank, N, device),
         "data_parallel": show_data_parallel(rank, device),
@@ -450,7 +481,8 @@ def run_under_torchrun(seed, log_dir):
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     rank, N, local_rank, local_ranks = (int(os.environ[name]) for name in names)
     backend, device = pick_device(local_rank, local_ranks)
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    device_id = device if backend == "nccl" else None
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
     torch.manual_seed(seed)
     if rank == 0:
         show_ring()

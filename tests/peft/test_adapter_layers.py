@@ -91,6 +91,20 @@ def test_the_transformer_and_its_tasks_are_the_lora_lessons(lesson, load):
         assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
 
 
+def test_a_merged_model_has_the_untouched_ones_layers_and_lora_s_outputs(lesson):
+    torch.manual_seed(0)
+    model, x = lesson.Transformer(), torch.randn(2, 6, 8)
+    kinds = [type(m) for m in model.modules()]
+    lesson.prepare(model, "lora", 3)
+    for layer in model.modules():
+        if isinstance(layer, lesson.LowRank):
+            nn.init.normal_(layer.lora_B, std=0.1)
+    single = lesson.merged(model)
+    assert [type(m) for m in single.modules()] == kinds
+    torch.testing.assert_close(single(x), model(x))
+    assert isinstance(model.attention.q_proj, lesson.LowRank)
+
+
 def test_a_prefix_is_more_keys_and_values(lesson):
     torch.manual_seed(0)
     attention, x = lesson.Attention(8, 2), torch.randn(3, 5, 8)
@@ -118,6 +132,15 @@ def test_numbers_by_formula_are_those_by_count(lesson, method, r):
     assert all((w.grad is not None) == w.requires_grad for w in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("method", ["serial", "gated", "lora", "prefix", "prompt"])
+def test_what_a_method_adds_is_of_the_models_dtype(lesson, method, dtype):
+    model = lesson.Transformer().to(dtype)
+    lesson.prepare(model, method, 3)
+    assert {w.dtype for w in model.parameters()} == {dtype}
+    assert model(torch.randn(2, 6, 8).to(dtype)).dtype == dtype
+
+
 def test_what_there_is_not_is_refused(lesson):
     with pytest.raises(ValueError, match="serial, parallel or gated, not series"):
         lesson.Adapted(nn.Linear(3, 3), 3, 2, "series")
@@ -125,6 +148,8 @@ def test_what_there_is_not_is_refused(lesson):
         lesson.Adapter(3, 0)
     with pytest.raises(ValueError, match="no method is called magic"):
         lesson.prepare(lesson.Transformer(), "magic", 2)
+    with pytest.raises(ValueError, match=r"keeps the shape: \(3, 4\), not \(3, 1\)"):
+        lesson.Adapted(nn.Linear(4, 1), 4, 2, "parallel")(torch.randn(3, 4))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -109,12 +109,59 @@ def test_layers_are_found_by_name_in_any_model(lesson):
 
 
 @pytest.mark.parametrize("merged", [True, False])
+def test_modules_that_read_the_weight_past_forward_get_the_update(lesson, merged):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    twin, x = copy.deepcopy(model), torch.randn(2, 5, 8)
+    names = lesson.add_lora(model, ("out_proj", "linear1", "linear2"), 3, 6.0)
+    for name in names:
+        layer = model.get_submodule(name)
+        nn.init.normal_(layer.lora_B)
+        twin.get_submodule(name).weight.data += layer.delta().detach()
+        if merged:
+            layer.merge()
+    for train in (True, False):  # in eval() without gradients, torch takes a fused path
+        for module in (model, twin):
+            module.train(train)
+        with torch.set_grad_enabled(train):
+            torch.testing.assert_close(model(x), twin(x), rtol=1e-4, atol=1e-5)
+
+
+def test_merging_into_bfloat16_gives_the_nearest_weight(lesson):
+    layer = layer_of(lesson, torch.bfloat16, r=3)
+    exact = layer.base.weight.double() + 5 / 3 * layer.lora_B.double() @ layer.lora_A.double()
+    layer.merge()
+    eps = torch.finfo(torch.bfloat16).eps
+    assert ((layer.base.weight.double() - exact).abs() <= eps / 2 * 1.01 * exact.abs() + 1e-6).all()
+
+
+def test_a_layer_in_two_places_stays_one(lesson):
+    model, shared = nn.Module(), nn.Linear(4, 4)
+    model.first = model.second = shared
+    assert lesson.add_lora(model, ("first", "second"), 2, 1.0) == ["first", "second"]
+    assert model.first is model.second
+    lesson.remove_lora(model)
+    assert model.first is model.second is shared
+
+
+def test_a_saved_update_is_a_copy_and_is_not_loaded_into_a_merged_model(lesson):
+    model = lesson.Transformer()
+    lesson.add_lora(model, ("up",), 2, 4.0)
+    state = lesson.lora_state_dict(model)
+    nn.init.ones_(model.up.lora_B)
+    assert not state["up.lora_B"].any()
+    model.up.merge()
+    with pytest.raises(ValueError, match="unmerge the model"):
+        lesson.load_lora(model, state)
+
+
+@pytest.mark.parametrize("merged", [True, False])
 def test_taken_off_the_model_is_what_it_was(lesson, merged):
     torch.manual_seed(0)
     model = lesson.Transformer()
     twin, x = copy.deepcopy(model), torch.randn(2, 6, 8)
     lesson.add_lora(model, lesson.TARGETS, 2, 4.0)
-    for w in lesson.lora_state_dict(model).values():
+    for w in (w for w in model.parameters() if w.requires_grad):
         nn.init.normal_(w)
     assert not torch.allclose(model(x), twin(x))
     if merged:

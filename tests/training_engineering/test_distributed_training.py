@@ -97,7 +97,8 @@ def test_three_ranks_agree_with_one_process(three_ranks):
     assert gradients["equal"] < 1e-12 and gradients["unequal"] > 0.01 and gradients["buckets"] >= 2
     assert measured["no_sync"][0] == 0 < measured["no_sync"][1]
     ddp, alone = measured["training"]
-    assert ddp == pytest.approx(alone, rel=1e-5) and ddp[-1] < 0.5 * ddp[0]
+    assert measured["p2p"][0] == measured["p2p"][1] == 4 * 840 * 8 / 3
+    assert ddp == pytest.approx(alone, rel=1e-9) and ddp[-1] < 0.5 * ddp[0]
     assert printed.count("DDP's gradient") == 1, "only rank 0 prints"
 
 
@@ -115,6 +116,12 @@ def test_fully_shard_holds_a_third_and_ddp_all(three_ranks):
     assert three_ranks[0]["data_parallel"]["off"] < 1e-12
 
 
+def test_a_ring_that_only_multiplies_is_found_out(lesson):
+    tensors = [torch.full((4,), float(rank)) for rank in range(3)]
+    lesson.ring_of_threads(tensors)
+    assert all((tensor == 3).all() for tensor in tensors)  # 0 + 1 + 2, not 3 times one's own
+
+
 def test_a_dead_rank_ends_the_run_and_curves_are_written_once(three_ranks, events):
     measured, printed, runs = three_ranks
     assert measured["death"] < 40 and "RuntimeError: out of memory, say" in printed
@@ -122,8 +129,8 @@ def test_a_dead_rank_ends_the_run_and_curves_are_written_once(three_ranks, event
         assert len(list((runs / name).iterdir())) == 1
         steps = [event.step for event in events(runs / name).Scalars("train/loss")]
         assert steps == list(range(len(measured["training"][0])))
-    costs = [event.value for event in events(runs / "cost" / "large_ring").Scalars("cost/ms")]
-    assert len(costs) == 12 and costs[0] == pytest.approx(8.04, abs=0.01)
+    costs = [e.value for e in events(runs / "cost" / "ring").Scalars("cost/large_log10_ms")]
+    assert len(costs) == 12 and 10 ** costs[0] == pytest.approx(8.04, abs=0.01)
 
 
 def test_torchrun_runs_the_same_script(tmp_path):
