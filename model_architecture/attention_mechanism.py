@@ -5,8 +5,8 @@
 
 For q and k of variance 1 a score q . k has variance d: without 1 / sqrt(d) the softmax of a large d
 is all but one-hot, and its gradient 0. A boolean mask is True where attention is allowed, as in
-F.scaled_dot_product_attention; in nn.MultiheadAttention True means blocked. An additive mask holds
-0 or -inf. A row in which nothing is allowed gives 0, not NaN.
+F.scaled_dot_product_attention; in nn.MultiheadAttention True means blocked. An additive mask is
+added to the scores, -inf blocks. A row in which nothing is allowed gives 0, not NaN.
 
 Checked here   both equal torch's, gradients included; masks; variance and entropy by d; no output
                depends on a later input; decoding with a cache equals the full pass; memory and time
@@ -67,8 +67,8 @@ def scaled_dot_product_attention(q, k, v, mask=None, is_causal=False):
 
     mask broadcasts to (…, T_q, T_k). is_causal lets query i see keys 0 to i.
     """
-    if k.size(-2) != v.size(-2):
-        raise ValueError(f"k and v need one length, not {k.size(-2)} and {v.size(-2)}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not belong together")
     return attention_weights(q, k, mask, is_causal) @ v
 
 
@@ -77,7 +77,7 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, embed_dim, num_heads, bias=True):
         super().__init__()
-        if embed_dim % num_heads:
+        if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} does not split into {num_heads} heads")
         self.num_heads = num_heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
@@ -100,23 +100,27 @@ class MultiHeadAttention(nn.Module):
             self.heads(project(x))
             for project, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
+        past = 0
         if cache is not None:
             if cache:
+                past = cache["k"].size(2)
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
             cache.update(k=k, v=v)
-        mask = self.join_masks(mask, is_causal, key_mask, q.size(2), k.size(2), q.device)
+        mask = self.join_masks(mask, is_causal, key_mask, q.size(2), k.size(2), past, q.device)
         weights = attention_weights(q, k, mask)
         out = self.out_proj((weights @ v).transpose(1, 2).flatten(2))  # (B, H, T, C/H) -> (B, T, C)
         return (out, weights) if need_weights else out
 
-    def join_masks(self, mask, is_causal, key_mask, T_q, T_k, device):
-        """One mask that allows what all of them allow; the last query sees the last key."""
+    def join_masks(self, mask, is_causal, key_mask, T_q, T_k, past, device):
+        """One mask that allows what all of them allow; query i sees the keys 0 to past + i."""
+        if mask is not None and not (mask.dtype == torch.bool or mask.is_floating_point()):
+            raise ValueError(f"a mask is boolean or floating, not {mask.dtype}")
         if mask is not None and mask.dim() == 3:
             mask = mask.unsqueeze(1)  # (B, T_q, T_k) -> (B, 1, T_q, T_k)
         allowed = []
         if is_causal:
             causal = torch.ones(T_q, T_k, dtype=torch.bool, device=device)
-            allowed.append(causal.tril(T_k - T_q))
+            allowed.append(causal.tril(past))
         if key_mask is not None:
             allowed.append(key_mask[:, None, None, :])
         for more in allowed:

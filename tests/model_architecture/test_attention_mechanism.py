@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused(lesson):
     attend = lesson.scaled_dot_product_attention
     for args, message in (
         ((q, k[..., :2], v), "q and k need one size d, not 3 and 2"),
-        ((q, k, v[..., :6, :]), "k and v need one length, not 7 and 6"),
+        ((q, k, v[..., :6, :]), "do not belong together"),
         ((q, k, v, torch.ones(5, 5, dtype=torch.bool)), None),
         ((q, k, v, torch.ones(4, 2, 3, 5, 7, dtype=torch.bool)), "does not fit scores"),
         ((q, k, v, torch.ones(5, 7, dtype=torch.long)), "a mask is boolean or floating"),
@@ -98,8 +98,20 @@ def test_what_does_not_fit_is_refused(lesson):
     ):
         with pytest.raises(ValueError if message else (ValueError, RuntimeError), match=message):
             attend(*args)
-    with pytest.raises(ValueError, match="embed_dim 10 does not split into 3 heads"):
-        lesson.MultiHeadAttention(10, 3)
+    for heads in (3, 0):
+        with pytest.raises(ValueError, match=f"embed_dim 10 does not split into {heads} heads"):
+            lesson.MultiHeadAttention(10, heads)
+    module, x = lesson.MultiHeadAttention(6, 2), torch.randn(1, 4, 6)
+    for more in ({"is_causal": True}, {"key_mask": torch.ones(1, 4, dtype=torch.bool)}):
+        with pytest.raises(ValueError, match="a mask is boolean or floating"):
+            module(x, mask=torch.ones(4, 4, dtype=torch.long), **more)
+
+
+def test_is_causal_of_the_module_is_that_of_the_function(lesson):
+    torch.manual_seed(0)
+    module, x, z = lesson.MultiHeadAttention(6, 2), torch.randn(2, 5, 6), torch.randn(2, 3, 6)
+    mask = torch.ones(5, 3, dtype=torch.bool).tril()
+    torch.testing.assert_close(module(x, z, is_causal=True), module(x, z, mask=mask))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -131,8 +143,12 @@ def test_heads_are_torchs_with_its_weights(lesson, kind, cross, bias):
             library(x, z, z, average_attn_weights=False, **theirs)]  # fmt: skip
     for a, b in zip(*pair, strict=True):
         torch.testing.assert_close(a, b)
-    grads = [torch.autograd.grad(out[0].sin().sum(), x)[0] for out in pair]
-    torch.testing.assert_close(*grads)
+    loss, loss_torch = (out[0].sin().sum() for out in pair)
+    weights = [ours.q_proj.weight, ours.k_proj.weight, ours.v_proj.weight]
+    *mine, grad = torch.autograd.grad(loss, [*weights, x])
+    packed, grad_torch = torch.autograd.grad(loss_torch, [library.in_proj_weight, x])
+    torch.testing.assert_close(grad, grad_torch)
+    torch.testing.assert_close(torch.cat(mine), packed)
 
 
 def test_the_polarity_of_a_boolean_mask_matters(lesson):
