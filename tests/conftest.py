@@ -88,6 +88,15 @@ def event_files_sort_as_written():
     event_file_writer._global_uid = event_file_writer.AtomicCounter(100_000)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def rising_steps_of_shared_runs(tmp_path_factory):
+    """Folders that several tests share are looked at once, when all is done."""
+    yield
+    for folder in tmp_path_factory.getbasetemp().iterdir():
+        if folder.is_dir() and not folder.name.startswith("test_"):  # a test's own tmp_path
+            assert falling_steps(folder) == []
+
+
 @pytest.fixture(autouse=True)
 def rising_steps(request):
     """Whatever a test logs under its tmp_path has rising steps, unless marked any_steps."""

@@ -294,7 +294,7 @@ def main(seed=0, log_dir=LOG_DIR, depths=(8, 16, 32, 48), L=48, B=256, d=16, wid
         **show_work(L, S, B, width),
         "off": show_gradients(L, S, B, d),
         "reentrant": show_reentrant(B, d),
-        "cuda": show_cuda(L, 64 * B, 4 * width),
+        "cuda": show_cuda(L, 16 * B, 4 * width),
     }
 
 
