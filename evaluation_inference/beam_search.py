@@ -94,12 +94,15 @@ def beam_search(log_probs, prompt, width, longest, eos, alpha=0.0, groups=1, div
         raise ValueError(f"width {width} must be at least 1 and split into {groups} groups")
     size = width // groups
     live = prompt.expand(groups, size, -1)  # (G, W/G, L)
-    totals = torch.full((groups, size), -math.inf, dtype=torch.float64)
+    totals = torch.full((groups, size), -math.inf, dtype=torch.float64, device=prompt.device)
     totals[:, 0] = 0  # all beams of a group are the same yet: one of them counts
     finished = [Finished(size, alpha) for _ in range(groups)]
     for length in range(1, longest + 1):
         log_p = log_probs(live.flatten(0, 1)).double().unflatten(0, (groups, size))  # (G, W/G, V)
-        V, chosen, beams, sums = log_p.size(-1), torch.zeros(log_p.size(-1)), [], []
+        if (log_p > 1e-6).any():
+            raise ValueError("log_probs gave numbers over 0: logits need log_softmax first")
+        V, beams, sums = log_p.size(-1), [], []
+        chosen = torch.zeros(V, dtype=torch.long, device=prompt.device)
         for g in range(groups):
             candidates = (totals[g, :, None] + log_p[g]).flatten()  # (W/G V,)
             ranked = candidates - diversity * chosen.repeat(size)

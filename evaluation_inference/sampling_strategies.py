@@ -88,7 +88,8 @@ def top_p(logits, p):
         return logits.clone()
     order = logits.argsort(dim=1, descending=True, stable=True)
     probs = logits.double().softmax(1).gather(1, order)
-    dropped = probs.cumsum(1) - probs >= p  # p is reached before this token
+    before = probs.cumsum(1) - probs
+    dropped = before >= p - 1e-9  # p is reached; sums of equal shares fall short by rounding
     dropped[:, 0] = False
     return logits.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
 
@@ -98,7 +99,8 @@ def min_p(logits, p):
     if not 0 <= p <= 1:
         raise ValueError(f"min_p must be from 0 to 1, not {p}")
     probs = logits.double().softmax(1)
-    return logits.masked_fill(probs < p * probs.amax(1, keepdim=True), -math.inf)
+    least = p * (1 - 1e-6) * probs.amax(1, keepdim=True)  # what ties with it stays
+    return logits.masked_fill(probs < least, -math.inf)
 
 
 def repetition_penalty(logits, tokens, penalty):

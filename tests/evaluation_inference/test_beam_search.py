@@ -112,6 +112,11 @@ def test_widths_that_do_not_split_are_refused(lesson, width, groups):
         lesson.beam_search(lesson.trap, PROMPT, width, 4, eos=0, groups=groups)
 
 
+def test_logits_are_not_taken_for_log_probabilities(lesson):
+    with pytest.raises(ValueError, match="logits need log_softmax first"):
+        lesson.beam_search(lambda tokens: torch.ones(len(tokens), 3), PROMPT, 2, 4, eos=0)
+
+
 def test_the_language_is_the_sampling_lessons(lesson, load):
     other = load("evaluation_inference/sampling_strategies.py")
     assert (lesson.WORDS, lesson.CONTEXT, lesson.GRAMMAR) == (

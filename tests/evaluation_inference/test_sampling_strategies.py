@@ -36,6 +36,15 @@ def test_filters_by_hand_with_ties(lesson):
     assert lesson.greedy(torch.tensor([[1.0, 3.0, 3.0], [-INF, -2.0, -5.0]])).tolist() == [1, 1]
 
 
+def test_equal_shares_are_counted_exactly(lesson):
+    for V in (3, 7, 10, 30):
+        for n in range(1, V):
+            assert len(kept(lesson.top_p(torch.zeros(1, V), n / V))[0]) == n
+    halves = torch.tensor([[0.4, 0.2, 0.2, 0.1, 0.1]]).log()
+    assert kept(lesson.min_p(halves, 0.5)) == [[0, 1, 2]]
+    assert kept(lesson.min_p(halves, 0.25)) == [[0, 1, 2, 3, 4]]
+
+
 def smallest_set(probs, p):
     """By trying: sorted by probability, the shortest beginning that reaches p."""
     order = sorted(range(len(probs)), key=lambda i: (-probs[i], i))
