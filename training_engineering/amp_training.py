@@ -12,11 +12,15 @@ Mixed precision multiplies matrices in 16 bits and keeps the weights in 32: a st
 epsilon / 4 of a weight just under 1 is rounded away, however often it is repeated. A GradScaler
 multiplies the loss by S, so that small gradients survive FP16, and divides before the step. If one
 overflows, the step is skipped and S halved; after a number of good steps S is doubled again.
+Gradients are clipped after scaler.unscale_(optimizer): before, the threshold is S times too low.
+Autocast's lists depend on the device: softmax, layer_norm, exp and sum, which CUDA computes in
+FP32, keep the type of their input on the CPU.
 
 Checked here   each number of the table by its bits; updates that vanish; log-uniform gradients
                flushed by FP16, in theory and counted; FP32's loss, reached in BF16, and missed
-               with BF16 weights; that network's gradients in FP16, by S; our LossScaler =
-               GradScaler through two overflows; autocast's types, by looking; seconds
+               with BF16 weights, which round steps of 2e-4 away; the FP32 network's gradients
+               in FP16, by S; our LossScaler = GradScaler through two overflows; autocast's
+               types, by looking; seconds
 TensorBoard    grad/zeroed and grad/overflowed by log2 S in network; amp/log2_scale and
                amp/step_taken by step in ours, torch; train/loss in float32, bfloat16,
                bfloat16_weights
@@ -68,7 +72,7 @@ def limits(E, M):
 
 
 def from_bits(bits, dtype):
-    """The number whose sign, exponent and mantissa bits are those of the integer `bits`."""
+    """The positive number with the exponent and mantissa bits of the integer `bits`."""
     return torch.tensor(bits, dtype=FORMATS[dtype][2]).view(dtype).item()
 
 
@@ -163,13 +167,14 @@ def show_training(log_dir, steps):
 
 
 def gradient_shares(model, x, t, scale):
-    """Shares of the gradients at linear layers' outputs that FP16 makes 0, and that overflow."""
+    """Shares of the gradients at linear layers' outputs that FP16 makes 0, and inf or nan."""
     gradients = []
-    handles = [
-        layer.register_forward_hook(lambda layer, x, y: y.register_hook(gradients.append) and None)
-        for layer in model
-        if isinstance(layer, nn.Linear)
-    ]
+
+    def watch(layer, x, y):
+        y.register_hook(gradients.append)
+
+    linear = [layer for layer in model if isinstance(layer, nn.Linear)]
+    handles = [layer.register_forward_hook(watch) for layer in linear]
     with torch.autocast("cpu", torch.float16):
         loss = F.cross_entropy(model(x), t)
     (loss * scale).backward()
@@ -264,36 +269,42 @@ def make_grad_scaler(**options):
 
 
 def operations(device):
-    """{name: operation}, each on a float32 tensor x (4, 8) and a 16-bit h (4, 8)."""
+    """{name: operation} on a tensor a (4, 8)."""
     t, ones = torch.arange(4, device=device), torch.ones(8, device=device)
     return {
-        "matmul": lambda x, h: x @ x.T,
-        "linear": lambda x, h: F.linear(x, x),
-        "conv1d": lambda x, h: F.conv1d(x[None], x[None]),
-        "attention": lambda x, h: F.scaled_dot_product_attention(x[None], x[None], x[None]),
-        "softmax": lambda x, h: F.softmax(h, -1),
-        "layer_norm": lambda x, h: F.layer_norm(h, (8,), ones),
-        "exp": lambda x, h: h.exp(),
-        "sum": lambda x, h: h.sum(),
-        "gelu": lambda x, h: F.gelu(h),
-        "cross_entropy": lambda x, h: F.cross_entropy(h, t),
-        "mse_loss": lambda x, h: F.mse_loss(h, h),
-        "x + h": lambda x, h: x + h,
+        "matmul": lambda a: a @ a.T,
+        "linear": lambda a: F.linear(a, a),
+        "conv1d": lambda a: F.conv1d(a[None], a[None]),
+        "attention": lambda a: F.scaled_dot_product_attention(a[None], a[None], a[None]),
+        "softmax": lambda a: F.softmax(a, -1),
+        "layer_norm": lambda a: F.layer_norm(a, (8,), ones),
+        "exp": lambda a: a.exp(),
+        "sum": lambda a: a.sum(),
+        "gelu": lambda a: F.gelu(a),
+        "cross_entropy": lambda a: F.cross_entropy(a, t),
+        "mse_loss": lambda a: F.mse_loss(a, a),
     }
 
 
 def autocast_types(device, dtype):
-    """{operation: type of its result} under autocast."""
-    x, h = torch.randn(4, 8, device=device), torch.randn(4, 8, device=device, dtype=dtype)
+    """{operation: types of its result under autocast, from float32 and from `dtype`}."""
+    x = torch.randn(4, 8, device=device)
     with torch.autocast(device, dtype):
-        return {name: run(x, h).dtype for name, run in operations(device).items()}
+        return {
+            name: (run(x).dtype, run(x.to(dtype)).dtype) for name, run in operations(device).items()
+        }
 
 
 def show_autocast(device, dtype):
     types = autocast_types(device, dtype)
-    for kind in (dtype, torch.float32):
-        names = ", ".join(name for name, found in types.items() if found == kind)
-        print(f"   {device} {name_of(dtype):<8} -> {name_of(kind):<8} {names}")
+    kinds = {
+        f"always {name_of(dtype)}": (dtype, dtype),
+        "always float32": (torch.float32, torch.float32),
+        "as it comes": (torch.float32, dtype),
+    }
+    for kind, pair in kinds.items():
+        names = ", ".join(name for name, found in types.items() if found == pair)
+        print(f"   {device} {name_of(dtype):<8} {kind:<15} {names}")
     return types
 
 
@@ -312,14 +323,15 @@ def matmul_seconds(n, dtype, device, repeat=5):
     return min(times[1:])
 
 
-def show_seconds(device, sizes):
+def show_seconds(devices, sizes):
     ratios = {}
     for n in sizes:
-        base = matmul_seconds(n, torch.float32, device)
-        for dtype in (torch.bfloat16, torch.float16):
-            ratios[n, dtype] = matmul_seconds(n, dtype, device) / base
-        shown = "   ".join(f"{name_of(d)} {ratios[n, d]:7.2f}" for d in FORMATS if (n, d) in ratios)
-        print(f"   {device} n {n:5}   {shown}")
+        base = matmul_seconds(n, torch.float32, "cpu")
+        for device in devices:
+            for dtype in FORMATS:
+                ratios[device, n, dtype] = matmul_seconds(n, dtype, device) / base
+            shown = (f"{name_of(dtype)} {ratios[device, n, dtype]:8.3f}" for dtype in FORMATS)
+            print(f"   n {n:5}   {device:<4}   {'   '.join(shown)}")
     return ratios
 
 
@@ -332,14 +344,14 @@ def main(seed=0, log_dir=LOG_DIR, n=1_000_000, train_steps=500, sizes=(64, 256, 
     measured["life"] = show_scaler(log_dir)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     skipped = "" if "cuda" in devices else "; cuda skipped: there is none"
-    print(f"7. autocast: types of results, for float32 x and 16-bit h{skipped}")
+    print(f"7. autocast: types of results, from float32 and from 16-bit inputs{skipped}")
     measured["types"] = {
         (device, dtype): show_autocast(device, dtype)
         for device in devices
         for dtype in (torch.bfloat16, torch.float16)
     }
-    print(f"8. seconds of an (n, n) product, float32's = 1{skipped}")
-    measured["seconds"] = {device: show_seconds(device, sizes) for device in devices}
+    print(f"8. seconds of an (n, n) product, the CPU's in float32 = 1{skipped}")
+    measured["seconds"] = show_seconds(devices, sizes)
     return measured
 
 

@@ -5,8 +5,9 @@
             w <- w - lr m' / (sqrt(v') + eps),  m' = m / (1 - b1^t),  v' = v / (1 - b2^t)
     AdamW   w <- (1 - lr wd) w,  then Adam's step with wd = 0
 
-A learning rate is a function of the step t. Schedulers compute it, mostly by recursion, so that
-they need their own state back when a run is resumed, and the optimizer's, which holds the rate:
+A learning rate is a function of the step t. A resumed scheduler needs its own state back, which
+holds t, and the optimizer's, which holds the rate: StepLR and CosineAnnealingLR compute the next
+rate from the last. OneCycleLR also moves beta1 from 0.95 down to 0.85 and back, unless told not to.
 
     step           lr gamma^floor(t / k)
     cosine         end + (lr - end) (1 + cos(pi t / T)) / 2
@@ -16,12 +17,13 @@ they need their own state back when a run is resumed, and the optimizer's, which
 Checked here   ours = torch.optim after every step; the shrinkage of weights by the size s of their
                gradients: (1 - lr wd)^t under AdamW, (1 - lr wd / s)^t under Adam for s >> wd w;
                who decays, by count; the four schedules at every step; order; resuming
-TensorBoard    decay/weight in adam/s_0.01 … and adamw/s_0.01 …; optim/lr, train/loss and val/loss
-               by step in schedule/constant, step, cosine, one_cycle, warmup_cosine
+TensorBoard    decay/weight in sgd, adam and adamw/s_0.01 …; optim/lr, train/loss and val/loss by
+               step in schedule/constant, constant_low, step, cosine, one_cycle, warmup_cosine
 Try            gradients 1,000 times as large, wd = 0: whose steps stay? Adam's, for eps << sqrt(v')
 Source         Kingma & Ba 2015, arXiv:1412.6980, algorithm 1; Loshchilov & Hutter 2019,
-               arXiv:1711.05101, algorithm 2, and 2017, arXiv:1608.03983, eq. 5 (cosine);
-               Smith & Topin 2018, arXiv:1708.07120 (one cycle)
+               arXiv:1711.05101, algorithm 2 (there 1 - wd, times a schedule, without lr), and
+               2017, arXiv:1608.03983, eq. 5 (cosine); Smith & Topin 2018, arXiv:1708.07120 (one
+               cycle, of straight lines; the cosines are PyTorch's default, after fastai)
 """
 
 import copy
@@ -102,7 +104,10 @@ class AdamW(Adam):
 
 
 def decay_groups(model, weight_decay):
-    """Two parameter groups: matrices decay, vectors (biases, gains of norm layers) do not."""
+    """Two parameter groups: vectors (biases, gains of norm layers) do not decay, all else does.
+
+    Embeddings do, and so would the gain of a LayerNorm over several dimensions.
+    """
     parameters = [w for w in model.parameters() if w.requires_grad]
     return [
         {"params": [w for w in parameters if w.dim() >= 2], "weight_decay": weight_decay},
@@ -141,6 +146,7 @@ def schedules(lr, T):
     relative = partial(warmup_cosine_lr, lr=1.0, T=T, warmup=warmup)
     return {
         "constant": (lambda t: lr, partial(LambdaLR, lr_lambda=lambda t: 1.0)),
+        "constant_low": (lambda t: lr / 10, partial(LambdaLR, lr_lambda=lambda t: 0.1)),
         "step": (partial(step_lr, lr=lr, k=k, gamma=0.3), partial(StepLR, step_size=k, gamma=0.3)),
         "cosine": (partial(cosine_lr, lr=lr, T=T), partial(CosineAnnealingLR, T_max=T)),
         "one_cycle": (
@@ -262,7 +268,7 @@ def show_schedules(lr, T):
     used = {}
     for name, (closed, make) in schedules(lr, T).items():
         used[name] = rates(make, T, lr)
-        if name == "warmup_cosine":  # LambdaLR takes the closed form: its twin are these two
+        if name == "warmup_cosine":  # LambdaLR takes the closed form: its twins are these two
             warm = partial(LinearLR, start_factor=1 / (T // 10), total_iters=T // 10 - 1)
             cool = partial(CosineAnnealingLR, T_max=T - T // 10)
             used[name] = rates(warm, T // 10, lr) + rates(cool, T - T // 10, lr)
@@ -304,7 +310,7 @@ def show_resume(T=60, lr=0.01):
         """Train with the states of `parts` put back: the rates, and the state of each part."""
         model = copy.deepcopy(start)
         optimizer = AdamW(model.parameters(), lr)
-        scheduler = OneCycleLR(optimizer, lr, total_steps=T, cycle_momentum=False)
+        scheduler = CosineAnnealingLR(optimizer, T)  # by recursion, from the optimizer's rate
         objects = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         for name in parts:
             objects[name].load_state_dict(stored(states[name]))
