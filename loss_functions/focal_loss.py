@@ -4,10 +4,11 @@
     FL  = -a_t (1 - p_t)^g log p_t         g = 0 is cross-entropy
     dFL/dx = (2 y - 1) a_t (1 - p_t)^g (g p_t log p_t + p_t - 1)
 
-At p_t = 0.99 the factor (1 - p_t)^2 is 1e-4: of a hundred such negatives hardly one of their losses
-is left beside a hard positive. a_t is a for positives and 1 - a for negatives. For several classes
-p_t is the softmax probability of the label. What is gained must be measured by average precision
-(area under precision over recall), which a classifier that says "no" to all fails.
+At p_t = 0.99 the factor (1 - p_t)^2 is 1e-4: ten thousand such negatives keep the loss of one. But
+a network trained by FL is less sure of them, until they hold about as large a share of its loss as
+of cross-entropy's. a_t is a for positives and 1 - a for negatives. For several classes p_t is the
+softmax probability of the label. What is gained must be measured by average precision (area under
+precision over recall), which a classifier that says "no" to all fails.
 
 The price: FL is not a proper loss. If a share s of the examples at one point is positive, the best
 p there is s for cross-entropy, but nearer to 1/2 for g > 0: probabilities must be recalibrated.
@@ -17,7 +18,7 @@ Checked here   FL = torchvision.ops.sigmoid_focal_loss; several classes against 
                average precision, recall, mean p, of cross-entropy, class weights and focal loss
 TensorBoard    focal/factor, focal/gradient by p_t in per cent in the runs gamma_0 … gamma_5;
                loss/easy_negatives and val/average_precision by step, and a PR curve, in imbalance/…
-Try            a = 0.25 for a rare class: is it raised? No: with g = 2 it is one third of 0.75
+Try            a = 0.25 for a rare class: is it raised? No: its loss is a third of that with 0.75
 Source         Lin et al. 2017, arXiv:1708.02002, eq. 4-5, section 3.3, appendix B
 """
 
@@ -59,7 +60,10 @@ def sigmoid_focal_loss(logits, targets, alpha=None, gamma=2.0, reduction="none")
 
 
 def softmax_focal_loss(logits, labels, alpha=None, gamma=2.0, reduction="mean"):
-    """FL of logits (B, C) and labels (B,); alpha (C,) weighs the classes."""
+    """FL of logits (B, C) and labels (B,); alpha (C,) weighs the classes.
+
+    "mean" divides by B; F.cross_entropy with weights divides by their sum.
+    """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"logits (B, C) and labels (B,), not {(*logits.shape,)}, {(*labels.shape,)}"
@@ -86,9 +90,9 @@ def average_precision(scores, targets):
     """
     scores, order = scores.sort(descending=True)
     hits = targets[order].double().cumsum(0)
-    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])  # ties end here
+    last = torch.cat([scores[1:] != scores[:-1], scores.new_ones(1) > 0])  # ties end here
     precision = hits[last] / (last.nonzero().squeeze(1) + 1)
-    found = torch.diff(hits[last], prepend=torch.zeros(1, dtype=hits.dtype))
+    found = torch.diff(hits[last], prepend=hits.new_zeros(1))
     return ((found * precision).sum() / hits[-1]).item()
 
 
@@ -195,19 +199,24 @@ def detector(D, width=64, prior=0.01):
 def fit(model, loss_of, train, val, epochs, writer):
     """Adam on the mean of loss_of; what it comes to on the validation points."""
     (x, y), (x_val, y_val) = train, val
+
+    def report():
+        figures = measure(model, loss_of, x_val, y_val)
+        writer.add_scalar("loss/easy_negatives", figures["easy"], step)
+        writer.add_scalar("val/average_precision", figures["AP"], step)
+        return figures
+
     optimizer, step = torch.optim.Adam(model.parameters(), lr=2e-3), 0
     for _ in range(epochs):
         for i in torch.randperm(len(x)).split(256):
+            if step % 40 == 0:
+                report()
             loss = loss_of(model(x[i]).squeeze(1), y[i]).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             step += 1
-            if step % 40 == 0:
-                figures = measure(model, loss_of, x_val, y_val)
-                writer.add_scalar("loss/easy_negatives", figures["easy"], step)
-                writer.add_scalar("val/average_precision", figures["AP"], step)
-    return figures
+    return report()
 
 
 @torch.no_grad()
@@ -224,6 +233,7 @@ def measure(model, loss_of, x, y):
 
 def show_imbalance(seed, log_dir, n, epochs):
     print(f"4. an MLP on {n:,} points, one in 100 positive; on as many others")
+    print("   easy negatives: their share of the loss, at cross-entropy's answers and at its own")
     torch.manual_seed(seed)
     centres, direction = 2 * torch.randn(5, 8), F.normalize(torch.randn(8), dim=0) * 2.5
     train, val = (rare_class(n, centres, direction) for _ in range(2))
@@ -234,11 +244,15 @@ def show_imbalance(seed, log_dir, n, epochs):
         with SummaryWriter(log_dir / "imbalance" / name, purge_step=0) as writer:
             row = rows[name] = fit(model, loss_of, train, val, epochs, writer)
             with torch.no_grad():
-                p = model(val[0]).sigmoid().squeeze(1)
-            writer.add_pr_curve("val/precision_recall", val[1].int(), p, 0)
+                logits, y = model(val[0]).squeeze(1), val[1]
+            writer.add_pr_curve("val/precision_recall", y.int(), logits.sigmoid(), 0)
+        if name == "cross_entropy":  # its network says, for all, which negatives are easy
+            plain, p = logits, logits.sigmoid()
+        row["easy_before"] = easy_negative_share(loss_of(plain, y), p, y)  # at its answers
+        row["easy_after"] = easy_negative_share(loss_of(logits, y), p, y)  # trained by this loss
         tqdm.write(f"   {name:<13}   average precision {row['AP']:.3f}   "
-                   f"recall {row['recall']:.3f}   easy negatives {row['easy']:.3f}   "
-                   f"mean p {row['mean_p']:.3f}")  # fmt: skip
+                   f"recall {row['recall']:.3f}   easy negatives {row['easy_before']:.4f} "
+                   f"{row['easy_after']:.3f}   mean p {row['mean_p']:.3f}")  # fmt: skip
     print(f"   a guess         average precision {val[1].mean():.3f}")
     return rows
 

@@ -5,6 +5,9 @@
     peak       S inputs and the c L / S activations that the blocks of one segment save, c each:
                least at S = sqrt(c L), where it is 2 sqrt(c L)
 
+That peak is right to within 1 or 2: the running segment's input stands in both terms, and the
+output and its gradients in neither.
+
 The price is a second forward pass. A linear layer's backward takes two matrix products where its
 forward takes one, so that a step of 1 + 2 becomes 1 + 1 + 2: a third more (a little less, for the
 second run of a segment stops as soon as all that was saved is back). Dropout must fall as it did
@@ -16,7 +19,7 @@ Checked here   bytes saved by forward, against depth and S; the peak of what is 
 TensorBoard    memory/saved by depth in the runs plain, segments_4, segment_each;
                memory/peak by S in peak/measured, peak/model (one unit is one activation)
 Try            a block that saves more, c = 7: where does the least peak lie? Near sqrt(7 L)
-Source         Chen et al. 2016, arXiv:1604.06174, section 4.1 (c = 1: sqrt(n) segments);
+Source         Chen et al. 2016, arXiv:1604.06174, section 4 (c = 1: sqrt(n) segments);
                torch.utils.checkpoint; torch.autograd.graph.saved_tensors_hooks
 """
 
@@ -42,7 +45,7 @@ LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / TOPIC / "gradient_check
 
 
 class Block(nn.Module):
-    """x + W2 silu(W1 x): (B, d) -> (B, d). Saves c = 3 activations: x, W1 x and silu(W1 x)."""
+    """x + W2 silu(W1 x) on (B, d). Saves c = 3 activations: x, W1 x, silu(W1 x); dropout a mask."""
 
     saved = 3
 
@@ -58,7 +61,8 @@ class Block(nn.Module):
 class Checkpoint(torch.autograd.Function):
     """`Checkpoint.apply(f, x)` is f(x), but keeps x alone and runs f again in backward.
 
-    x must ask for a gradient, or f's parameters get none; random numbers are those of the CPU.
+    x must ask for a gradient, or f's parameters get none. Random numbers are those of the CPU, and
+    autocast is not restored: under it, use torch's.
     """
 
     @staticmethod
@@ -91,7 +95,7 @@ def run(net, x, segments, **options):
 
 
 def saved_bytes(net, x, segments):
-    """Bytes that the forward pass keeps for backward, parameters aside, each storage once."""
+    """Bytes of tensors that forward saves for backward, parameters aside, each storage once."""
     own = {w.untyped_storage().data_ptr() for w in net.parameters()}
     sizes = {}
 
@@ -108,9 +112,10 @@ def saved_bytes(net, x, segments):
 
 
 class Alive(TorchDispatchMode):
-    """The largest number of bytes alive at once, of all that operations allocate under it.
+    """The largest number of bytes alive at once, of all that operations return under it.
 
-    Storages under `least` bytes (gradients of parameters, the loss) are left out.
+    What was there before (the input x) and storages under `least` bytes (gradients of
+    parameters, the loss) are left out.
     """
 
     def __init__(self, least):
@@ -183,6 +188,7 @@ def show_peak(log_dir, L, B, d):
             for S in model:
                 writer.add_scalar("memory/peak", curve[S], S)
     assert all(abs(peaks[S] - model[S]) <= 1 for S in model)
+    assert peaks[0] == Block.saved * L + 4  # the loss and its backward
     print(f"   plain   {peaks[0]:.0f}   c L = {Block.saved * L}")
     for S in model:
         print(f"   S {S:3}   measured {peaks[S]:3.0f}   S + c L / S = {model[S]:3}")
@@ -275,8 +281,9 @@ def show_cuda(L, B, d):
         return None
     print(f"6. peak memory of {torch.cuda.get_device_name()}, L = {L}, activations ({B}, {d})")
     net, x, peaks = network(L, d).cuda(), torch.randn(B, d, device="cuda"), {}
-    step(net, x, 0)  # libraries and the gradients of the parameters take their own
+    step(net, x, 0)  # libraries take their own
     for S in (0, *divisors(L)):
+        net.zero_grad()  # before, or the peak would be less by the gradients that step frees
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step(net, x, S)
@@ -294,7 +301,7 @@ def main(seed=0, log_dir=LOG_DIR, depths=(8, 16, 32, 48), L=48, B=256, d=16, wid
         **show_work(L, S, B, width),
         "off": show_gradients(L, S, B, d),
         "reentrant": show_reentrant(B, d),
-        "cuda": show_cuda(L, 16 * B, 4 * width),
+        "cuda": show_cuda(L, 64 * B, width),
     }
 
 

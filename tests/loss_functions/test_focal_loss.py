@@ -74,6 +74,14 @@ def test_two_classes_are_one_logit(lesson, gamma):
     torch.testing.assert_close(plain, F.cross_entropy(logits, labels))
 
 
+def test_the_gradient_of_a_negative_has_the_other_sign(lesson):
+    p_t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    x = (1 - p_t).logit().requires_grad_()
+    loss = lesson.sigmoid_focal_loss(x, torch.zeros_like(x), alpha=0.3)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    torch.testing.assert_close(grad, -0.7 * lesson.focal_gradient(p_t, 2.0))
+
+
 def test_shapes_that_would_broadcast_are_refused(lesson):
     with pytest.raises(ValueError, match=r"\(4, 1\) and targets \(4,\) must agree"):
         lesson.sigmoid_focal_loss(torch.randn(4, 1), torch.zeros(4))
@@ -124,7 +132,10 @@ def test_main_takes_easy_negatives_out_and_ranks_no_better(lesson, tmp_path, see
     result = lesson.main(seed=seed, log_dir=tmp_path, n=8000, epochs=5)
     rows = result["imbalance"]
     entropy, focal, weights = (rows[k] for k in ("cross_entropy", "focal", "class_weights"))
-    assert focal["easy"] < 0.3 * entropy["easy"] and entropy["easy"] > 0.05
+    assert entropy["easy_before"] == entropy["easy_after"] > 0.05
+    assert focal["easy_before"] < 0.01 * entropy["easy_before"]
+    assert focal["easy_before"] < 0.5 * weights["easy_before"]  # weights alone do not do it
+    assert 0.5 < focal["easy_after"] / entropy["easy_after"] < 2
     assert all(0.2 < row["AP"] < entropy["AP"] + 0.05 for row in rows.values())
     assert weights["recall"] > 0.7 > 0.5 > max(entropy["recall"], focal["recall"])
     assert rows["focal_alpha"]["recall"] < focal["recall"]
