@@ -5,18 +5,19 @@
     finished   kept apart, the `width` best by score: no longer in the way, and never lost
     stop       when `width` are finished and no live one can win: log p only falls, so that
                log p / lp(longest) is the most that a live one can reach (for alpha >= 0)
-    diverse    groups of beams, one after the other: a word costs lambda for each time that earlier
-               groups have chosen it in this step
+    diverse    groups of beams, one after the other: a word, the end excepted, costs lambda for each
+               time that earlier groups have chosen it in this step
 
-A beam of width 1 is greedy search, one that holds all beginnings is exhaustive. In between a wider
-one finds what is likelier and, without lp, what is shorter, for each word costs probability. Which
-when? For one right answer a narrow beam; for several answers groups, whose lambda drives them
-apart; to hear all that a model may say, sampling: the likeliest sentences are the plainest.
+At alpha = 0 a beam of width 1 is greedy search; one that holds all beginnings is exhaustive. In
+between a wider one mostly finds what is likelier (a test keeps a case where it does not), and,
+without lp, what is shorter, for each word costs probability. Grammar stays whole here: short
+sentences are right as well. Which when? For one right answer a narrow beam; for several that start
+differently groups, though some may say the same; to hear all that a model may say, sampling.
 
 Checked here   a sentence that greedy misses; width 1 = greedy; all beginnings = exhaustive search;
-               the bound; log-probability, length, variety and grammar by width, by alpha, by lambda
-TensorBoard    beam/log_prob, length, distinct_2, grammatical by width in width/alpha_0, alpha_2;
-               beam/distinct_2, log_prob by 10 lambda in diverse
+               log-probability, length, variety and grammar by width and alpha; groups by lambda
+TensorBoard    beam/log_prob, length, differing, first_words, grammatical by width in
+               width/alpha_0, alpha_2; beam/first_words, log_prob by 10 lambda in diverse
 Try            drop finished ones from the beam in place of keeping them apart: what is lost?
 Source         Wu et al. 2016 (GNMT), arXiv:1609.08144, section 7, eq. 14 (lp); Vijayakumar et al.
                2018, arXiv:1610.02424, algorithm 1 (diverse)
@@ -25,7 +26,7 @@ Source         Wu et al. 2016 (GNMT), arXiv:1609.08144, section 7, eq. 14 (lp); 
 import math
 import random
 import re
-from itertools import product
+from itertools import combinations, product, zip_longest
 from pathlib import Path
 
 import torch
@@ -139,7 +140,7 @@ def exhaustive_search(log_probs, prompt, V, longest, eos, alpha=0.0):
             words, total, tokens = [*body, eos], 0.0, prompt
             for word in words:
                 total += log_probs(tokens[None])[0, word].item()
-                tokens = torch.cat([tokens, torch.tensor([word])])
+                tokens = torch.cat([tokens, tokens.new_tensor([word])])
             score = total / length_penalty(length, alpha)
             best = max(best, (score, total, words), key=lambda hypothesis: hypothesis[0])
     return best
@@ -255,21 +256,24 @@ def beginnings(n, seed):
     return [torch.tensor([0] * CONTEXT + [WORDS.index(word) for word in start]) for start in starts]
 
 
-def distinct(texts, n=2):
-    """Share of the n-grams of all texts that are different ones."""
-    grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
+def differing(texts):
+    """Share of places in which two of the texts differ, mean over all pairs; 0 for one text."""
+    pairs = list(combinations(texts, 2))
+    return sum(
+        sum(a != b for a, b in zip_longest(x, y)) / max(len(x), len(y)) for x, y in pairs
+    ) / max(1, len(pairs))
 
 
 def figures(log_probs, prompts, width, **options):
-    """Of the best hypothesis: log p, length, grammar; of all `width`: distinct pairs. Means."""
-    totals = {"log_prob": 0.0, "length": 0.0, "distinct_2": 0.0, "grammatical": 0.0}
+    """Of the best hypothesis: log p, length, grammar; of all `width`: variety. Means."""
+    totals = dict.fromkeys(("log_prob", "length", "differing", "first_words", "grammatical"), 0.0)
     for prompt in prompts:
         found = beam_search(log_probs, prompt, width, longest=12, eos=0, **options)
         _, log_p, words = found[0]
         text = " ".join(WORDS[i] for i in [*prompt[CONTEXT:].tolist(), *words] if i)
         for name, value in {
-            "log_prob": log_p, "length": len(words), "distinct_2": distinct([h[2] for h in found]),
+            "log_prob": log_p, "length": len(words), "differing": differing([h[2] for h in found]),
+            "first_words": len({h[2][0] for h in found}),
             "grammatical": GRAMMAR.fullmatch(text) is not None,
         }.items():  # fmt: skip
             totals[name] += value / len(prompts)
@@ -279,7 +283,7 @@ def figures(log_probs, prompts, width, **options):
 def show_widths(log_dir, log_probs, prompts, widths):
     rows = {}
     for number, alpha in ((3, 0.0), (4, 2.0)):
-        print(f"{number}. beam width, alpha = {alpha:g}: log p, words, distinct pairs, grammatical")
+        print(f"{number}. beam width, alpha = {alpha:g}: log p, words, differing, first, grammar")
         with SummaryWriter(log_dir / "width" / f"alpha_{alpha:g}", purge_step=0) as writer:
             for width in widths:
                 row = rows[alpha, width] = figures(log_probs, prompts, width, alpha=alpha)
@@ -289,17 +293,17 @@ def show_widths(log_dir, log_probs, prompts, widths):
     return rows
 
 
-def show_diverse(log_dir, log_probs, prompts, width=8, groups=4):
-    print(f"5. width {width} in {groups} groups, by lambda: log p, distinct pairs")
+def show_diverse(log_dir, log_probs, prompts, width=8, groups=8):
+    print(f"5. width {width} in {groups} groups, by lambda: log p, first words")
     rows = {"one group": figures(log_probs, prompts, width)}
     with SummaryWriter(log_dir / "diverse", purge_step=0) as writer:
         for strength in (0.0, 0.5, 1.0, 2.0):
             row = figures(log_probs, prompts, width, groups=groups, diversity=strength)
             rows[strength] = row
-            for name in ("distinct_2", "log_prob"):
+            for name in ("first_words", "log_prob"):
                 writer.add_scalar(f"beam/{name}", row[name], round(10 * strength))
     for name, row in rows.items():
-        print(f"   {name!s:<9}   {row['log_prob']:.3f}   {row['distinct_2']:.3f}")
+        print(f"   {name!s:<9}   {row['log_prob']:.3f}   {row['first_words']:.3f}")
     return rows
 
 

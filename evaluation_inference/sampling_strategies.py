@@ -6,12 +6,12 @@
     min-p               tokens with at least min_p times the probability of the likeliest
     repetition penalty  z / c if z > 0 else z c    for tokens that have been said, once each
 
-Each sets what it drops to -inf. They are applied in the order of the transformers library: penalty,
-temperature, top-k, top-p, min-p. Temperature before top-p changes the probabilities that p counts,
-and so how many tokens stay; behind it, it would not. Of equal logits the lower index goes first, so
-that exactly k tokens stay (transformers keeps all that tie with the k-th).
+The middle three set what they drop to -inf. All are applied in the order of the transformers
+library: penalty, temperature, top-k, top-p, min-p. The order matters: a temperature before top-p
+changes how many tokens top-p keeps, one after it only how those share the probability. Of equal
+logits the lower index goes first, so that exactly k stay (transformers keeps all ties).
 
-Checked here   ties and limits; sampled counts against the analytic distribution by chi-square; the
+Checked here   what each filter keeps; sampled counts against the analytic distribution; the
                order of temperature and top-p; entropy, distinct pairs, perplexity and the share of
                grammatical sentences by T and by p, of a model trained here on a small grammar
 TensorBoard    text/entropy, text/distinct_2, text/perplexity, text/grammatical by 100 T in
@@ -19,7 +19,8 @@ TensorBoard    text/entropy, text/distinct_2, text/perplexity, text/grammatical 
 Try            add 3 to every logit: which of the five notices? The repetition penalty alone
 Source         Holtzman et al. 2020, arXiv:1904.09751, section 3.1 (top-p); Fan et al. 2018,
                arXiv:1805.04833 (top-k); Keskar et al. 2019, arXiv:1909.05858, section 4.1
-               (penalty); Nguyen et al. 2024, arXiv:2407.01082 (min-p)
+               (penalty; there all are divided, which makes negative ones likelier: transformers
+               multiplies those); Nguyen et al. 2024, arXiv:2407.01082 (min-p)
 """
 
 import math
@@ -56,20 +57,23 @@ def check(logits):
     """ValueError unless logits are (B, V), not NaN, with something to choose in every row."""
     if logits.dim() != 2:
         raise ValueError(f"logits must be (B, V), not {tuple(logits.shape)}")
-    if logits.isnan().any() or (logits == -math.inf).all(1).any():
-        raise ValueError("logits hold NaN, or a row of nothing but -inf")
+    if (logits.isnan() | (logits == math.inf)).any() or (logits == -math.inf).all(1).any():
+        raise ValueError("logits hold NaN, +inf, or a row of nothing but -inf")
 
 
 def greedy(logits):
     """The likeliest tokens (B,); of equals the first."""
-    return (logits == logits.amax(1, keepdim=True)).int().argmax(1)
+    return logits.argmax(1)
 
 
 def temperature(logits, T):
     """Logits over T > 0."""
-    if not T > 0:
+    if not 0 < T < math.inf:
         raise ValueError(f"the temperature must be over 0, not {T}: for 0 use greedy")
-    return logits / T
+    scaled = logits / T
+    if (scaled == math.inf).any():
+        raise ValueError(f"logits over {T} are too large for {logits.dtype}: use greedy")
+    return scaled
 
 
 def top_k(logits, k):
@@ -105,7 +109,7 @@ def min_p(logits, p):
 
 def repetition_penalty(logits, tokens, penalty):
     """Tokens (B, L) that were said, made less likely by penalty > 1, however often they occur."""
-    if not penalty > 0:
+    if not 0 < penalty < math.inf:
         raise ValueError(f"the penalty must be over 0, not {penalty}")
     if len(tokens) != len(logits):
         raise ValueError(f"{len(tokens)} rows of tokens for {len(logits)} rows of logits")
@@ -116,6 +120,8 @@ def repetition_penalty(logits, tokens, penalty):
 def apply_filters(logits, tokens=None, penalty=1.0, T=1.0, k=None, p=1.0, min_prob=0.0):
     """All five, in the order of the transformers library."""
     check(logits)
+    if tokens is None and penalty != 1:
+        raise ValueError("a penalty needs the tokens that were said")
     if tokens is not None:
         logits = repetition_penalty(logits, tokens, penalty)
     logits = temperature(logits, T)
@@ -181,7 +187,7 @@ def generate(model, n, longest=16, **filters):
     alive, entropies, surprise = torch.ones(n, dtype=torch.bool), [], []
     for _ in range(longest):
         raw = model(tokens[:, -CONTEXT:])
-        drawn_from = apply_filters(raw, **filters).softmax(1)
+        drawn_from = apply_filters(raw, tokens[:, CONTEXT:], **filters).softmax(1)
         word = drawn_from.multinomial(1)  # (B, 1)
         entropies.append(torch.special.entr(drawn_from).sum(1)[alive])
         surprise.append(-raw.log_softmax(1).gather(1, word).squeeze(1)[alive])
@@ -224,6 +230,19 @@ def show_filters():
     return kept
 
 
+def analytic(z, T=1.0, k=None, p=1.0, min_prob=0.0):
+    """The same for one row of logits, word by word and without the filters: V probabilities."""
+    weight = [math.exp((x - max(z)) / T) for x in z]
+    order = sorted(range(len(z)), key=lambda i: -weight[i])[:k]
+    total, mass, stays = sum(weight[i] for i in order), 0.0, []
+    for i in order:
+        if mass < p * total and weight[i] >= min_prob:  # the largest weight is 1
+            stays.append(i)
+        mass += weight[i]
+    total = sum(weight[i] for i in stays)
+    return torch.tensor([weight[i] / total if i in stays else 0.0 for i in range(len(z))])
+
+
 def show_chi_square(samples):
     print(f"2. chi-square of {samples:,} draws against the filtered distribution")
     logits, results = 2 * torch.randn(1, 12), {}
@@ -231,8 +250,9 @@ def show_chi_square(samples):
         "plain": {}, "T 0.7": {"T": 0.7}, "top-k 5": {"k": 5}, "top-p 0.8": {"p": 0.8},
         "min-p 0.1": {"min_prob": 0.1}, "T 1.5, k 9, p 0.9": {"T": 1.5, "k": 9, "p": 0.9},
     }.items():  # fmt: skip
-        p = apply_filters(logits, **filters).double().softmax(1)[0]
-        counts = p.multinomial(samples, replacement=True).bincount(minlength=12)
+        probs = apply_filters(logits, **filters).softmax(1)[0]
+        draws = probs.multinomial(samples, replacement=True)
+        counts, p = draws.bincount(minlength=12), analytic(logits[0].tolist(), **filters)
         assert (counts[p == 0] == 0).all()
         expected = samples * p[p > 0]
         chi = ((counts[p > 0] - expected).square() / expected).sum().item()
@@ -243,12 +263,12 @@ def show_chi_square(samples):
 
 
 def show_order(model):
-    print('3. words that top-p 0.9 keeps after "the": temperature before it, behind it')
+    print('3. words that top-p 0.9 keeps after "the": temperature before it, after it')
     logits, kept = model(torch.tensor([[0, 0, 0, 0, WORDS.index("the")]])), {}
     for T in (0.5, 1.0, 2.0, 4.0):
         before, behind = top_p(temperature(logits, T), 0.9), temperature(top_p(logits, 0.9), T)
         kept[T] = [(z > -math.inf).sum().item() for z in (before, behind)]
-        print(f"   T {T}   before {kept[T][0]:2}   behind {kept[T][1]:2}")
+        print(f"   T {T}   before {kept[T][0]:2}   after {kept[T][1]:2}")
     return kept
 
 

@@ -17,9 +17,9 @@ TensorBoard    bound/nats by true I (in tenths) in bound/N_16 …, truth; gradie
                (in hundredths); simclr/loss, alignment, uniformity by step in negatives_2 …;
                PROJECTOR: the test images by what SimCLR learned, coloured by shape
 Try            one negative in place of all (N = 2): how much information can L show? log 2 = 0.69
-Source         van den Oord et al. 2018, arXiv:1807.03748, eq. 4-5; Chen et al. 2020 (SimCLR),
-               arXiv:2002.05709, eq. 1; Wang & Isola 2020, arXiv:2005.10242; Schroff et al. 2015
-               (triplet), arXiv:1503.03832
+Source         van den Oord et al. 2018, arXiv:1807.03748, eq. 4, section 2.3; Chen et al. 2020
+               (SimCLR), arXiv:2002.05709, eq. 1; Wang & Isola 2020, arXiv:2005.10242; Schroff et
+               al. 2015 (triplet, there of squared distances), arXiv:1503.03832
 """
 
 import math
@@ -49,14 +49,15 @@ def same_shapes(*tensors):
 def info_nce(q, k, temperature=0.1):
     """Mean InfoNCE of q, k (B, D): k_i is the positive of q_i, the other k_j are its negatives."""
     same_shapes(q, k)
-    s = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT / temperature  # (B, B)
+    q, k = (F.normalize(x, dim=-1, eps=1e-4) for x in (q, k))  # 1e-12 is 0 in float16
+    s = q @ k.mT / temperature  # (B, B)
     return F.cross_entropy(s, torch.arange(len(q), device=q.device))
 
 
 def nt_xent(z1, z2, temperature=0.5):
     """Mean NT-Xent of two views z1, z2 (..., N, D) of N images; further axes are batches apart."""
     same_shapes(z1, z2)
-    z = F.normalize(torch.cat([z1, z2], dim=-2), dim=-1)  # (..., 2N, D)
+    z = F.normalize(torch.cat([z1, z2], dim=-2), dim=-1, eps=1e-4)  # (..., 2N, D)
     n = z.size(-2)
     itself = torch.eye(n, dtype=torch.bool, device=z.device)
     s = (z @ z.mT / temperature).masked_fill(itself, -math.inf)  # (..., 2N, 2N)
@@ -65,9 +66,9 @@ def nt_xent(z1, z2, temperature=0.5):
 
 
 def triplet_loss(anchor, positive, negative, margin=1.0, eps=1e-6):
-    """Mean triplet loss of three tensors (B, D); eps is what torch adds inside of the norm."""
+    """Mean triplet loss of three tensors (..., D); eps is what torch adds inside the norm."""
     same_shapes(anchor, positive, negative)
-    near, far = ((anchor - other + eps).norm(dim=1) for other in (positive, negative))
+    near, far = ((anchor - other + eps).norm(dim=-1) for other in (positive, negative))
     return (near - far + margin).clamp(min=0).mean()
 
 
@@ -199,7 +200,7 @@ def train_simclr(images, group, steps, batch, seed, writer, temperature=0.3):
     model = nn.Sequential(features, head)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for step in tqdm(range(steps), desc=f"groups of {group}", leave=False, disable=None):
-        x = images[torch.randint(len(images), (batch,))]
+        x = images[torch.randperm(len(images))[:batch]]
         z1, z2 = model(torch.cat([augment(x), augment(x)])).chunk(2)  # (B, 32) each
         loss = nt_xent(*(z.unflatten(0, (-1, group)) for z in (z1, z2)), temperature)
         optimizer.zero_grad()
@@ -234,12 +235,12 @@ def show_twins():
         print(f"   {name}   {off:.0e}   {off_grad:.0e}")
 
 
-def show_bound(log_dir, batches):
+def show_bound(log_dir, pairs):
     print("2. log N - L with the best critic, and the mutual information I, in nats")
     rhos, bounds = (0.5, 0.9, 0.99, 0.999), {}
     truth = {rho: -2 * math.log(1 - rho**2) for rho in rhos}  # d = 4
     for N in (2, 16, 256):
-        bounds[N] = {rho: lower_bound(rho, N, max(1, batches // N)) for rho in rhos}
+        bounds[N] = {rho: lower_bound(rho, N, max(1, pairs // N)) for rho in rhos}
         shown = "   ".join(f"{bounds[N][rho]:6.3f}" for rho in rhos)
         print(f"   N {N:3}   {shown}   at most log N = {math.log(N):.3f}")
     print(f"   I       {'   '.join(f'{truth[rho]:6.3f}' for rho in rhos)}")
@@ -288,11 +289,11 @@ def show_simclr(seed, log_dir, groups, images, steps):
     return scores
 
 
-def main(seed=0, log_dir=LOG_DIR, batches=20_000, groups=(2, 16, 256), images=4096, steps=300):
+def main(seed=0, log_dir=LOG_DIR, pairs=20_000, groups=(2, 16, 256), images=4096, steps=300):
     torch.manual_seed(seed)
     show_twins()
     return {
-        "bound": show_bound(log_dir, batches),
+        "bound": show_bound(log_dir, pairs),
         "temperature": show_temperature(log_dir),
         "simclr": show_simclr(seed, log_dir, groups, images, steps),
     }

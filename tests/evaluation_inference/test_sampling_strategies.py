@@ -23,14 +23,17 @@ def kept(logits):
 
 
 def test_filters_by_hand_with_ties(lesson):
+    assert kept(lesson.min_p(torch.tensor([[0.25, 0.5]]).log(), 0.5)) == [[0, 1]]
+    for n in range(2, 40):
+        assert len(kept(lesson.top_p(torch.zeros(1, n), (n - 1) / n))[0]) == n - 1
     p = torch.tensor([[0.125, 0.5, 0.125, 0.25]])
     for power in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         logits = p.log2().to(power)  # exact in every type
-        z = logits * math.log(2) if power == torch.float64 else logits.double() * math.log(2)
+        z = p.double().log().to(power)  # rounded: limits keep clear of ties
         assert kept(lesson.top_k(logits, 2)) == [[1, 3]]
         assert kept(lesson.top_k(logits, 3)) == [[0, 1, 3]]  # of equals the first
-        assert kept(lesson.top_p(z, 0.5 - 1e-9)) == [[1]]
-        assert kept(lesson.top_p(z, 0.75 - 1e-9)) == [[1, 3]]
+        assert kept(lesson.top_p(z, 0.49)) == [[1]]
+        assert kept(lesson.top_p(z, 0.74)) == [[1, 3]]
         assert kept(lesson.top_p(z, 0.76)) == [[0, 1, 3]]
         assert kept(lesson.min_p(z, 0.3)) == [[1, 3]]
     assert lesson.greedy(torch.tensor([[1.0, 3.0, 3.0], [-INF, -2.0, -5.0]])).tolist() == [1, 1]
@@ -153,6 +156,10 @@ def test_what_makes_no_sense_is_refused(lesson):
         (lambda: lesson.min_p(z, -0.1), "min_p must be from 0 to 1"),
         (lambda: lesson.repetition_penalty(z, tokens, 0.0), "penalty must be over 0"),
         (lambda: lesson.repetition_penalty(z, tokens[:1], 1.2), "1 rows of tokens for 2"),
+        (lambda: lesson.apply_filters(torch.tensor([[INF, 0.0]])), r"\+inf"),
+        (lambda: lesson.temperature(torch.tensor([[70.0]]).half(), 1e-3), "too large"),
+        (lambda: lesson.temperature(z, INF), "over 0"),
+        (lambda: lesson.repetition_penalty(z, tokens, INF), "penalty must be over 0"),
         (lambda: lesson.apply_filters(torch.zeros(3)), r"must be \(B, V\), not \(3,\)"),
         (lambda: lesson.apply_filters(torch.full((1, 3), -INF)), "nothing but -inf"),
         (lambda: lesson.apply_filters(torch.full((1, 3), math.nan)), "hold NaN"),

@@ -45,7 +45,7 @@ def test_batches_apart_are_a_mean_over_batches(lesson):
 @pytest.mark.parametrize("margin", [0.05, 0.4, 2.5])
 def test_triplet_is_torchs(lesson, margin):
     torch.manual_seed(0)
-    tensors = [torch.randn(6, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    tensors = [torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     losses = [
         lesson.triplet_loss(*tensors, margin), F.triplet_margin_loss(*tensors, margin=margin)
     ]  # fmt: skip
@@ -63,6 +63,7 @@ def test_a_collapsed_network_has_the_margin_as_its_triplet_loss(lesson):
 def test_half_precision_stays_half(lesson, dtype):
     torch.manual_seed(0)
     a, b, c = torch.randn(3, 9, 6)
+    a = torch.cat([torch.zeros(1, 6), a[1:]])  # a row without direction
     for name, args in (("info_nce", (a, b)), ("nt_xent", (a, b)), ("triplet_loss", (a, b, c))):
         half = getattr(lesson, name)(*(x.to(dtype) for x in args))
         assert half.dtype == dtype
@@ -133,7 +134,7 @@ def test_drawn_shapes_differ_and_augmentation_keeps_them_finite(lesson):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_main_bounds_information_and_learns_shapes_from_views(lesson, tmp_path, seed, events):
-    small = {"batches": 3000, "groups": (128,), "images": 2048, "steps": 200}
+    small = {"pairs": 3000, "groups": (2, 128), "images": 2048, "steps": 200}
     result = lesson.main(seed=seed, log_dir=tmp_path, **small)
     bounds, truth = result["bound"]
     for N, values in bounds.items():
@@ -145,6 +146,10 @@ def test_main_bounds_information_and_learns_shapes_from_views(lesson, tmp_path, 
     assert shares == sorted(shares, reverse=True) and shares[0] > 0.9 and shares[-1] < 0.1
     scores = result["simclr"]
     assert scores[128] > scores["random"] + 0.05 and scores["random"] > 0.15
+    assert all(bounds[N][0.999] > math.log(N) - 0.05 for N in bounds)  # I = 12.4: all hold log N
+    for N, at_most, at_least in ((2, 1.5, 0.9), (254, 6.0, 4.0)):  # log 3, log 255 candidates
+        first = events(tmp_path / f"negatives_{N}").Scalars("simclr/loss")[0].value
+        assert at_least < first < at_most
     run = events(tmp_path / "negatives_254")
     distance = [event.value for event in run.Scalars("simclr/alignment")]
     assert min(distance) < 0.8 * distance[0]
