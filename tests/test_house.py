@@ -98,6 +98,17 @@ def test_lesson_stands_on_its_own_path(lesson):
         assert "__file__" in source
 
 
+def test_draw_is_the_same_wherever_it_is_written():
+    """Lessons stand alone, so that the few lines which write curves are in several of them."""
+    written = {
+        ast.unparse(node)
+        for lesson in LESSONS
+        for node in tree_of(lesson).body
+        if isinstance(node, ast.FunctionDef) and ast.unparse(node.args) == "log_dir, curves"
+    }
+    assert len(written) == 1
+
+
 @each_lesson
 def test_lesson_has_a_test_that_runs_its_main(lesson):
     source = test_file(lesson).read_text(encoding="utf-8")

@@ -155,3 +155,14 @@ def test_main_bounds_information_and_learns_shapes_from_views(lesson, tmp_path, 
     assert min(distance) < 0.8 * distance[0]
     assert len(run.Scalars("simclr/uniformity")) == 20
     assert (tmp_path / "negatives_254" / "projector_config.pbtxt").is_file()
+
+
+def test_the_linear_probe_is_the_kl_lessons(lesson, load):
+    torch.manual_seed(0)
+    x, labels = torch.randn(300, 6), torch.randint(4, (300,))
+    x[torch.arange(300), labels] += 1.5
+    train, test = (x[:100], labels[:100]), (x[100:], labels[100:])
+    other = load("loss_functions/kl_divergence.py")
+    features = torch.nn.Linear(6, 9).requires_grad_(False)
+    ours, theirs = (m.linear_probe(features, train, test) for m in (lesson, other))
+    assert ours == theirs > 0.5
