@@ -14,8 +14,8 @@ logits the lower index goes first, so that exactly k stay (transformers keeps al
 Checked here   what each filter keeps; sampled counts against the analytic distribution; the
                order of temperature and top-p; entropy, distinct pairs, perplexity and the share of
                grammatical sentences by T and by p, of a model trained here on a small grammar
-TensorBoard    text/entropy, text/distinct_2, text/perplexity, text/grammatical by 100 T in
-               by_temperature, by 100 p in by_p
+TensorBoard    text/entropy, distinct_2, perplexity, grammatical and repeats (texts that say a word
+               twice) by 100 T in by_temperature, by 100 p in by_p, by 100 c in by_penalty
 Try            add 3 to every logit: which of the five notices? The repetition penalty alone
 Source         Holtzman et al. 2020, arXiv:1904.09751, section 3.1 (top-p); Fan et al. 2018,
                arXiv:1805.04833 (top-k); Keskar et al. 2019, arXiv:1909.05858, section 4.1
@@ -277,17 +277,18 @@ def show_curves(log_dir, model, texts):
     settings = {
         "by_temperature": ("T", (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)),
         "by_p": ("p", (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)),
+        "by_penalty": ("penalty", (1.0, 1.2, 1.5, 2.0)),
     }
     for number, (run, (name, values)) in enumerate(settings.items(), 4):
-        print(
-            f"{number}. {texts} texts by {name}: entropy, distinct pairs, perplexity, grammatical"
-        )
+        print(f"{number}. {texts} texts by {name}: entropy, distinct pairs, perplexity, "
+              "grammatical, saying a word twice")  # fmt: skip
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
             for value in values:
                 said, entropy, surprise = generate(model, texts, **{name: value})
                 row = rows[name, value] = {
                     "entropy": entropy, "distinct_2": distinct(said),
                     "perplexity": math.exp(surprise), "grammatical": grammatical(said),
+                    "repeats": sum(len(set(text)) < len(text) for text in said) / texts,
                 }  # fmt: skip
                 for tag, figure in row.items():
                     writer.add_scalar(f"text/{tag}", figure, round(100 * value))

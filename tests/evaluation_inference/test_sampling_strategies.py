@@ -199,5 +199,7 @@ def test_main_trades_grammar_for_variety(measured, events):
             assert rows[name, low][figure] < rows[name, high][figure]
     assert rows["T", 0.25]["grammatical"] > 0.95 > 0.9 > rows["T", 2.0]["grammatical"]
     assert rows["p", 0.0]["entropy"] == 0
+    assert rows["penalty", 2.0]["repeats"] < 0.3 * rows["penalty", 1.0]["repeats"]
+    assert rows["penalty", 2.0]["grammatical"] > 0.85
     steps = [event.step for event in events(log_dir / "by_p").Scalars("text/entropy")]
     assert steps == [0, 25, 50, 75, 90, 100]
