@@ -18,7 +18,7 @@ Checked here   a sentence that greedy misses; width 1 = greedy; all beginnings =
                log-probability, length, variety and grammar by width and alpha; groups by lambda
 TensorBoard    beam/log_prob, length, differing, first_words, grammatical by width in
                width/alpha_0, alpha_2; beam/first_words, log_prob by 10 lambda in diverse
-Try            drop finished ones from the beam in place of keeping them apart: what is lost?
+Try            let finished ones compete in the beam: what is lost? Likely short sentences
 Source         Wu et al. 2016 (GNMT), arXiv:1609.08144, section 7, eq. 14 (lp); Vijayakumar et al.
                2018, arXiv:1610.02424, algorithm 1 (diverse)
 """

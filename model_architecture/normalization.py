@@ -2,7 +2,7 @@
 
     y = w (x - mean) / sqrt(var + eps) + b        var: divided by n, not by n - 1
 
-    x (B, C, L…)    BatchNorm   over B, L          one mean a channel; others' examples join in
+    x (B, C, L…)    BatchNorm   over B, L          one mean a channel, of all examples
                     InstanceNorm     over L        one a channel and example
                     GroupNorm   over C / G, L      one a group and example; G = C is InstanceNorm,
                                                    G = 1 is LayerNorm over (C, L)
