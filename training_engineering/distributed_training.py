@@ -53,6 +53,7 @@ from torch.utils.tensorboard import SummaryWriter
 TOPIC = "training_engineering"
 LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / TOPIC / "distributed_training"
 TIMEOUT = timedelta(seconds=60)  # how long a rank waits for the others in one call
+LIBUV = sys.platform != "win32"  # not in PyTorch's Windows builds
 
 
 def say(text):
@@ -172,17 +173,15 @@ def pick_device(local_rank, local_ranks):
 
 def serve_store():
     """The store where ranks meet, on a port that the system chooses and this process holds."""
-    libuv = sys.platform != "win32"  # not in PyTorch's Windows builds
     return dist.TCPStore("127.0.0.1", 0, None, True, TIMEOUT, wait_for_workers=False,
-                         use_libuv=libuv)  # fmt: skip
+                         use_libuv=LIBUV)  # fmt: skip
 
 
 def join(rank, world_size, port):
     """Make this process rank `rank`; returns its device."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at Ctrl-C, or with the parent, silently
     backend, device = pick_device(rank, world_size)
-    libuv = sys.platform != "win32"
-    store = dist.TCPStore("127.0.0.1", port, None, False, TIMEOUT, use_libuv=libuv)
+    store = dist.TCPStore("127.0.0.1", port, None, False, TIMEOUT, use_libuv=LIBUV)
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT,
         device_id=device if backend == "nccl" else None,

@@ -188,6 +188,13 @@ def test_try_without_is_causal_later_inputs_matter(lesson):
     assert torch.equal(J > 0, torch.ones(4, 4).tril().bool())
 
 
+def test_what_is_kept_is_counted_as_in_the_checkpoint_lesson(lesson, load):
+    other = load("training_engineering/gradient_checkpoint.py")
+    net, x = other.network(3, 5), torch.randn(7, 5)  # the first layer keeps x, not counted here
+    ours = lesson.saved_megabytes(lambda x, *weights: net(x), x, *net.parameters())
+    assert ours * 2**20 == other.saved_bytes(net, x, 0) - x.nbytes > 0
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_main_scales_and_looks_up(lesson, tmp_path, seed, events):
     result = lesson.main(seed=seed, log_dir=tmp_path, **SMALL)
