@@ -1,0 +1,299 @@
+import gzip
+import math
+import struct
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+F64 = torch.float64
+
+
+@pytest.fixture(scope="module")
+def lesson(load):
+    return load("generative_models/vae_basics.py")
+
+
+@pytest.fixture(scope="module")
+def measured(lesson, tmp_path_factory):
+    """Three seeds of a shrunk main, and the folder of the last."""
+    results = []
+    for seed in range(3):
+        folder = tmp_path_factory.mktemp("vae")
+        results.append(
+            lesson.main(seed=seed, log_dir=folder, root=folder, n=20_000, draws=2, steps=100,
+                        betas=(256, 8, 1), count=1000, test=300)
+        )  # fmt: skip
+    return results, folder
+
+
+# --- digits ------------------------------------------------------------------------------------
+
+
+def idx(array):
+    return b"\0\0\x08" + bytes([array.dim()]) + struct.pack(f">{array.dim()}i", *array.shape) + (
+        array.numpy().tobytes()
+    )  # fmt: skip
+
+
+def write_mnist(root, packed, n=30):
+    """A small MNIST of random pixels at root; its images and labels."""
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    images, labels = torch.randint(256, (n, 28, 28)).byte(), torch.randint(10, (n,)).byte()
+    for part in ("train", "t10k"):
+        for name, data in {"images-idx3": images, "labels-idx1": labels}.items():
+            raw = idx(data)
+            path = folder / f"{part}-{name}-ubyte{'.gz' * packed}"
+            path.write_bytes(gzip.compress(raw) if packed else raw)
+    return images, labels
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_mnist_is_used_where_it_lies(lesson, tmp_path, packed, train):
+    images, labels = write_mnist(tmp_path, packed)
+    got = lesson.open_digits(tmp_path, train)
+    assert torch.equal(got[0], images) and torch.equal(got[1], labels.long())
+    assert got[2] == "data: MNIST, 30 images"
+
+
+def test_without_mnist_ten_digits_are_drawn_and_it_is_said(lesson, tmp_path):
+    torch.manual_seed(0)
+    images, labels, line = lesson.open_digits(tmp_path, count=200)
+    assert images.shape == (200, 28, 28) and images.dtype == torch.uint8
+    assert labels.bincount().tolist() == [20] * 10
+    assert line == f"data: 200 drawn digits; for the real MNIST: {lesson.MEND}"
+    x, y = images.flatten(1).float(), labels
+    near = torch.cdist(x[100:], x[:100]).argmin(1)
+    assert (y[:100][near] == y[100:]).double().mean() > 0.4  # the nearest image's digit
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("harm", ["cut", "foreign", "empty"])
+def test_a_damaged_file_is_named_with_the_command_that_mends_it(lesson, tmp_path, packed, harm):
+    write_mnist(tmp_path, packed)
+    path = tmp_path / "MNIST" / "raw" / f"train-labels-idx1-ubyte{'.gz' * packed}"
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[:-5], "foreign": b"<html>", "empty": b""}[harm])
+    with pytest.raises(lesson.DataError, match="is damaged") as error:
+        lesson.main(root=tmp_path, log_dir=tmp_path / "runs", n=5000, draws=1)
+    message = str(error.value)
+    assert str(path) in message and lesson.MEND in message and "\n" not in message
+    assert path.exists()
+
+
+def test_a_missing_file_or_another_set_is_named(lesson, tmp_path):
+    write_mnist(tmp_path, packed=False)
+    path = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    whole = path.read_bytes()
+    path.write_bytes(idx(torch.zeros(30, 32, 32).byte()))
+    with pytest.raises(lesson.DataError, match="does not hold MNIST but images"):
+        lesson.open_digits(tmp_path, train=False)
+    path.unlink()
+    with pytest.raises(lesson.DataError, match=f"t10k-images-idx3-ubyte is missing: {lesson.MEND}"):
+        lesson.open_digits(tmp_path, train=False)
+    path.with_name("t10k-images.idx3-ubyte").write_bytes(whole)  # as others name it
+    assert len(lesson.open_digits(tmp_path, train=False)[0]) == 30
+
+
+def test_a_download_is_checked_written_beside_and_renamed(lesson, tmp_path, monkeypatch):
+    from torchvision.datasets import MNIST, utils
+
+    name, wrong = MNIST.resources[0][0], []
+
+    def fake(url, root, filename, md5):
+        assert url == MNIST.mirrors[0] + filename.removesuffix(".part")
+        root.mkdir(parents=True, exist_ok=True)
+        (root / filename).write_bytes(filename.encode())
+        if wrong:
+            raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr(utils, "download_url", fake)
+    lesson.download_mnist(tmp_path)
+    folder = tmp_path / "MNIST" / "raw"
+    assert sorted(p.name for p in folder.iterdir()) == sorted(n for n, _ in MNIST.resources)
+    wrong.append(True)
+    (folder / name).write_bytes(b"old")
+    with pytest.raises(lesson.DataError, match=r"cannot fetch .* put the file at"):
+        lesson.download_mnist(tmp_path)
+    assert (folder / name).read_bytes() == b"old"
+    assert not any(p.suffix == ".part" for p in folder.iterdir())
+
+
+def test_bad_options_end_with_status_2(lesson):
+    with pytest.raises(SystemExit) as error:
+        lesson.parse(["--epochs", "3"])
+    assert error.value.code == 2
+    assert lesson.parse(["--download"]).download
+
+
+# --- KL, gradients, the linear model -----------------------------------------------------------
+
+
+def test_kl_is_that_of_torch_with_its_gradients(lesson):
+    mu, log_var = (torch.randn(4, 3, dtype=F64, requires_grad=True) for _ in range(2))
+    theirs = kl_divergence(Normal(mu, (log_var / 2).exp()), Normal(0.0, 1.0))
+    pair = [lesson.kl_to_standard_normal(mu, log_var), theirs]
+    torch.testing.assert_close(*pair)
+    torch.testing.assert_close(*[torch.autograd.grad(k.sum(), (mu, log_var)) for k in pair])
+
+
+def test_both_gradients_agree_where_the_variance_is_known(lesson):
+    """f = (z - c)^2: m = mu - c: means 2 m, variances 4 s^2 and m^4 / s^2 + 14 m^2 + 15 s^2."""
+    torch.manual_seed(0)
+    mu, sigma, c = torch.tensor([1.5, -0.5], dtype=F64), torch.tensor([0.5, 0.5]).double(), 0.3
+    through, score = lesson.gradient_samples(lambda z: (z - c).square().sum(1), mu, sigma, 400_000)
+    assert through.shape == score.shape == (400_000, 2)
+    for g in (through, score):
+        error = g.std(0) / math.sqrt(len(g))
+        assert ((g.mean(0) - 2 * (mu - c)).abs() < 5 * error).all()
+    torch.testing.assert_close(through.var(0), 4 * sigma**2, rtol=0.02, atol=0)
+    alone = lesson.gradient_samples(lambda z: (z[:, 0] - c) ** 2, mu[:1], sigma[:1], 400_000)[1]
+    m, s = mu[:1] - c, sigma[:1]
+    torch.testing.assert_close(alone.var(0), m**4 / s**2 + 14 * m**2 + 15 * s**2, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(("D", "K", "s"), [(6, 2, 0.5), (4, 3, 1.3)])
+def test_the_linear_models_densities_and_elbo_are_right(lesson, D, K, s):
+    """log p(x) = log p(x, z) - log p(z | x) at every z; the ELBO against a mean of samples."""
+    torch.manual_seed(1)
+    model = lesson.LinearGaussian(D, K, s)
+    x, z = torch.randn(5, D, dtype=F64), torch.randn(5, K, dtype=F64)
+    joint = model.prior.log_prob(z) + model.likelihood(z).log_prob(x).sum(-1)
+    torch.testing.assert_close(model.log_evidence(x), joint - model.posterior(x).log_prob(z))
+    many = x.repeat(4000, 1)
+    for q, alike in zip(
+        *(lesson.approximations(model, x).values() for x in (x, many)), strict=True
+    ):
+        single = model.iwae(many, alike, 1).view(4000, 5)
+        error = single.std(0) / math.sqrt(4000)
+        assert ((single.mean(0) - model.elbo(x, q)).abs() < 5 * error + 1e-9).all()
+
+
+def test_no_diagonal_q_is_nearer_than_the_one_called_best(lesson):
+    torch.manual_seed(0)
+    model = lesson.LinearGaussian()
+    x = torch.randn(3, 6, dtype=F64)
+    best = lesson.approximations(model, x)["diagonal"]
+    for scale in (0.8, 0.95, 1.05, 1.2):
+        other = torch.distributions.MultivariateNormal(best.mean, best.covariance_matrix * scale)
+        assert (model.elbo(x, other) < model.elbo(x, best)).all()
+        moved = torch.distributions.MultivariateNormal(best.mean * scale, best.covariance_matrix)
+        assert (model.elbo(x, moved) < model.elbo(x, best)).all()
+
+
+@pytest.mark.parametrize("beta", [1.0, 4.0])
+def test_a_linear_beta_vae_keeps_the_directions_that_pay(lesson, beta):
+    """A unit's rate is ln(eigenvalue / (beta s^2)) / 2, 0 where that is negative (Lucas 2019)."""
+    torch.manual_seed(0)
+    s2, values = 0.5, torch.tensor([6.0, 3.0, 1.2, 0.3], dtype=F64)
+    C = torch.diag(values)  # of x, (4, 4)
+    W, V = (0.3 * torch.randn(4, 4, dtype=F64) for _ in range(2))
+    log_var = torch.zeros(4, dtype=F64)
+    parameters = [p.requires_grad_() for p in (W, V, log_var)]
+    limits = {"max_iter": 2000, "tolerance_grad": 1e-10, "tolerance_change": 1e-14}
+    optimizer = torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe", **limits)
+
+    def rates():
+        return lesson.kl_to_standard_normal((V @ C @ V.T).diagonal().sqrt(), log_var)
+
+    def loss():
+        optimizer.zero_grad()
+        E = torch.eye(4, dtype=F64) - W @ V
+        D = ((E @ C @ E.T).trace() + (W.square() * log_var.exp()).sum()) / (2 * s2)
+        value = D + beta * rates().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    expected = (values / (beta * s2)).log().clamp(min=0) / 2
+    torch.testing.assert_close(rates().detach().sort(descending=True)[0], expected, atol=1e-3,
+                               rtol=0)  # fmt: skip
+
+
+# --- the VAE -----------------------------------------------------------------------------------
+
+
+def test_the_elbo_is_iwae_with_one_weight_and_more_weights_raise_it(lesson):
+    torch.manual_seed(0)
+    model = lesson.VAE(3, 16)
+    x = torch.bernoulli(torch.full((4, 28, 28), 0.3))
+    with torch.no_grad():
+        D, R = zip(*(model(x) for _ in range(200)), strict=True)
+        elbo = -(torch.stack(D) + torch.stack(R).sum(-1)).mean(0)
+        one, many = (torch.stack([model.iwae(x, k) for _ in range(200)]).mean(0) for k in (1, 30))
+    torch.testing.assert_close(elbo, one, rtol=0, atol=0.5)
+    assert (many > one).all()
+
+
+def test_the_distortion_is_that_of_coins(lesson):
+    torch.manual_seed(0)
+    model, x = lesson.VAE(2, 8), torch.bernoulli(torch.full((3, 28, 28), 0.5))
+    z = torch.randn(3, 2)
+    coins = torch.distributions.Bernoulli(logits=model.decoder(z))
+    torch.testing.assert_close(model.distortion(z, x), -coins.log_prob(x.flatten(1)).sum(1))
+    many = model.distortion(z.expand(5, 3, 2), x)
+    torch.testing.assert_close(many, model.distortion(z, x).expand(5, 3))
+
+
+def test_tile_puts_images_row_by_row(lesson):
+    images = torch.arange(6.0).view(6, 1).expand(6, 784).contiguous()
+    assert lesson.tile(images, 3)[0, ::28, ::28].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_try_beta_0_has_a_rate_that_grows_without_limit(lesson, tmp_path):
+    torch.manual_seed(0)
+    images = lesson.draw_digits(500)[0]
+    rates = []
+    with torch.utils.tensorboard.SummaryWriter(tmp_path) as writer:
+        for beta in (1.0, 0.0):
+            model = lesson.train_vae(images, beta, 8, 120, 0, writer)
+            rates.append(lesson.evaluate(model, lesson.toss(images))["rate"])
+            (tmp_path / next(tmp_path.iterdir()).name).unlink()
+    assert rates[1] > 5 * rates[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_main_keeps_its_claims(measured, seed):
+    result = measured[0][seed]
+    for mu, (through, score) in result["gradients"].items():
+        assert abs(through[1] - 4) < 0.4
+        assert abs(score[1] / (mu**4 + 14 * mu**2 + 15) - 1) < 0.35
+    gaps = result["gaps"]
+    assert max(map(abs, gaps["posterior"])) < 1e-6
+    rho = 16 * 0.7 / 17  # of the posterior's precision, W^T W / s^2 + I
+    assert abs(gaps["diagonal"][0] + math.log(1 - rho**2) / 2) < 1e-9
+    assert gaps["prior"][0] > 20 and gaps["prior"][3] < 0.2
+    assert gaps["prior"] == sorted(gaps["prior"], reverse=True)
+    digits = result["digits"]
+    high, middle, low = (digits["rows"][beta] for beta in (256, 8, 1))
+    assert high["rate"] < 0.1 and high["active"] == 0
+    assert abs(high["distortion"] - digits["alone"]) < 5
+    assert high["rate"] < middle["rate"] < low["rate"]
+    assert high["distortion"] > middle["distortion"] > low["distortion"]
+    assert high["active"] < low["active"]
+    assert high["elbo"] < low["elbo"]
+    bounds = digits["bounds"]
+    assert bounds[1] < bounds[8] < bounds[64]
+    assert digits["variance"][1] > 20 * digits["variance"][0]
+
+
+def test_main_writes_its_pictures_and_curves(measured, events):
+    _, folder = measured
+    for beta in (256, 8, 1):
+        tags = events(folder / f"beta_{beta}").Tags()
+        assert tags["images"] == [f"images/{n}" for n in
+                                  ("reconstructions", "prior_samples", "traversal")]  # fmt: skip
+        assert "train/elbo" in tags["scalars"]
+    curve = [e.value for e in events(folder / "curve").Scalars("rate/distortion")]
+    assert len(curve) >= 2 and curve == sorted(curve, reverse=True)
+    picture = events(folder / "latent_2").Images("images/latent_map")[0]
+    assert (picture.height, picture.width) == (28 * 16, 56 * 16)
+    assert len(events(folder / "q_prior").Scalars("linear/gap")) == 4
+
+
+def test_the_same_seed_gives_the_same_numbers(lesson, measured, tmp_path):
+    again = lesson.main(seed=2, log_dir=tmp_path, root=tmp_path, n=20_000, draws=2, steps=100,
+                        betas=(256, 8, 1), count=1000, test=300)  # fmt: skip
+    assert again == measured[0][2]
