@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 HALF = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -52,6 +53,8 @@ def test_what_does_not_fit_is_refused(lesson):
             lesson.CrossAttention(8, heads)
     with pytest.raises(ValueError, match="2 texts for 1 images"):
         lesson.CrossAttention(8, 2)(torch.randn(2, 3, 8), torch.randn(1, 3, 8))
+    with pytest.raises(ValueError, match="2 texts for 2 images, 1 values"):
+        lesson.CrossAttention(8, 2)(*(torch.randn(n, 3, 8) for n in (2, 2, 1)))
 
 
 @pytest.mark.parametrize("gate", ["gate_cross", "gate_mlp"])
@@ -82,6 +85,17 @@ def test_a_q_former_gives_its_queries_answers_in_any_order_of_patches(lesson, P)
     assert (out[0] - out[1]).abs().max() > 1e-3 and (out[:, 0] - out[:, 1]).abs().max() > 1e-3
 
 
+def test_queries_see_each_other_and_no_absent_patch(lesson):
+    torch.manual_seed(0)
+    qformer, image = lesson.QFormer(3, 8, 2, 5), torch.randn(2, 4, 5)
+    out = qformer(image)
+    present = torch.tensor([[True, True, False, False]]).expand(2, 4)
+    torch.testing.assert_close(qformer(image, present), qformer(image[:, :2]))
+    with torch.no_grad():
+        qformer.queries[2] += 1
+    assert ((qformer(image) - out)[:, :2].abs().amax(-1) > 1e-3).all()
+
+
 def test_scenes_have_each_shape_in_its_cell_and_colour(lesson):
     torch.manual_seed(0)
     images, colours, cells = lesson.draw_scenes(20)
@@ -108,27 +122,62 @@ def test_questions_ask_for_what_is_there(lesson):
         assert cell[i] == cells[i, shape]
 
 
-def test_try_without_any_image_the_answer_is_that_of_the_text(lesson):
+@pytest.fixture
+def asked(lesson):
+    """A language model that knows no colour yet, images (4, 9, 192), questions (4, 5)."""
     torch.manual_seed(0)
-    model = lesson.LanguageModel()
     scenes, colours, cells = lesson.draw_scenes(4)
-    question, _, _ = lesson.ask(colours, cells)
-    expected = model(question)
-    model.visual = lesson.GatedCrossAttention(48, 4, 192)
+    return lesson.LanguageModel(), lesson.patches(scenes), lesson.ask(colours, cells)[0]
+
+
+def test_an_absent_image_leaves_the_text_where_no_bias_and_no_mlp_speaks(lesson, asked):
+    start, image, question = asked
+    model = lesson.with_visual(start)
     nn.init.constant_(model.visual.gate_cross, 0.5)
     nn.init.zeros_(model.visual.cross.out_proj.bias)
-    image = lesson.patches(scenes)
     absent = torch.zeros(4, dtype=torch.bool)
-    torch.testing.assert_close(model(question, image, absent), expected)
-    assert (model(question, image) - expected).abs().max() > 1e-3
+    torch.testing.assert_close(model(question, image, absent), start(question))
+    assert (model(question, image) - start(question)).abs().max() > 1e-3
+
+
+def test_a_causal_mask_would_not_change_what_the_last_word_says(asked):
+    model, _, question = asked
+    h = model.words(question) + model.places.weight
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    expected = model.head(model.block(h, src_mask=mask, is_causal=True)[:, -1])
+    torch.testing.assert_close(model(question), expected)
+
+
+def test_try_without_any_image_the_trained_model_guesses_and_is_surer(lesson, tmp_path):
+    start = lesson.train_language_model(seed=0, steps=60)
+    with SummaryWriter(tmp_path, purge_step=0) as writer:
+        model = lesson.train_visual(start, 0, 200, False, writer)
+    assert start.visual is None
+    for name, parameter in start.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)) and not parameter.requires_grad
+    scenes, colours, cells = lesson.draw_scenes(1000)
+    question, answer, _ = lesson.ask(colours, cells)
+    absent = torch.zeros(1000, dtype=torch.bool)
+    with torch.no_grad():
+        outputs = start(question), model(question, lesson.patches(scenes), absent)
+    assert all((out.argmax(1) == answer).double().mean() < 0.26 for out in outputs)
+    text, blind = (out.softmax(1).amax(1).mean() for out in outputs)
+    assert blind > text + 0.1
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_main_answers_with_the_image_alone(lesson, tmp_path, seed, events):
     result = lesson.main(seed=seed, log_dir=tmp_path, text_steps=60, steps=200)
-    assert result["grads"]["cross"] == 0 < result["grads"]["gate"]
+    assert set(result["shapes"].values()) == {(2, 4, 16)}
+    closed, moved = result["grads"]
+    assert closed["behind"] == 0 < min(closed["gates"], moved["behind"])
     rows = result["rows"]
-    assert rows["images"][0] > 0.7 and rows["images"][1] > 0.25
-    assert max(rows["text alone"][0], rows["shuffled"][0]) < 0.26
-    assert result["gate"] > 0.1
-    assert len(events(tmp_path / "images").Images("attention/map")) == 1
+    assert rows["images"][0] > 0.7 and rows["images"][1] > 0.2
+    assert max(rows[name][0] for name in ("text alone", "another's", "shuffled")) < 0.26
+    assert max(rows[name][1] for name in ("another's", "shuffled")) < 0.17
+    assert abs(rows["images"][2]) > 0.15 > 0.1 > abs(rows["shuffled"][2])
+    for name in ("images", "shuffled"):
+        logged = events(tmp_path / name)
+        assert logged.Images("attention/map")[0].width == 6 * (144 + 6)
+        for tag in ("train/loss", "gate/cross", "gate/mlp"):
+            assert [event.step for event in logged.Scalars(tag)] == list(range(200))
