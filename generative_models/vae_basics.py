@@ -6,27 +6,27 @@
 The line is log p(x) = log p(x, z) - log p(z | x), its mean taken over q, log q(z | x) added and
 taken away. -E_q[log p(x | z)] is the distortion D, KL(q(z | x) || p(z)) the rate R, both in nats.
 
-    z = mu + sigma eps   so that the gradient goes through the sample; REINFORCE, which takes
-                         f(z) times d log q / d mu, is as right on the average and varies far more
+    z = mu + sigma eps   so that the gradient goes through the sample; REINFORCE, the mean of
+                         f(z) d log q / d mu, is unbiased too, but here varies far more
     KL to N(0, I)        sum over units of (mu^2 + sigma^2 - 1 - log sigma^2) / 2
     beta-VAE             min D + beta R: a large beta buys a small rate, and at last q = p(z)
     IWAE                 E[log mean of K weights p(x, z_k) / q(z_k | x)] climbs from the ELBO to
                          log p(x) as K grows
 
-Digits are MNIST if it lies in data/MNIST, else drawn; pixels are coins (Bernoulli), tossed anew for
-every batch, so that cross-entropy is a likelihood.
+Digits are MNIST if it lies in data/MNIST, else drawn; each pixel is a coin (Bernoulli), tossed anew
+for every batch: of zeros and ones, not of greys, cross-entropy is -log of a probability.
 
 Checked here   KL against torch.distributions and Monte Carlo; the variance of both gradients, with
                theory; a linear model with known log p(x): the gap for three q, closed by IWAE;
-               rate, distortion, active units by beta, next to a decoder without z
-TensorBoard    gradient/log10_variance by mu in reparameterised, reinforce; linear/gap by log10 K;
-               train/elbo by step and images/… in beta_…; rate/distortion by rate (in tenths of a
-               nat) in curve; images/latent_map in latent_2: what is drawn where, and where digits
-               of the test set lie
+               rate, distortion, active units (rate > 0.1) by beta, next to a decoder without z
+TensorBoard    gradient/log10_variance by mu in reparameterised, reinforce; linear/gap by log10 K
+               in q_…; train/elbo by step and images/… in beta_…; rate/distortion by rate (in tenths
+               of a nat) in curve; images/latent_map in latent_2: what is drawn where, and where
+               digits of the test set lie
 Try            beta = 0: which rate? It has no limit: an autoencoder, whose prior samples are noise
-Source         Kingma & Welling 2014, arXiv:1312.6114, eq. 3, appendix B; Higgins et al. 2017
-               (beta-VAE); Burda et al. 2016 (IWAE, active units), arXiv:1509.00519, eq. 8,
-               section 5.2; Alemi et al. 2018 (rate and distortion), arXiv:1711.00464
+Source         Kingma & Welling 2014, arXiv:1312.6114, eqs. 1 and 3, appendix B; Higgins et al.
+               2017 (beta-VAE); Burda et al. 2016 (IWAE), arXiv:1509.00519, eq. 8; Alemi et al. 2018
+               (rate and distortion), arXiv:1711.00464
 """
 
 import argparse
@@ -70,10 +70,8 @@ def draw_digits(n):
     size, ink = torch.empty(n, 2, 1).uniform_(1.0, 1.4), torch.empty(n, 1, 1, 1).uniform_(0.2, 0.6)
     turned = torch.stack([turn.cos(), slant - turn.sin(), turn.sin(), turn.cos()], 1).view(n, 2, 2)
     grid = F.affine_grid(torch.cat([size * turned, place], 2), (n, 1, 28, 28), align_corners=False)
-    soft = F.avg_pool2d(glyphs[:, None], 5, 1, 2)[
-        labels
-    ]  # the height at which it is cut is the ink
-    x = F.grid_sample(soft, grid, align_corners=False)
+    soft = F.avg_pool2d(glyphs[:, None], 5, 1, 2)[labels]
+    x = F.grid_sample(soft, grid, align_corners=False)  # cut at the height `ink`: low is bold
     return (255 * ((x - ink) / 0.25 + 0.5).clamp(0, 1)).byte().squeeze(1), labels
 
 
@@ -92,18 +90,19 @@ def read_idx(path):
 def open_digits(root=DATA, train=True, count=8000):
     """Images (N, 28, 28) uint8, labels (N,), a line on them: root/MNIST if there, else `count`."""
     part, folder = "train" if train else "t10k", Path(root) / "MNIST"
-    if not any(folder.rglob("*-ubyte*")):
+    files = [p for p in folder.rglob("*-ubyte*") if p.is_file() and p.suffix != ".part"]
+    if not files:
         return *draw_digits(count), f"data: {count:,} drawn digits; for the real MNIST: {MEND}"
     found = []
     for name in (f"{part}-images?idx3-ubyte", f"{part}-labels?idx1-ubyte"):
-        files = [*folder.rglob(f"{name}.gz"), *folder.rglob(name)]
-        if not files:
+        paths = sorted(p for p in files if p.match(f"{name}*"))
+        if not paths:
             raise DataError(f"{folder / 'raw' / name.replace('?', '-')} is missing: {MEND}")
-        found.append(read_idx(files[0]))
+        found.append(read_idx(paths[-1]))
     images, labels = found
     if images.shape != (len(labels), 28, 28) or labels.max() > 9:
         shapes = f"images {tuple(images.shape)}, labels {tuple(labels.shape)}"
-        raise DataError(f"{files[0].parent} does not hold MNIST but {shapes}: {MEND}")
+        raise DataError(f"{paths[-1].parent} does not hold MNIST but {shapes}: {MEND}")
     return images, labels.long(), f"data: MNIST, {len(images):,} images"
 
 
@@ -155,8 +154,8 @@ class LinearGaussian:
 
     def __init__(self, D=6, K=2, s=0.25):
         axes = torch.linalg.qr(torch.randn(D, K, dtype=F64)).Q
-        alike = 0.3 * torch.eye(K, dtype=F64) + 0.7  # W^T W, so that p(z | x) has covariances
-        self.W, self.s = axes @ torch.linalg.cholesky(alike).T, s
+        gram = 0.3 * torch.eye(K, dtype=F64) + 0.7  # W^T W, so that p(z | x) has covariances
+        self.W, self.s = axes @ torch.linalg.cholesky(gram).T, s
         self.prior = MultivariateNormal(torch.zeros(K, dtype=F64), torch.eye(K, dtype=F64))
 
     def likelihood(self, z):
@@ -206,14 +205,14 @@ class VAE(nn.Module):
 
     def __init__(self, K=16, width=256):
         super().__init__()
-        act = nn.SiLU
         self.encoder = nn.Sequential(
-            nn.Flatten(), nn.Linear(784, width), act(), nn.Linear(width, width), act(),
+            nn.Flatten(), nn.Linear(784, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
             nn.Linear(width, 2 * K),
         )  # fmt: skip
         self.decoder = nn.Sequential(
-            nn.Linear(K, width), act(), nn.Linear(width, width), act(), nn.Linear(width, 784)
-        )
+            nn.Linear(K, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, 784),
+        )  # fmt: skip
 
     def encode(self, x):
         return self.encoder(x).chunk(2, dim=1)  # mu, log_var: (B, K) each
@@ -267,23 +266,10 @@ def train_vae(images, beta, K, steps, seed, writer, batch=64):
 
 @torch.no_grad()
 def evaluate(model, x):
-    """Distortion, rate, ELBO in nats an image, and active units: Var over x of mu above 0.01."""
-    D, R = model(x)
-    D, R = D.mean().item(), R.sum(1).mean().item()
-    active = (model.encode(x)[0].var(0) > 0.01).sum().item()
-    return {"distortion": D, "rate": R, "elbo": -D - R, "active": active}
-
-
-def distortion_gradient_variance(model, x, n=2000):
-    """Variance of both gradients of one image's distortion, summed over units: through z, score."""
-    with torch.no_grad():
-        mu, log_var = model.encode(x)  # x (1, 28, 28)
-
-    def distortion(z):
-        return model.distortion(z[:, None], x)[:, 0]  # (n, K) -> (n,)
-
-    estimates = gradient_samples(distortion, mu[0], (log_var[0] / 2).exp(), n)
-    return [g.var(0).sum().item() for g in estimates]
+    """Distortion, rate, ELBO in nats an image; active: the units of a rate above 0.1 nats."""
+    D, R = (values.mean(0) for values in model(x))  # (), (K,)
+    D, rate, active = D.item(), R.sum().item(), (R > 0.1).sum().item()
+    return {"distortion": D, "rate": rate, "elbo": -D - rate, "active": active}
 
 
 # --- pictures ----------------------------------------------------------------------------------
@@ -296,13 +282,13 @@ def tile(images, columns):
 
 
 @torch.no_grad()
-def draw_pictures(model, x, K, writer, columns=12):
+def draw_pictures(model, x, writer, columns=12):
     """Test images over their reconstructions, samples from the prior, and the units, one a row."""
     mu, log_var = model.encode(x)
-    again = model.decoder(mu[:columns]).sigmoid()
-    rows = torch.cat([x[:columns].flatten(1), again])
+    rebuilt = model.decoder(mu[:columns]).sigmoid()
+    rows = torch.cat([x[:columns].flatten(1), rebuilt])
     writer.add_image("images/reconstructions", tile(rows, columns), 0)
-    samples = model.decoder(torch.randn(5 * columns, K, device=x.device)).sigmoid()
+    samples = model.decoder(torch.randn(5 * columns, mu.size(1), device=x.device)).sigmoid()
     writer.add_image("images/prior_samples", tile(samples, columns), 0)
     order = kl_to_standard_normal(mu, log_var).mean(0).argsort(descending=True)[:8]
     z = mu[3].repeat(len(order), columns, 1)
@@ -315,7 +301,8 @@ def draw_pictures(model, x, K, writer, columns=12):
 def latent_map(model, x, labels, n=16):
     """(3, 28 n, 56 n): what the decoder draws over both units, and where digits lie, by colour.
 
-    Both are laid out by the prior's quantiles, so that equal areas are equally probable.
+    Both are laid out by the prior's quantiles, so that equal areas are equally probable; the first
+    unit grows to the right, the second upwards.
     """
     u = (torch.arange(n, device=x.device) + 0.5) / n
     z = Normal(0.0, 1.0).icdf(torch.cartesian_prod(1 - u, u)).flip(1)  # rows from the top
@@ -323,12 +310,11 @@ def latent_map(model, x, labels, n=16):
     hues = torch.tensor([(230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200),
                          (245, 130, 48), (145, 30, 180), (70, 240, 240), (240, 50, 230),
                          (170, 110, 40), (255, 255, 255)]) / 255  # fmt: skip
-    where = (Normal(0.0, 1.0).cdf(model.encode(x)[0]).cpu() * (28 * n - 3)).long()  # (B, 2)
-    dots = torch.zeros(3, 28 * n, 28 * n)
-    for dx in range(3):
-        for dy in range(3):
-            dots[:, 28 * n - 1 - where[:, 1] - dy, where[:, 0] + dx] = hues[labels.cpu()].T
-    return torch.cat([drawn, dots], dim=2)
+    cells = 7 * n  # of 4 x 4 pixels
+    column, row = (Normal(0.0, 1.0).cdf(model.encode(x)[0]).cpu() * cells).long().T
+    dots = torch.zeros(3, cells, cells)
+    dots[:, (cells - 1 - row).clamp(min=0), column.clamp(max=cells - 1)] = hues[labels.cpu()].T
+    return torch.cat([drawn, dots.repeat_interleave(4, 1).repeat_interleave(4, 2)], dim=2)
 
 
 # --- the sections ------------------------------------------------------------------------------
@@ -344,16 +330,15 @@ def draw(log_dir, curves):
 
 def show_kl(n):
     print("1. KL(N(mu, sigma^2) || N(0, 1)): closed form, torch.distributions, Monte Carlo")
-    mu, log_var = torch.tensor([0.0, 1.0, -2.0], dtype=F64), torch.tensor([0.0, -2.0, 1.0]).double()
+    mu, log_var = torch.tensor([[0.0, 1.0, -2.0], [0.0, -2.0, 1.0]], dtype=F64)
     q, prior = Normal(mu, (log_var / 2).exp()), Normal(torch.zeros_like(mu), 1.0)
-    closed = kl_to_standard_normal(mu, log_var)
-    torch.testing.assert_close(closed, kl_divergence(q, prior), rtol=0, atol=1e-12)
+    closed, theirs = kl_to_standard_normal(mu, log_var), kl_divergence(q, prior)
+    torch.testing.assert_close(closed, theirs, rtol=0, atol=1e-12)
     z = q.sample((n,))
     log_ratio = q.log_prob(z) - prior.log_prob(z)  # (n, 3)
     error = log_ratio.std(0) / math.sqrt(n)
     assert ((log_ratio.mean(0) - closed).abs() <= 5 * error).all()
-    for row in zip(mu, q.stddev, closed, kl_divergence(q, prior), log_ratio.mean(0), error,
-                   strict=True):  # fmt: skip
+    for row in zip(mu, q.stddev, closed, theirs, log_ratio.mean(0), error, strict=True):
         print("   mu {:4.1f} sigma {:.2f}   {:.4f}   {:.4f}   {:.4f} ± {:.4f}".format(*row))
 
 
@@ -390,7 +375,7 @@ def show_gap(log_dir, n, draws):
             (evidence - torch.stack([model.iwae(x, q, K) for _ in range(draws)]).mean(0)).mean()
             for K in (10, 100, 1000)
         ]
-        gaps[name] = [kl.mean().item(), *(gap.item() for gap in iwae)]
+        gaps[name] = [gap.item() for gap in ((evidence - elbo).mean(), *iwae)]
         draw(log_dir / f"q_{name}", {"linear/gap": gaps[name]})
         shown = "   ".join(f"{gap:z7.4f}" for gap in gaps[name][1:])
         print(f"   {name:<9} {elbo.mean():9.3f} {gaps[name][0]:z8.3f} {kl.mean():z14.3f}   {shown}")
@@ -403,28 +388,34 @@ def show_betas(seed, log_dir, images, x, betas, steps, K=16):
     alone = F.binary_cross_entropy(p, x.flatten(1), reduction="none").sum(1).mean().item()
     print(f"4. {K} units, {steps} steps, {len(x):,} test images: D, R, ELBO in nats, active units")
     print(f"   a mean image, no z {alone:7.1f} {0:7.1f} {-alone:8.1f} {0:4}")
-    rows, curve = {}, {}
+    rows, curve, models = {}, {}, {}
     for beta in betas:
         with SummaryWriter(log_dir / f"beta_{beta:g}", purge_step=0) as writer:
-            model = train_vae(images, beta, K, steps, seed, writer)
+            model = models[beta] = train_vae(images, beta, K, steps, seed, writer)
             row = rows[beta] = evaluate(model, x)
-            draw_pictures(model, x, K, writer)
+            draw_pictures(model, x, writer)
         curve[round(10 * row["rate"])] = row["distortion"]
         print(
             f"   beta {beta:<13g} {row['distortion']:7.1f} {row['rate']:7.1f} {row['elbo']:8.1f}"
             f" {row['active']:4}"
         )
-        if beta == 1:
-            bounds = {k: model.iwae(x[:300], k).mean().item() for k in (1, 8, 64)}
-            variance = distortion_gradient_variance(model, x[:1])
     with SummaryWriter(log_dir / "curve", purge_step=0) as writer:
         for tenths, D in sorted(curve.items()):
             writer.add_scalar("rate/distortion", D, tenths)
-    print("   beta 1, bound on log p(x) with K weights: "
+    return {"alone": alone, "rows": rows, **show_bounds(models[1], x)}
+
+
+def show_bounds(model, x):
+    bounds = {k: model.iwae(x[:300], k).mean().item() for k in (1, 8, 64)}
+    print("   beta 1, bound on log p(x) of 300 images with K weights: "
           + "   ".join(f"{k} {bound:.1f}" for k, bound in bounds.items()))  # fmt: skip
+    mu, log_var = (values[0].detach() for values in model.encode(x[:1]))
+    sigma = (log_var / 2).exp()
+    samples = gradient_samples(lambda z: model.distortion(z, x[:1]), mu, sigma, 2000)
+    through, score = (g.var(0).sum().item() for g in samples)
     print(f"   beta 1, d D / d mu of one image, variance summed over units: through z "
-          f"{variance[0]:.2e}   REINFORCE {variance[1]:.2e}")  # fmt: skip
-    return {"alone": alone, "rows": rows, "bounds": bounds, "variance": variance}
+          f"{through:.2e}   REINFORCE {score:.2e}")  # fmt: skip
+    return {"bounds": bounds, "variance": (through, score)}
 
 
 def show_map(seed, log_dir, images, x, labels, steps):

@@ -4,7 +4,8 @@ import struct
 
 import pytest
 import torch
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from torch.utils.tensorboard import SummaryWriter
 
 F64 = torch.float64
 
@@ -93,8 +94,17 @@ def test_a_missing_file_or_another_set_is_named(lesson, tmp_path):
     path.unlink()
     with pytest.raises(lesson.DataError, match=f"t10k-images-idx3-ubyte is missing: {lesson.MEND}"):
         lesson.open_digits(tmp_path, train=False)
-    path.with_name("t10k-images.idx3-ubyte").write_bytes(whole)  # as others name it
+    inner = path / "t10k-images.idx3-ubyte"  # as Kaggle's archive names and places it
+    path.mkdir()
+    inner.write_bytes(whole)
     assert len(lesson.open_digits(tmp_path, train=False)[0]) == 30
+
+
+def test_what_an_interrupted_download_leaves_is_no_mnist(lesson, tmp_path):
+    part = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"half")
+    assert "20 drawn digits" in lesson.open_digits(tmp_path, count=20)[2]
 
 
 def test_a_download_is_checked_written_beside_and_renamed(lesson, tmp_path, monkeypatch):
@@ -163,10 +173,9 @@ def test_the_linear_models_densities_and_elbo_are_right(lesson, D, K, s):
     joint = model.prior.log_prob(z) + model.likelihood(z).log_prob(x).sum(-1)
     torch.testing.assert_close(model.log_evidence(x), joint - model.posterior(x).log_prob(z))
     many = x.repeat(4000, 1)
-    for q, alike in zip(
-        *(lesson.approximations(model, x).values() for x in (x, many)), strict=True
-    ):
-        single = model.iwae(many, alike, 1).view(4000, 5)
+    few, lot = (lesson.approximations(model, batch) for batch in (x, many))
+    for name, q in few.items():
+        single = model.iwae(many, lot[name], 1).view(4000, 5)
         error = single.std(0) / math.sqrt(4000)
         assert ((single.mean(0) - model.elbo(x, q)).abs() < 5 * error + 1e-9).all()
 
@@ -177,9 +186,9 @@ def test_no_diagonal_q_is_nearer_than_the_one_called_best(lesson):
     x = torch.randn(3, 6, dtype=F64)
     best = lesson.approximations(model, x)["diagonal"]
     for scale in (0.8, 0.95, 1.05, 1.2):
-        other = torch.distributions.MultivariateNormal(best.mean, best.covariance_matrix * scale)
+        other = MultivariateNormal(best.mean, best.covariance_matrix * scale)
         assert (model.elbo(x, other) < model.elbo(x, best)).all()
-        moved = torch.distributions.MultivariateNormal(best.mean * scale, best.covariance_matrix)
+        moved = MultivariateNormal(best.mean * scale, best.covariance_matrix)
         assert (model.elbo(x, moved) < model.elbo(x, best)).all()
 
 
@@ -215,16 +224,39 @@ def test_a_linear_beta_vae_keeps_the_directions_that_pay(lesson, beta):
 # --- the VAE -----------------------------------------------------------------------------------
 
 
-def test_the_elbo_is_iwae_with_one_weight_and_more_weights_raise_it(lesson):
+def test_pixels_are_coins_tossed_anew(lesson):
     torch.manual_seed(0)
-    model = lesson.VAE(3, 16)
-    x = torch.bernoulli(torch.full((4, 28, 28), 0.3))
+    grey = torch.full((50, 28, 28), 51).byte()
+    first, second = lesson.toss(grey), lesson.toss(grey)
+    assert first.unique().tolist() == [0, 1] and abs(first.mean().item() - 0.2) < 0.01
+    assert not torch.equal(first, second)
+
+
+def test_the_elbo_and_iwae_are_those_of_an_integral(lesson):
+    """With one unit, log p(x) and the ELBO are sums over a grid of z; q is far from the prior."""
+    torch.manual_seed(0)
+    model, prior = lesson.VAE(1, 16).double(), Normal(0.0, 1.0)
+    x = torch.bernoulli(torch.full((4, 28, 28), 0.3)).double()
+    z, dz = torch.linspace(-9, 9, 3001, dtype=F64), 18 / 3000
     with torch.no_grad():
-        D, R = zip(*(model(x) for _ in range(200)), strict=True)
-        elbo = -(torch.stack(D) + torch.stack(R).sum(-1)).mean(0)
-        one, many = (torch.stack([model.iwae(x, k) for _ in range(200)]).mean(0) for k in (1, 30))
-    torch.testing.assert_close(elbo, one, rtol=0, atol=0.5)
-    assert (many > one).all()
+        model.encoder[-1].bias.copy_(torch.tensor([1.0, 0.3]))
+        model.decoder[-1].weight.mul_(0.1)  # or weights vary too much for 3000 of them
+        mu, log_var = model.encode(x)
+        q = Normal(mu[:, 0], (log_var[:, 0] / 2).exp())
+        log_q = q.log_prob(z[:, None])  # (3001, 4)
+        D = model.distortion(z.view(-1, 1, 1).expand(-1, 4, 1), x)
+        log_joint = prior.log_prob(z)[:, None] - D
+        log_p = log_joint.logsumexp(0) + math.log(dz)
+        elbo = (log_q.exp() * (log_joint - log_q)).sum(0) * dz
+        assert (log_p - elbo > 0.2).all()
+        D, R = (torch.stack(values).squeeze() for values in
+                zip(*(model(x) for _ in range(1000)), strict=True))  # fmt: skip
+        one = torch.stack([model.iwae(x, 1) for _ in range(1000)])  # (1000, 4)
+        many = model.iwae(x, 3000)
+    for sample in (-D - R, one):
+        error = sample.std(0) / math.sqrt(1000)
+        assert ((sample.mean(0) - elbo).abs() < 5 * error).all()
+    torch.testing.assert_close(many, log_p, rtol=0, atol=0.1)
 
 
 def test_the_distortion_is_that_of_coins(lesson):
@@ -242,15 +274,36 @@ def test_tile_puts_images_row_by_row(lesson):
     assert lesson.tile(images, 3)[0, ::28, ::28].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
+def test_the_map_puts_a_digit_where_the_decoder_draws_its_z(lesson):
+    """A decoder that paints z itself: unit 0 grows to the right, unit 1 upwards, in both halves."""
+
+    class Known(torch.nn.Module):
+        decoder = staticmethod(lambda z: z.repeat(1, 392))  # columns of pixels alternate: z0, z1
+
+        def encode(self, x):
+            return x, torch.zeros_like(x)
+
+    z = torch.tensor([[0.7, -1.1], [-0.3, 1.6], [40.0, -40.0]])
+    picture = lesson.latent_map(Known(), z, torch.tensor([9, 9, 9]))  # 9 is white
+    drawn, dots = picture[0].split(448, dim=1)
+    for i in range(3):
+        v = Normal(0.0, 1.0).cdf(z[i]).clamp(0.001, 0.999) * 448
+        row, column = 447 - int(v[1]), int(v[0])
+        assert dots[row, column] == 1
+        tile = drawn[row // 28 * 28 :, column // 28 * 28 :][:2, :2]
+        middle = (v // 28 + 0.5) / 16
+        torch.testing.assert_close(tile[0], Normal(0.0, 1.0).icdf(middle).sigmoid())
+    assert dots.sum() == 3 * 16
+
+
 def test_try_beta_0_has_a_rate_that_grows_without_limit(lesson, tmp_path):
     torch.manual_seed(0)
     images = lesson.draw_digits(500)[0]
     rates = []
-    with torch.utils.tensorboard.SummaryWriter(tmp_path) as writer:
-        for beta in (1.0, 0.0):
+    for beta in (1.0, 0.0):
+        with SummaryWriter(tmp_path / f"beta_{beta:g}") as writer:
             model = lesson.train_vae(images, beta, 8, 120, 0, writer)
-            rates.append(lesson.evaluate(model, lesson.toss(images))["rate"])
-            (tmp_path / next(tmp_path.iterdir()).name).unlink()
+        rates.append(lesson.evaluate(model, lesson.toss(images))["rate"])
     assert rates[1] > 5 * rates[0]
 
 
