@@ -5,6 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+QUICK = {"batch": 64, "lr_g": 4e-3, "lr_d": 4e-3}  # half the batch, twice the rates
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +21,7 @@ def measured(lesson, tmp_path_factory):
     results = []
     for seed in range(3):
         folder = tmp_path_factory.mktemp("gan")
-        results.append(lesson.main(seed=seed, log_dir=folder, d_steps=200, gans=2, steps=30))
+        results.append(lesson.main(seed=seed, log_dir=folder, d_steps=120, gans=2, steps=5))
     return results, folder
 
 
@@ -38,8 +41,11 @@ def twins(lesson):
     return both, singles
 
 
-def test_networks_side_by_side_are_torchs_one_by_one(twins):
+def test_networks_side_by_side_are_torchs_one_by_one(lesson, twins):
     both, singles = twins
+    for i, bound in enumerate((1 / 5, 1 / 2)):  # of nn.Linear: 1 / sqrt(inputs)
+        for p in (params := lesson.MLPs(300, (25, 4, 1))).weights[i], params.biases[i]:
+            assert 0.98 * bound < p.abs().max() <= bound and abs(p.mean()) < 0.05 * bound
     x = torch.randn(2, 7, 3, dtype=torch.float64)
     out = both(x)
     for s, single in enumerate(singles):
@@ -107,6 +113,14 @@ def test_both_generator_gradients_are_those_of_the_docstring(lesson, logit):
     assert lesson.generator_loss(a, "saturating").item() == pytest.approx(math.log1p(-D))
 
 
+def test_a_saturating_gan_has_the_same_discriminator(lesson, twins):
+    x, y = torch.randn(2, 2, 6, 3, dtype=torch.float64)
+    of_d = {loss: lesson.discriminator_loss(twins[0], x, y, loss, 0.0)
+            for loss in ("ns", "saturating", "wgan")}  # fmt: skip
+    assert torch.equal(of_d["ns"], of_d["saturating"])
+    assert (of_d["ns"] - of_d["wgan"]).abs().min() > 0.5
+
+
 def test_modes_and_good_samples_are_counted(lesson):
     centres = lesson.centres()
     torch.testing.assert_close(centres.norm(dim=1), torch.ones(8))
@@ -119,12 +133,13 @@ def test_modes_and_good_samples_are_counted(lesson):
     ])  # fmt: skip
     modes, good = lesson.count_modes(x)
     assert modes.tolist() == [8, 3, 0, 1] and good.tolist() == [1, 1, 0, 1]
+    assert good.dtype == torch.float32  # Apple's accelerator has no float64
 
 
 def test_a_picture_has_a_panel_for_each(lesson):
     x = torch.full((5, 10, 2), -0.01)
     x[1] = torch.tensor([1.37, 1.37])
-    x[2] = 9.0  # outside
+    x[2] = -1.51  # outside, by less than a pixel
     picture = lesson.ring_picture(x, side=30)
     assert picture.shape == (1, 60, 120)
     dots = (picture[0] == 1).nonzero().tolist()
@@ -161,69 +176,79 @@ def test_main_keeps_its_claims(measured, seed):
     optimum = result["optimum"]
     assert optimum["same"]["best"] == pytest.approx(-math.log(4), abs=1e-6)
     for row in optimum.values():
-        assert row["best"] - 0.02 < row["trained"] <= row["best"] + 1e-6
+        assert row["best"] - 0.05 < row["trained"] <= row["best"] + 1e-6
         assert row["off"] < 0.06
     rows = result["gradients"]
     first, last = rows[min(rows)], rows[max(rows)]
     for i in range(4):
-        assert 0.4 < first[0][i] / first[1][i] < 2.5  # D about 1/2: alike
+        assert 0.2 < first[0][i] / first[1][i] < 5  # D about 1/2: alike
     for i in (2, 3):  # disjoint
-        assert last[0][i] < 0.02 < 1 < last[1][i]
-        assert last[2][i] < 0.01
+        assert last[0][i] < 0.1 < 1 < last[1][i]
+        assert last[2][i] < 0.03
     for t, (critic, formula, exact) in result["critic"].items():
         assert abs(exact - t) < 0.05
         assert abs(critic - formula) < 0.05 * t + 0.05
         assert t < 1 or formula > 1.03 * exact
     ring = result["ring"]
     assert ring["real"][0] == 8 and abs(ring["real"][1] - (1 - math.exp(-4.5))) < 0.005
-    assert ring["circle"][0] == 8 and abs(ring["circle"][1] - 0.383) < 0.01  # 16 arcs of 0.1504
+    assert ring["circle"][0] == 8 and abs(ring["circle"][1] - 0.382) < 0.01  # 16 arcs of 0.1501
+
+
+def test_sizes_need_not_be_multiples_of_ten(lesson, tmp_path):
+    rows = lesson.show_gradients(tmp_path, 25)
+    assert len(rows) == 11 and min(rows) == 0 and max(rows) == 25
 
 
 def test_main_writes_pictures_and_curves(measured, lesson, events):
     _, folder = measured
     for name in lesson.SETTINGS:
         run = events(folder / name)
-        assert [e.step for e in run.Images("samples/ring")] == list(range(0, 31, 3))
-        assert len(run.Scalars("ring/modes")) == 11
+        assert [e.step for e in run.Images("samples/ring")] == list(range(6))
+        assert len(run.Scalars("ring/modes")) == 6
     for name in ("d_trained", "d_best"):
         assert len(events(folder / name).Scalars("discriminator/one_mode")) == 61
     curves = [events(folder / n).Scalars("gradient/log10_norm")
               for n in ("saturating", "non_saturating")]  # fmt: skip
-    assert [len(c) for c in curves] == [11, 11] and curves[0][-1].value < curves[1][-1].value - 3
+    assert [len(c) for c in curves] == [11, 11]
+    assert curves[0][-1].value < curves[1][-1].value - 1.5
     assert [e.step for e in events(folder / "w1_exact").Scalars("wasserstein/distance")] == [
         0, 5, 10, 20, 30, 40
     ]  # fmt: skip
 
 
+def covered(lesson, log_dir, seed, gans, steps, **kwargs):
+    """Modes that each of some GANs covers."""
+    torch.manual_seed(seed)
+    with SummaryWriter(log_dir) as writer:
+        return lesson.train_gans(writer, gans, steps=steps, **kwargs)[0]
+
+
 @pytest.mark.parametrize("loss", ["ns", "wgan"])
-def test_the_penalty_keeps_all_modes(lesson, tmp_path, loss):
-    torch.manual_seed(10)
-    with torch.utils.tensorboard.SummaryWriter(tmp_path) as writer:
-        modes, good = lesson.train_gans(writer, 4, loss, penalty=1.0, steps=250)
-    assert min(modes) == 8 and min(good) > 0.25
+def test_the_penalty_keeps_the_modes_that_are_lost_without_it(lesson, tmp_path, loss):
+    kept = covered(lesson, tmp_path / "kept", 3, 3, 180, loss=loss, penalty=1.0, **QUICK)
+    lost = covered(lesson, tmp_path / "lost", 3, 3, 80, loss=loss, **QUICK)
+    assert min(kept) >= 7 and sum(lost) <= 16
 
 
-@pytest.mark.parametrize("name", ["ns", "slow_d_ns", "slow_d_wgan_penalty"])
-def test_modes_are_lost_without_it_and_with_a_slow_d(lesson, tmp_path, name):
-    torch.manual_seed(1)
-    with torch.utils.tensorboard.SummaryWriter(tmp_path) as writer:
-        modes, _ = lesson.train_gans(writer, 8, steps=250, **lesson.SETTINGS[name])
-    assert min(modes) <= 5 if name == "ns" else max(modes) <= 3 and min(modes) == 0
+@pytest.mark.parametrize("name", ["slow_d_ns", "slow_d_wgan_penalty"])
+def test_a_slow_d_loses_nearly_all(lesson, tmp_path, name):
+    assert sum(covered(lesson, tmp_path, 1, 4, 120, batch=64, **lesson.SETTINGS[name])) <= 6
 
 
 def test_try_two_numbers_of_noise_lose_hardly_a_mode(lesson, tmp_path):
-    torch.manual_seed(0)
-    with torch.utils.tensorboard.SummaryWriter(tmp_path) as writer:
-        modes, _ = lesson.train_gans(writer, 8, "ns", steps=250, z=2)
-    assert sum(modes) >= 60
+    assert sum(covered(lesson, tmp_path, 0, 4, 100, loss="ns", z=2, batch=64)) >= 27
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_gpu_takes_the_step_of_the_cpu(lesson):
+def test_a_gpu_takes_the_step_of_the_cpu(lesson, tmp_path):
     torch.manual_seed(0)
     D, x, y = lesson.MLPs(2, (2, 16, 1)), *torch.randn(2, 2, 32, 2)
     there = copy.deepcopy(D).cuda()
-    pair = [lesson.discriminator_loss(d, x.to(k), y.to(k), "ns", 0.0)
-            for d, k in ((D, "cpu"), (there, "cuda"))]  # fmt: skip
-    torch.testing.assert_close(pair[0], pair[1].cpu(), rtol=1e-4, atol=1e-5)
-    assert lesson.ring(2, 5, "cuda").device.type == "cuda"
+    for d, k in ((D, "cpu"), (there, "cuda")):
+        sgd = torch.optim.SGD(d.parameters(), 0.5)
+        lesson.minimise(sgd, lesson.discriminator_loss(d, x.to(k), y.to(k), "ns", 0.0))
+    for here, p in zip(D.parameters(), there.parameters(), strict=True):
+        torch.testing.assert_close(here, p.cpu(), rtol=1e-4, atol=1e-5)
+    with SummaryWriter(tmp_path) as writer:
+        modes, good = lesson.train_gans(writer, 3, "wgan", 1.0, steps=2, device="cuda")
+    assert len(modes) == len(good) == 3
