@@ -1,31 +1,31 @@
-"""Noise goes in at once and comes out step by step: each step back is a Gaussian known by Bayes.
+"""Noise goes in at once, comes out step by step: given x_0, each step back is Gaussian, by Bayes.
 
     forward    x_t = sqrt(A_t) x_0 + sqrt(1 - A_t) eps       A_t = product of 1 - beta up to t
     backward   q(x_s | x_t, x_0) for any s < t, with a = A_t / A_s:
                mean      (sqrt(A_s) (1 - a) x_0 + sqrt(a) (1 - A_s) x_t) / (1 - A_t)
                variance  (1 - a) (1 - A_s) / (1 - A_t), "tilde"; or 1 - a, "beta"
     DDIM       x_s = sqrt(A_s) x_0 + sqrt(1 - A_s) eps       no noise, so that it runs both ways
-    L_simple   mean of (eps - eps_theta(x_t, t))^2, t even on 1 … T
+    L_simple   mean of (eps - eps_theta(x_t, t))^2, t uniform on 1 … T
     guidance   eps(x_t, t) + w (eps(x_t, t, class) - eps(x_t, t))
 
-A network says eps, or x_0, or v = sqrt(A) eps - sqrt(1 - A) x_0: each gives the others, and in the
-steps back it stands for them. Fewer steps need a of the pairs (t, s) taken: with the coefficients
-of the T-step chain left as they were, too much noise stays in.
+A network guesses eps, or x_0, or v = sqrt(A) eps - sqrt(1 - A) x_0: each gives the others, and in
+the steps back the guess takes the place of x_0. Fewer steps need a of the pairs (t, s) taken: with
+the coefficients of the T-step chain left as they were, too much noise stays in.
 
 Checked here   q(x_t | x_0) against the chain; the step back against Bayes; the three predictions;
                linear against cosine by signal-to-noise; samplers with the exact eps of Gaussian
                data, 1,000 to 20 steps; DDIM there and back; eight Gaussians learned: loss against
-               the best possible, samples against real ones and their floor; digits by class:
-               told apart as asked and spread, by w
-TensorBoard    schedule/log10_snr by t (hundredths) in linear, cosine; sampling/std by steps in
-               sampler_…; train/loss in ring, digits; ring/from_noise, digits/from_noise: samples
-               on their way; digits/by_class in guidance_…, a row for each digit
-Try            data of standard deviation 1 in section 4: which sampler is wrong? The noise leaves
-               them all near 1: standard normal data cannot show the mistake
+               the best possible, samples against real ones and their floor; digits by class
+               and w: how many show the class asked for, how much they vary within it
+TensorBoard    schedule/log10_snr by t in linear, cosine; sampling/std by steps in sampler_…;
+               train/loss in ring, digits; ring/from_noise, digits/from_noise: samples on their
+               way; digits/by_class in guidance_…, a row for each digit
+Try            data of standard deviation 1 in section 4: which sampler looks best at 20 steps?
+               The wrong one, at 1: each of its steps keeps variance 1, so that such data hide it
 Source         Ho et al. 2020 (DDPM), arXiv:2006.11239, eqs. 4, 7, 14, section 3.2; Song et al. 2021
                (DDIM), arXiv:2010.02502, eq. 12; Nichol & Dhariwal 2021 (cosine, respacing),
-               arXiv:2102.09672, eq. 17; Salimans & Ho 2022 (v), arXiv:2202.00512, section 4; Ho &
-               Salimans 2022 (guidance, there w - 1), arXiv:2207.12598, eq. 6
+               arXiv:2102.09672, eq. 17, section 4; Salimans & Ho 2022 (v), arXiv:2202.00512,
+               section 4; Ho & Salimans 2022 (guidance, there w - 1), arXiv:2207.12598, eq. 6
 """
 
 import gzip
@@ -199,13 +199,13 @@ def ring(n, device=None):
 
 def good_share(x):
     """Of points (n, 2), those within 3 sigma of a Gaussian's centre: 1 - e^-4.5 = 0.989 of real."""
-    return (torch.cdist(x, centres(x.device)).amin(1) < 3 * SIGMA).double().mean().item()
+    return (torch.cdist(x, centres(x.device)).amin(1) < 3 * SIGMA).float().mean().item()
 
 
 def best_eps(x, A):
     """E[eps | x_t] on the ring, x (B, 2): -sqrt(1 - A) times the score; A a number or (B, 1)."""
     variance = A * SIGMA**2 + 1 - A
-    apart = x[:, None] - (A**0.5 * torch.ones_like(x[:, :1]))[..., None] * centres(x.device)
+    apart = x[:, None] - (A**0.5 * torch.ones_like(x))[:, None] * centres(x.device)  # (B, 8, 2)
     weight = (-apart.square().sum(-1) / (2 * variance)).softmax(1)  # (B, 8)
     return (1 - A) ** 0.5 / variance * (weight[..., None] * apart).sum(1)
 
@@ -223,9 +223,8 @@ def energy_distance(x, y):
 
 
 def embed_time(t, size=32):
-    """Sines and cosines of t (B,), (B, size): wavelengths from 2 pi to 2 pi 10^4."""
-    frequency = torch.exp(-math.log(1e4) * torch.arange(size // 2, device=t.device) / (size // 2))
-    angle = t[:, None] * frequency
+    """(B, size) from t (B,): sines, cosines of wavelength 2 pi 10^(8 k / size), k < size / 2."""
+    angle = t[:, None] * 1e4 ** (-torch.arange(size // 2, device=t.device) / (size // 2))
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
@@ -309,16 +308,8 @@ def fit(model, batch, A, steps, rate, writer):
 # --- the sections ------------------------------------------------------------------------------
 
 
-def draw(log_dir, curves):
-    """Write each {tag: values} as a curve, at the steps 0, 1, 2 …."""
-    with SummaryWriter(log_dir, purge_step=0) as writer:
-        for tag, values in curves.items():
-            for step, value in enumerate(values):
-                writer.add_scalar(tag, value, step)
-
-
 def show_forward(n, T=1000, x_0=0.7):
-    print(f"1. x_t from x_0 = {x_0} by t steps, {n:,} walks: mean and std, closed form; theory")
+    print(f"1. x_t from x_0 = {x_0} by t steps, {n:,} walks: mean, std; those of q(x_t | x_0)")
     A = linear_schedule(T)
     x, mean, variance, worst = torch.full((n,), x_0, dtype=F64), x_0, 0.0, 0.0
     for t in range(1, T + 1):
@@ -364,37 +355,43 @@ def show_schedules(log_dir, T=1000):
     half = {}
     for name, schedule in {"linear": linear_schedule, "cosine": cosine_schedule}.items():
         A = schedule(T)
-        snr = (A / (1 - A))[1:].log10()
+        snr = (A / (1 - A)).log10()  # infinite at t = 0
         half[name] = int((A < 0.5).nonzero()[0])
-        shown = " ".join(f"{snr[t - 1]:6.2f}" for t in (1, 250, 500, 750, 1000))
+        shown = " ".join(f"{snr[t]:6.2f}" for t in (1, 250, 500, 750, 1000))
         print(f"   {name}   t {half[name]}   {shown}")
-        draw(log_dir / name, {"schedule/log10_snr": snr[9::10]})
+        with SummaryWriter(log_dir / name, purge_step=0) as writer:
+            for t in range(10, T + 1, 10):
+                writer.add_scalar("schedule/log10_snr", snr[t], t)
     return half
 
 
-def gaussian_std(s, times, A, sampler):
-    """Standard deviation that a sampler with the exact eps gives to data N(0, s^2)."""
+def gaussian_eps(x, A, std):
+    """E[eps | x_t] of data N(0, std^2)."""
+    return (1 - A) ** 0.5 * x / (A * std**2 + 1 - A)
+
+
+def gaussian_std(std, times, A, sampler):
+    """Standard deviation that a sampler with the exact eps gives to data N(0, std^2)."""
     variance, A = 1.0, A.tolist()
-    for t, to in pairwise(times):
-        known, end = ("beta", t - 1) if sampler == "unchanged" else (sampler, to)
-        eps = (1 - A[t]) ** 0.5 / (A[t] * s**2 + 1 - A[t])  # for x = 1
+    for t, s in pairwise(times):
+        known, to = ("beta", t - 1) if sampler == "unchanged" else (sampler, s)
+        eps = gaussian_eps(1.0, A[t], std)
         x_0 = convert("eps", eps, 1.0, A[t])[0]
-        factor = step_back(x_0, eps, 1.0, A[t], A[end], known, 0.0)
-        noise = step_back(0.0, 0.0, 0.0, A[t], A[end], known, 1.0)
+        factor = step_back(x_0, eps, 1.0, A[t], A[to], known, 0.0)
+        noise = step_back(0.0, 0.0, 0.0, A[t], A[to], known, 1.0)
         variance = factor**2 * variance + noise**2
     return variance**0.5
 
 
-def show_samplers(log_dir, n, s=0.2, T=1000):
-    print(f"4. data N(0, {s}^2), exact eps: std of {n:,} samples (theory), 1000, 100, 20 steps")
+def show_samplers(log_dir, n, std=0.2, T=1000):
+    print(f"4. data N(0, {std}^2), exact eps: std of {n:,} samples (theory), 1000, 100, 20 steps")
     A, rows = linear_schedule(T), {}
     for sampler in ("beta", "tilde", "ddim", "unchanged"):
         with SummaryWriter(log_dir / f"sampler_{sampler}", purge_step=0) as writer:
             for steps in (20, 100, 1000):
                 times, x = spaced(T, steps), torch.randn(n, dtype=F64)
-                x, _ = denoise(lambda x, t: (1 - A[t]) ** 0.5 * x / (A[t] * s**2 + 1 - A[t]),
-                               x, times, A, sampler)  # fmt: skip
-                theory = gaussian_std(s, times, A, sampler)
+                x, _ = denoise(lambda x, t: gaussian_eps(x, A[t], std), x, times, A, sampler)
+                theory = gaussian_std(std, times, A, sampler)
                 assert abs(x.std() / theory - 1) < 5 / math.sqrt(2 * n)
                 rows[sampler, steps] = x.std().item(), theory
                 writer.add_scalar("sampling/std", theory, steps)
@@ -407,9 +404,12 @@ def show_samplers(log_dir, n, s=0.2, T=1000):
 def show_inversion(n, T=1000):
     print("5. DDIM from data to noise and back, exact eps: root mean square error, by steps")
     A, x, errors = linear_schedule(T), ring(n).double(), {}
+
+    def predict(x, t):
+        return best_eps(x, A[t])
+
     for steps in (20, 50, 200, 1000):
         times = spaced(T, steps)
-        predict = lambda x, t: best_eps(x, A[t])  # noqa: E731
         noise, _ = denoise(predict, x, times[::-1], A, "ddim")
         again, _ = denoise(predict, noise, times, A, "ddim")
         errors[steps] = (again - x).square().sum(1).mean().sqrt().item()
@@ -457,9 +457,10 @@ def show_ring(log_dir, steps, n, device, T=1000):
         }
         print("   energy distance to real samples, share within 3 sigma of a centre:")
         print(f"   real samples {row('real', ring(n, device))}   noise {row('noise', start)}")
-        takes = ("beta", T), ("tilde", T), ("tilde", 50), ("ddim", 50), ("unchanged", 50)
+        seen = (T, 600, 400, 300, 200, 100, 50, 20)
+        takes = ("tilde", T), ("tilde", 50), ("beta", 50), ("ddim", 50), ("unchanged", 50)
         for sampler, k in takes:
-            line, seen = f"   {sampler:<9} {k:4} steps", (T, 600, 400, 300, 200, 100, 50, 20)
+            line = f"   {sampler:<9} {k:4} steps"
             for name, predict in predictors.items():
                 x, kept = denoise(predict, start, spaced(T, k), A, sampler, seen=seen)
                 line += f"   {name} {row((name, sampler, k), x)}"
@@ -475,18 +476,9 @@ def shrink(images):
     return F.avg_pool2d(F.pad(images.float() / 127.5 - 1, (2, 2, 2, 2), value=-1.0), 2)[:, None]
 
 
-def train_judge(x, labels, steps=800):
-    """A small classifier of images (N, 1, 16, 16), to say what a drawn digit looks like."""
-    judge = nn.Sequential(nn.Flatten(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
-    judge.to(x.device)
-    optimizer = torch.optim.Adam(judge.parameters(), 3e-3)
-    for _ in range(steps):
-        i = torch.randint(len(x), (128,), device=x.device)
-        loss = F.cross_entropy(judge(x[i] + 0.1 * torch.randn_like(x[i])), labels[i])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return judge.requires_grad_(False)
+def nearest_label(x, real, labels):
+    """What images x (n, 1, 16, 16) show: the label of the closest of real ones (N, 1, 16, 16)."""
+    return labels[torch.cdist(x.flatten(1), real.flatten(1)).argmin(1)]
 
 
 def spread(x, labels):
@@ -512,36 +504,32 @@ def guided(model, labels, w):
     return predict
 
 
-def halves(labels, each):
-    """Indices of `each` images a class, class by class, (10 each,); and of as many others."""
-    order = labels.argsort(stable=True)
-    first = torch.stack([order[labels[order] == k][: 2 * each] for k in range(10)])
-    return first[:, :each].flatten(), first[:, each:].flatten()
+def split(labels, each):
+    """Indices of `each` images a class, class by class, (10 each,); of as many others; the rest."""
+    found = torch.stack([(labels == k).nonzero()[: 2 * each, 0] for k in range(10)])
+    rest = torch.ones_like(labels).index_fill(0, found.flatten(), 0).nonzero()[:, 0]
+    return found[:, :each].flatten(), found[:, each:].flatten(), rest
 
 
 def show_digits(log_dir, images, labels, steps, each, sample_steps, device, T=1000):
-    print(
-        f"7. digits, {steps} steps: judged as asked, variance in a class, energy distance to real"
-    )
-    A, x_0, labels = (
-        cosine_schedule(T).float().to(device),
-        shrink(images).to(device),
-        labels.to(device),
-    )
-    model, judge = UNet().to(device), train_judge(x_0, labels)
+    print(f"7. digits, {steps} steps: share as asked, variance in a class, energy distance to real")
+    A = cosine_schedule(T).float().to(device)
+    x_0, labels = shrink(images).to(device), labels.to(device)
+    real, other, rest = split(labels, each)
+    real, other, x_0, labels = x_0[real], x_0[other], x_0[rest], labels[rest]
 
     def batch(n=64):
         i = torch.randint(len(x_0), (n,), device=device)
         dropped = torch.rand(n, device=device) < 0.15  # so that it learns to go without, too
         return x_0[i], labels[i].masked_fill(dropped, NO_CLASS)
 
+    model = UNet().to(device)
     with SummaryWriter(log_dir / "digits", purge_step=0) as writer:
         fit(model, batch, A, steps, 4e-3, writer)
-    real, other = (x_0[i] for i in halves(labels, each))
     asked, start = torch.arange(10, device=device).repeat_interleave(each), torch.randn_like(real)
     samples, times = {"real": other, "noise": start}, spaced(T, sample_steps)
+    seen = times[:: max(1, sample_steps // 8)]
     for w in (0, 1, 3):
-        seen = times[:: max(1, sample_steps // 8)]
         x, kept = denoise(guided(model, asked, w), start, times, A, "tilde", 1.0, seen)
         samples[f"w = {w}"] = x
         with SummaryWriter(log_dir / f"guidance_{w}", purge_step=0) as writer:
@@ -551,7 +539,7 @@ def show_digits(log_dir, images, labels, steps, each, sample_steps, device, T=10
             writer.add_image("digits/from_noise", tile(way.transpose(0, 1), way.size(2)), 0)
     rows = {}
     for name, x in samples.items():
-        right = (judge(x).argmax(1) == asked).double().mean().item()
+        right = (nearest_label(x, x_0, labels) == asked).float().mean().item()
         rows[name] = right, spread(x, asked), energy_distance(x.flatten(1), real.flatten(1))
         print("   {:<6} {:.3f}   {:6.2f}   {:7.3f}".format(name, *rows[name]))
     return rows
