@@ -2,10 +2,10 @@
 
     s_ij = e^t u_i . v_j        image i and caption j of a batch, as unit vectors
     L = (CE of the rows of s, target i = j, + CE of its columns) / 2     InfoNCE both ways
-    dL/dt                       the mean over rows and columns of E_softmax[s] - s_ii, halved
+    dL/dt                       the mean over all rows and columns of E_softmax[s] - s_ii
     zero-shot                   a class is the mean of its prompts' unit vectors: the nearest wins
 
-e^t is 1 / temperature, learned from 1 / 0.07 on and kept below 100: the parameter is clamped after
+e^t is 1 / temperature, learned from 1 / 0.07 on and at most 100: the parameter is clamped after
 the step. Clamped in forward, it would have no gradient once it is above, and stay there.
 
 Captions say size and place only sometimes: "a red triangle" may fit other images of its batch, yet
@@ -156,7 +156,7 @@ class ImageEncoder(nn.Module):
     def __init__(self, D):
         super().__init__()
         layers, sizes = [], (3, 16, 32, 64)
-        for c_in, c_out, stride in zip(sizes, sizes[1:], (2, 2, 1), strict=False):
+        for c_in, c_out, stride in zip(sizes[:-1], sizes[1:], (2, 2, 1), strict=True):
             layers += [nn.Conv2d(c_in, c_out, 3, stride, 1), nn.BatchNorm2d(c_out), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(576, D))
 
@@ -179,7 +179,7 @@ class TextEncoder(nn.Module):
         causal = torch.ones(T, T, dtype=torch.bool, device=words.device).triu(1)
         h = self.block(self.words(words) + self.places.weight[:T], src_mask=causal)
         end = (words == WORDS.index("<end>")).int().argmax(1)
-        return F.normalize(self.project(self.norm(h[torch.arange(B), end])), dim=1)
+        return F.normalize(self.project(self.norm(h[torch.arange(B, device=h.device), end])), dim=1)
 
 
 class CLIP(nn.Module):
@@ -208,10 +208,8 @@ def similarities(model, images, said):
 
 def retrieval(model, facts):
     """Share of images whose caption is nearest, of captions whose image is: one of each a fact."""
-    s, pairs = (
-        similarities(model, draw_images(facts), facts),
-        torch.arange(len(facts), device=facts.device),
-    )
+    s = similarities(model, draw_images(facts), facts)
+    pairs = torch.arange(len(facts), device=facts.device)
     return tuple((s.argmax(dim) == pairs).float().mean().item() for dim in (1, 0))
 
 
@@ -312,7 +310,7 @@ def show_ranks(B=12, D=5, ranks=3):
         "whole, others detached": [clip_loss(*gathered(r), t) for r in range(ranks)],
     }
     for name, losses in takes.items():
-        # ranks average their gradients: of parts that is right, of the whole 1 / ranks too small
+        # ranks average their gradients: right for parts; of the whole, u gets 1 / ranks of its own
         total = sum(losses) if name.startswith("whole") else sum(losses) / ranks
         (grad,) = torch.autograd.grad(total, u, retain_graph=True)
         rows[name] = (sum(losses) / ranks).item(), ((grad - true).norm() / true.norm()).item()
@@ -323,7 +321,7 @@ def show_ranks(B=12, D=5, ranks=3):
 
 
 def show_clamp(steps=50):
-    print("3. e^t = 110, above its limit, where less would be better: dL/dt, e^t after 50 steps")
+    print(f"3. e^t = 110, over its limit, where less is better: dL/dt, e^t after {steps} steps")
     u, rows = unit_vectors(6, 4).detach(), {}
     v = F.normalize(u + torch.randn_like(u), dim=1)
     for name in ("in forward", "parameter"):
@@ -336,7 +334,8 @@ def show_clamp(steps=50):
             optimizer.step()
             slopes.append(t.grad.item())
             if name == "parameter":
-                t.data.clamp_(max=MAX_SCALE)
+                with torch.no_grad():
+                    t.clamp_(max=MAX_SCALE)
         rows[name] = slopes[0], t.exp().item()
         print(f"   clamped {name:<10}   {slopes[0]:8.4f}   {rows[name][1]:6.2f}")
     return rows

