@@ -83,7 +83,12 @@ def scale_gradient(u, v, log_scale):
 
 
 def rank_loss(u, v, log_scale, rank, ranks):
-    """The part of rank: its own images among all texts, its own texts among all images."""
+    """The part of rank: its own images among all texts, its own texts among all images.
+
+    ValueError if the batch does not split evenly: a mean over ranks would weigh parts wrongly.
+    """
+    if len(u) % ranks:
+        raise ValueError(f"a batch of {len(u)} does not split evenly among {ranks} ranks")
     n = len(u) // ranks
     own = torch.arange(rank * n, (rank + 1) * n, device=u.device)
     scale = log_scale.exp()
@@ -381,7 +386,7 @@ def show_training(seed, log_dir, steps, batch, copies, device):
                 "unseen": zero_shot(model, new.repeat(copies, 1)),
                 "seen": zero_shot(model, seen.repeat(copies, 1)),
             }
-            picture = retrieved_picture(model, new[::6], draw_images(facts.repeat(6, 1)))
+            picture = retrieved_picture(model, new[::7], draw_images(facts.repeat(6, 1)))
             writer.add_image("images/retrieved", picture, 0, dataformats="HWC")
         both = "{:.3f} to text, {:.3f} to image".format(*row["retrieval"])
         print(f"   {name}: retrieval@1 {both}   e^t {row['scale']:.1f}")

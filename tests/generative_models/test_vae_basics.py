@@ -22,7 +22,7 @@ def measured(lesson, tmp_path_factory):
     for seed in range(3):
         folder = tmp_path_factory.mktemp("vae")
         results.append(
-            lesson.main(seed=seed, log_dir=folder, root=folder, n=20_000, draws=2, steps=100,
+            lesson.main(seed=seed, log_dir=folder, root=folder, n=20_000, draws=2, steps=70,
                         betas=(256, 8, 1), count=1000, test=300)
         )  # fmt: skip
     return results, folder
@@ -347,6 +347,6 @@ def test_main_writes_its_pictures_and_curves(measured, events):
 
 
 def test_the_same_seed_gives_the_same_numbers(lesson, measured, tmp_path):
-    again = lesson.main(seed=2, log_dir=tmp_path, root=tmp_path, n=20_000, draws=2, steps=100,
+    again = lesson.main(seed=2, log_dir=tmp_path, root=tmp_path, n=20_000, draws=2, steps=70,
                         betas=(256, 8, 1), count=1000, test=300)  # fmt: skip
     assert again == measured[0][2]
