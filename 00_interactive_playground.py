@@ -23,12 +23,18 @@ import ast
 import math
 import operator
 import platform
+import signal
 import sys
 import warnings
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
+
 import torch
 from torch.utils.tensorboard import SummaryWriter
+
+from support.files import guard, options_parser
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "00_interactive_playground"
 EXPRESSION = "sin(x) * x**2"
@@ -233,7 +239,7 @@ def point(text):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options_parser()
     parser.add_argument("expression", nargs="?", help='in x, such as "sin(x) * x**2"')
     parser.add_argument("--at", type=point, default=1.5, help="the point x (1.5)")
     parser.add_argument("-i", action="store_true", dest="interactive", help="ask for expressions")
@@ -275,10 +281,8 @@ def command(argv=None, log_dir=LOG_DIR):
         return 2
     except EOFError:
         print()
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command())
+    guard(command, dict)

@@ -19,12 +19,18 @@ Try            lr = 2 / lambda_max exactly: does the loss fall to 0? No: in the 
 Source         LeCun et al. 1998, Efficient BackProp, section 5; Cohen et al. 2021, arXiv:2103.00065
 """
 
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
+
+from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "01_manual_gradient"
 TRUTH = torch.tensor([2.0, 1.0], dtype=torch.float64)  # w, b
@@ -163,4 +169,4 @@ def main(seed=0, log_dir=LOG_DIR, lr=0.1, steps=200):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

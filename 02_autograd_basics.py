@@ -20,10 +20,16 @@ Source         PyTorch notes, "Autograd mechanics"; Paszke et al. 2017, "Automat
                in PyTorch"; Polyak 1964 (momentum)
 """
 
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+
+from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "02_autograd_basics"
 
@@ -254,4 +260,4 @@ def main(seed=0, log_dir=LOG_DIR, points=20, lr=0.1, steps=100):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -20,13 +20,19 @@ Source         PyTorch notes, "Autograd mechanics"; torch.autograd.graph; Griewa
 """
 
 import math
+import signal
 from collections import Counter
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.tensorboard import SummaryWriter
+
+from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "03_computational_graph"
 
@@ -266,4 +272,4 @@ def main(seed=0, log_dir=LOG_DIR, points=4, batch=32, width=64, depth=16):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

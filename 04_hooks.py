@@ -26,8 +26,12 @@ Source         Ganin & Lempitsky 2015, arXiv:1409.7495 (reversal); Zhou et al. 2
                et al. 2016, arXiv:1608.00507 (pointing); Adebayo et al. 2018, arXiv:1810.03292
 """
 
+import signal
 import weakref
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +40,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from model import Moli
-from sample_data import DATASET2, Shapes10
+from support.drawings import Shapes10
+from support.files import DATASET2, guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "04_hooks"
 CLASSES = 3  # circle, ring, square: learnt in seconds
@@ -418,4 +423,4 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, images=2000, epochs=2, batch=32
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

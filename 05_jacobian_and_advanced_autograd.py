@@ -25,16 +25,22 @@ Source         Pearlmutter 1994, Neural Computation 6(1), for H v; Rosenbrock 19
 """
 
 import math
+import signal
 import timeit
 import warnings
 from collections import Counter
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
+
+from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "05_jacobian_and_advanced_autograd"
 F64 = torch.float64
@@ -303,4 +309,4 @@ def main(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # small networks: faster than on two
-    main()
+    guard(main)

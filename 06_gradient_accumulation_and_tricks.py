@@ -27,9 +27,13 @@ Source         Pascanu et al. 2013, arXiv:1211.5063, section 3.2; torch.autograd
 
 import copy
 import math
+import signal
 import warnings
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +41,8 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
+
+from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "06_gradient_accumulation_and_tricks"
 DIVISORS = {  # of the loss sum of one part: n of the N examples, one of k parts
@@ -332,4 +338,4 @@ def main(seed=0, log_dir=LOG_DIR, steps=120, draws=20):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # several times faster for networks this small
-    main()
+    guard(main)

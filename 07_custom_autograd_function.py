@@ -23,7 +23,11 @@ Source         Bengio et al. 2013, arXiv:1308.3432 (straight-through); Courbaria
                arXiv:1602.02830 (hardtanh's mask); PyTorch notes, "Extending PyTorch"
 """
 
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +36,8 @@ from torch.autograd import Function, gradcheck, gradgradcheck
 from torch.func import grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
+
+from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "07_custom_autograd_function"
 
@@ -284,4 +290,4 @@ def main(seed=0, log_dir=LOG_DIR, count=256, steps=200, lr=0.02):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -22,14 +22,20 @@ Source         PyTorch docs: "Tensor Views", Tensor.view, "Broadcasting semantic
 
 import itertools
 import math
+import signal
 import time
 import timeit
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
+
+from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "08_tensor_operations_and_gpu"
 
@@ -322,4 +328,4 @@ def main(seed=0, log_dir=LOG_DIR, powers=7):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -13,13 +13,18 @@ Try            Resize before or after Normalize: does the order matter? Hardly: 
 Source         torchvision.transforms.v2
 """
 
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 
-from sample_data import DATASET, first_picture, hymenoptera, hymenoptera_source
+from support.data import first_picture, hymenoptera, hymenoptera_source
+from support.files import DATASET, guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "Useful_TF"
 
@@ -113,4 +118,4 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET, draws=3200):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

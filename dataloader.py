@@ -14,18 +14,22 @@ Try            drop_last=True with shuffle: is it the same image that is missing
 Source         torch.utils.data.DataLoader; PyTorch notes on reproducibility
 """
 
+import signal
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms import ToTensor
 
-from dataset_transform import open_images, pipeline, source_line
-from sample_data import DATASET2
+from support.data import open_images, source_line
+from support.files import DATASET2, guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "dataloader"
-HALF = torch.full((3,), 0.5)  # mean and std that map [0, 1] to [-1, 1]
 
 
 class Numbered(Dataset):
@@ -65,7 +69,7 @@ def epoch_seconds(loader):
 
 
 def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=2000, batch_size=64, workers=2):
-    full = open_images(root, train=False, transform=pipeline(HALF, HALF, train=False))
+    full = open_images(root, train=False, transform=ToTensor())
     print(source_line(full))
     N = min(count, len(full))
     dataset = Numbered(Subset(full, range(N)))
@@ -116,12 +120,9 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=2000, batch_size=64, work
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
             for epoch in range(2):
                 for step, (x, _, _) in zip(range(8), loader, strict=False):
-                    writer.add_images(f"epoch_{epoch}/batch", x * 0.5 + 0.5, step)
+                    writer.add_images(f"epoch_{epoch}/batch", x, step)
     return {"lengths": lengths, "fixed": fixed, "with_workers": with_workers}
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    guard(main)

@@ -15,113 +15,21 @@ Try            mean = std = 0.5 in Normalize: which range results? [-1, 1], what
 Source         Krizhevsky 2009 (CIFAR-10); torchvision.transforms.v2
 """
 
-import argparse
-import os
-import tarfile
-import tempfile
-from http.client import HTTPException
+import signal
 from pathlib import Path
 
-import numpy as np
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
+
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.transforms import v2
 
-from sample_data import DATASET2, DataError, Shapes10
+from support.data import as_tensors, channel_stats, download_cifar10, open_images, source_line
+from support.files import DATASET2, guard, options_parser
+from support.pictures import caption_grid
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "dataset_transform"
-MEND = "python dataset_transform.py --download"
-
-
-def fetch(url, path, md5, size):
-    """Download `url` (of about `size`) to `path` with a progress bar, unless it lies there whole.
-
-    A cut download starts anew on the next call. Raises DataError without network or on a wrong MD5.
-    """
-    if check_integrity(path, md5):
-        return
-    part = path.with_name(f"{path.name}.part")
-    print(f"fetching {url} ({size}) to {path}")
-    try:
-        download_url(url, path.parent, part.name, md5)
-        os.replace(part, path)
-    except (OSError, RuntimeError, HTTPException) as error:
-        reason = f"cannot fetch {url} ({size}): {error}"
-        raise DataError(f"{reason}; try again, or put the file at {path} by hand") from error
-
-
-def unpack_cifar10(root):
-    """Unpack root/cifar-10-python.tar.gz beside it. Raises DataError if its MD5 is wrong."""
-    archive, folder = root / CIFAR10.filename, root / CIFAR10.base_folder
-    if not check_integrity(archive, CIFAR10.tgz_md5):
-        raise DataError(
-            f"{archive} is damaged (MD5 is not {CIFAR10.tgz_md5}): delete it, then {MEND}"
-        )
-    try:
-        with tempfile.TemporaryDirectory(dir=root) as beside, tarfile.open(archive) as tar:
-            tar.extractall(beside, filter="data")
-            fresh = Path(beside) / folder.name
-            if not folder.exists():
-                os.replace(fresh, folder)  # whole or not at all
-            else:
-                for file in fresh.iterdir():
-                    os.replace(file, folder / file.name)
-    except OSError as error:
-        raise DataError(f"cannot unpack {archive}: {error}") from error
-
-
-def download_cifar10(root=DATASET2):
-    """Put CIFAR-10 at root/cifar-10-batches-py, mending what is damaged there."""
-    root = Path(root)
-    fetch(CIFAR10.url, root / CIFAR10.filename, CIFAR10.tgz_md5, "163 MiB")
-    unpack_cifar10(root)
-
-
-def open_images(root=DATASET2, train=True, transform=None):
-    """CIFAR-10 if it lies under `root`, unpacked or as the archive; else Shapes-10.
-
-    Both have data (N, 32, 32, 3) uint8, targets, classes; an item is (transformed image, label).
-    Raises DataError, naming the file, if CIFAR-10 is there but damaged.
-    """
-    root = Path(root)
-    folder = root / CIFAR10.base_folder
-    if not folder.is_dir():
-        if not (root / CIFAR10.filename).is_file():
-            return Shapes10(root, train, transform)
-        unpack_cifar10(root)
-    try:
-        return CIFAR10(root, train, transform)
-    except RuntimeError as error:
-        sums = dict(CIFAR10.train_list + CIFAR10.test_list) | {"batches.meta": CIFAR10.meta["md5"]}
-        broken = [
-            folder / name for name, md5 in sums.items() if not check_integrity(folder / name, md5)
-        ]
-        raise DataError(f"{broken[0]} is missing or damaged: {MEND} mends it") from error
-
-
-def source_line(dataset):
-    """One line: which images these are, and how to get the real ones."""
-    if isinstance(dataset, Shapes10):
-        return f"data: Shapes-10, {len(dataset):,} drawn images; for the real CIFAR-10: {MEND}"
-    return f"data: CIFAR-10, {len(dataset):,} photographs"
-
-
-def as_tensors(dataset):
-    """All images (N, 3, 32, 32) uint8 and labels (N,) int64, in file order."""
-    images = np.ascontiguousarray(dataset.data.transpose(0, 3, 1, 2))
-    return torch.from_numpy(images), torch.tensor(dataset.targets)
-
-
-def channel_stats(images):
-    """Mean and standard deviation, (3,) in [0, 1], of uint8 images (N, 3, H, W), by counting."""
-    counts = torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(3)])
-    share, value = counts.double() / counts.sum(1, keepdim=True), torch.arange(256).double() / 255
-    mean = (share * value).sum(1)  # (3,)
-    variance = (share * (value - mean[:, None]) ** 2).sum(1)
-    return mean.float(), variance.sqrt().float()
 
 
 def pipeline(mean, std, train=True):
@@ -136,20 +44,6 @@ def denormalize(x, mean, std):
     return x * std.view(3, 1, 1) + mean.view(3, 1, 1)
 
 
-def caption_grid(images, captions, columns=8, scale=3):
-    """uint8 images (N, 3, H, W), enlarged, each over its caption: one picture (3, H', W') uint8."""
-    side, line = images.shape[-1] * scale, 14
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * (side + 4), rows * (side + line + 4)), "white")
-    pen, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = i % columns * (side + 4), i // columns * (side + line + 4)
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        grid.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
-        pen.text((x + 2, y + side), caption, "black", font)
-    return np.asarray(grid).transpose(2, 0, 1)
-
-
 def trace(image, transform):
     """The name of each step of `transform`, and what one PIL image is after it."""
     yield "PIL image", v2.functional.pil_to_tensor(image)
@@ -158,7 +52,9 @@ def trace(image, transform):
         yield type(step).__name__, image
 
 
-def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=64):
+def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=64, download=False):
+    if download:
+        download_cifar10(root)
     torch.manual_seed(seed)
     dataset = open_images(root)
     print(source_line(dataset))
@@ -216,7 +112,7 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=64):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options_parser()
     parser.add_argument(
         "--download", action="store_true", help="fetch CIFAR-10 (163 MiB) into dataset2/ first"
     )
@@ -224,9 +120,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        if parse().download:
-            download_cifar10()
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    guard(main, lambda: vars(parse()))

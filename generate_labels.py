@@ -12,24 +12,19 @@ Try            delete one label and run again: how many files are written? Exact
 Source         hymenoptera_data, from PyTorch's transfer learning tutorial
 """
 
-import argparse
-import os
-import tempfile
-import zipfile
-from pathlib import Path
+import signal
 
-from sample_data import (
-    DATASET,
-    DataError,
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
+
+from support.data import (
     class_folder,
+    download_hymenoptera,
     hymenoptera,
     hymenoptera_source,
     image_files,
-    write_whole,
 )
-
-URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
-MD5 = "5f8c32a6554f6acb4d649776e7735e48"
+from support.files import DATASET, DataError, guard, options_parser, write_whole
 
 
 def write_labels(folder):
@@ -54,24 +49,9 @@ def write_labels(folder):
     return counts
 
 
-def download(root=DATASET):
-    """Put the photographs at root/hymenoptera_data, mending what is missing or damaged there."""
-    from dataset_transform import fetch  # brings torchvision, which nothing else here needs
-
-    archive = Path(root) / "hymenoptera_data.zip"
-    fetch(URL, archive, MD5, "45 MiB")
-    try:
-        with tempfile.TemporaryDirectory(dir=root) as beside, zipfile.ZipFile(archive) as photos:
-            photos.extractall(beside)
-            for source in (Path(beside) / "hymenoptera_data").rglob("*.*"):
-                target = Path(root) / source.relative_to(beside)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(source, target)
-    except OSError as error:
-        raise DataError(f"cannot unpack {archive}: {error}") from error
-
-
-def main(seed=0, root=DATASET):
+def main(seed=0, root=DATASET, download=False):
+    if download:
+        download_hymenoptera(root)
     folder = hymenoptera(root)
     print(hymenoptera_source(folder))
     before = {path: path.read_bytes() for path in folder.glob("*/*/*") if path.suffix != ".txt"}
@@ -90,9 +70,7 @@ def main(seed=0, root=DATASET):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Write a label text file for each ants/bees image."
-    )
+    parser = options_parser()
     parser.add_argument(
         "--download", action="store_true", help="fetch the real photographs (45 MiB) first"
     )
@@ -100,9 +78,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        if parse().download:
-            download()
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    guard(main, lambda: vars(parse()))

@@ -15,9 +15,16 @@ Source         the CIFAR-10 "quick" network of cuda-convnet (Krizhevsky 2012); I
                arXiv:1502.03167; SiLU: Elfwing et al. 2018, arXiv:1702.03118
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from support.files import guard
 
 
 def block(in_channels, out_channels):
@@ -94,4 +101,4 @@ def main(seed=0, batch=4):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

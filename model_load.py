@@ -22,6 +22,7 @@ Source         torch.load and PyTorch notes, "Serialization semantics"; Python's
 
 import io
 import pickle
+import signal
 import tempfile
 from collections import OrderedDict
 from itertools import accumulate
@@ -29,11 +30,15 @@ from pathlib import Path
 from unittest import mock
 from zipfile import ZipFile
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
+
 import torch
 import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 
 from model import Moli
+from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "model_load"
 
@@ -227,4 +232,4 @@ def main(seed=0, log_dir=LOG_DIR):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -21,11 +21,14 @@ Try            vgg16_bn, frozen but in train(): do the features stay? No: BatchN
 Source         Simonyan & Zisserman 2015, arXiv:1409.1556, table 1, column D; torchvision.models.vgg
 """
 
-import argparse
 import hashlib
+import signal
 from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +36,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.models import VGG16_Weights, vgg16
 
-from dataset_transform import as_tensors, open_images, source_line
-from sample_data import DATASET2, DataError
+from support.data import as_tensors, open_images, source_line
+from support.files import DATASET2, DataError, guard, options_parser
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "model_pretrained"
 WEIGHTS = VGG16_Weights.IMAGENET1K_V1
@@ -240,13 +243,10 @@ def main(
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options_parser()
     parser.add_argument("--download", action="store_true", help="fetch the weights, 528 MB")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    try:
-        main(download=parse().download)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    guard(main, lambda: vars(parse()))

@@ -22,6 +22,7 @@ import inspect
 import io
 import math
 import pickletools
+import signal
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,13 +30,16 @@ from pickle import PicklingError
 from types import ModuleType
 from zipfile import ZipFile
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from model import Moli
-from sample_data import write_whole
+from support.files import guard, write_whole
 
 ROOT = Path(__file__).resolve().parent
 LOG_DIR = ROOT / "runs" / "model_save"
@@ -248,4 +252,4 @@ def main(seed=0, log_dir=LOG_DIR, checkpoint_dir=CHECKPOINT_DIR, total=200):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -19,12 +19,18 @@ Try            Dropout(0.5) twice, on ones: which mean and variance? 1 as before
 Source         Ioffe & Szegedy 2015, arXiv:1502.03167; Srivastava et al. 2014, JMLR 15
 """
 
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+
+from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_common_layers"
 
@@ -220,4 +226,4 @@ def main(seed=0, log_dir=LOG_DIR, batches=40, masks=100_000):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -18,12 +18,18 @@ Try            stride=2, the input moved by one pixel: is the output moved? No; 
 Source         Dumoulin & Visin 2016, arXiv:1603.07285; torch.nn.Conv2d
 """
 
+import signal
 from itertools import product
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
+
+from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_conv"
 LETTER = torch.tensor(
@@ -169,4 +175,4 @@ def main(seed=0, log_dir=LOG_DIR, steps=80):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

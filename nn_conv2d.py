@@ -17,16 +17,21 @@ Try            stride=2: how many parameters, how much work? The same 168; a qua
 Source         torch.nn.Conv2d; Dumoulin & Visin 2016, arXiv:1603.07285
 """
 
+import signal
 from itertools import product
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
-from dataset_transform import as_tensors, caption_grid, open_images, source_line
-from sample_data import DATASET2
+from support.data import as_tensors, open_images, source_line
+from support.files import DATASET2, guard
+from support.pictures import caption_grid
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_conv2d"
 
@@ -170,4 +175,4 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=8):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

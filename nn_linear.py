@@ -17,7 +17,11 @@ Try            nn.Linear(32, 10) on (B, 3, 32, 32): an error? No: each row of pi
 Source         torch.nn.Linear, torch.nn.Flatten
 """
 
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +29,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from dataset_transform import as_tensors, caption_grid, open_images, source_line
-from sample_data import DATASET2
+from support.data import as_tensors, open_images, source_line
+from support.files import DATASET2, guard
+from support.pictures import caption_grid
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_linear"
 
@@ -129,4 +134,4 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=500, batch_size=64, steps
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -18,11 +18,17 @@ Source         torch.nn.CrossEntropyLoss; Goodfellow et al. 2016, Deep Learning,
 """
 
 import math
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+
+from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_loss"
 REDUCTIONS = ("none", "sum", "mean")
@@ -146,4 +152,4 @@ def main(seed=0, log_dir=LOG_DIR, N=5, K=4):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -17,16 +17,20 @@ Source         Glorot & Bengio 2010; Ioffe & Szegedy 2015, arXiv:1502.03167
 
 import copy
 import math
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from dataset_transform import as_tensors, channel_stats, open_images, source_line
 from model import Moli
-from sample_data import DATASET2
+from support.data import as_tensors, channel_stats, open_images, source_line
+from support.files import DATASET2, guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_loss_network"
 
@@ -121,4 +125,4 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=256, lr=1e-4):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

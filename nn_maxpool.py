@@ -17,16 +17,20 @@ Try            windows.amax(1) for windows.max(1): is the gradient the same? Not
 Source         torch.nn.MaxPool2d
 """
 
+import signal
 from itertools import product
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from dataset_transform import as_tensors, open_images, source_line
-from sample_data import DATASET2
+from support.data import as_tensors, open_images, source_line
+from support.files import DATASET2, guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_maxpool"
 
@@ -146,4 +150,4 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, batch=64):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -17,12 +17,18 @@ Try            give the optimizer the list's parameters too: is all well? No, th
 Source         torch.nn.Module; PyTorch notes, "Modules"
 """
 
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+
+from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_module"
 ATTRIBUTES = ("parameter", "buffer", "tensor", "layer", "plain_list", "module_list")
@@ -201,4 +207,4 @@ def main(seed=0, log_dir=LOG_DIR, steps=200):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -21,9 +21,13 @@ Source         torch.optim.SGD; Polyak 1964 (momentum); Sutskever et al. 2013, s
 
 import copy
 import math
+import signal
 from functools import partial
 from pathlib import Path
 from weakref import WeakSet
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +37,9 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dataset_transform import as_tensors, channel_stats, open_images, source_line
 from model import Moli
-from sample_data import DATASET2
+from support.data import as_tensors, channel_stats, open_images, source_line
+from support.files import DATASET2, guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_optim"
 SETTINGS = {
@@ -273,4 +277,4 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, batches=50, steps=150, count=20
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -17,16 +17,20 @@ Try            sigmoid with weights 4 W: the bound is 1; is the gradient kept? N
 Source         Glorot & Bengio 2010, section 3; He et al. 2015, arXiv:1502.01852, section 2.2
 """
 
+import signal
 from itertools import pairwise
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from dataset_transform import as_tensors, open_images, source_line
-from sample_data import DATASET2
+from support.data import as_tensors, open_images, source_line
+from support.files import DATASET2, guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_relu"
 
@@ -174,4 +178,4 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=1000, depth=10, hidden=12
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

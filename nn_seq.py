@@ -23,14 +23,20 @@ Try            dilation=2, padding=2 in conv3: what field has pool3? 30 pixels i
 Source         Araujo et al. 2019, doi:10.23915/distill.00021; Luo et al. 2016, arXiv:1701.04128
 """
 
+import signal
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+
+from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_seq"
 
@@ -193,4 +199,4 @@ def main(seed=0, log_dir=LOG_DIR, batch=64):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

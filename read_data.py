@@ -13,23 +13,19 @@ Try            sort the images by size before batching: does the padded share fa
 Source         torch.utils.data, "Working with collate_fn"
 """
 
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.tensorboard import SummaryWriter
 
-from generate_labels import write_labels
-from sample_data import (
-    DATASET,
-    DataError,
-    class_folder,
-    hymenoptera,
-    hymenoptera_source,
-    image_files,
-    open_rgb,
-)
+from support.data import class_folder, hymenoptera, hymenoptera_source, image_files, open_rgb
+from support.files import DATASET, DataError, guard, write_whole
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "read_data"
 CLASSES = ("ants", "bees")
@@ -55,8 +51,18 @@ class Insects(Dataset):
         pixels = np.array(open_rgb(path))  # (H, W, 3), whatever the file's mode
         return torch.from_numpy(pixels).permute(2, 0, 1), self.read_label(path)
 
+    def label_file(self, path):
+        return self.label_folder / f"{path.stem}.txt"
+
+    def write_missing_labels(self, kind):
+        """What generate_labels.py does, for this folder."""
+        for path in self.images:
+            if not self.label_file(path).exists():
+                with write_whole(self.label_file(path)) as beside:
+                    beside.write_text(kind, encoding="utf-8")
+
     def read_label(self, path):
-        label = self.label_folder / f"{path.stem}.txt"
+        label = self.label_file(path)
         if not label.is_file():
             raise DataError(f"{label} is missing: run python generate_labels.py")
         name = label.read_text(encoding="utf-8").strip()
@@ -84,8 +90,9 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET, batch_size=8):
     torch.manual_seed(seed)
     folder = hymenoptera(root)
     print(hymenoptera_source(folder))
-    write_labels(folder)
     ants, bees = (Insects(folder / "train", kind) for kind in CLASSES)
+    for insects, kind in zip((ants, bees), CLASSES, strict=True):
+        insects.write_missing_labels(kind)
     both = ants + bees
 
     print("1. the sum of two Datasets")
@@ -125,4 +132,4 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET, batch_size=8):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

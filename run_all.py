@@ -74,7 +74,8 @@ def run_lesson(name, has_cuda, root=ROOT):
 
 def draw_data():
     """Draw the built-in data before several lessons at once would."""
-    from sample_data import Shapes10, hymenoptera
+    from support.data import hymenoptera
+    from support.drawings import Shapes10
 
     Shapes10()
     hymenoptera()

@@ -13,7 +13,11 @@ Try            torch.from_numpy instead: what shape and type come out? (H, W, C)
 Source         torchvision.transforms.ToTensor; torchvision.transforms.v2, "transforms v2" guide
 """
 
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import numpy as np
 import torch
@@ -21,7 +25,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from sample_data import DATASET, first_picture, hymenoptera, hymenoptera_source
+from support.data import first_picture, hymenoptera, hymenoptera_source
+from support.files import DATASET, guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "test_Tf"
 
@@ -88,4 +93,4 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

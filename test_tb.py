@@ -14,14 +14,19 @@ Source         torch.utils.tensorboard; TensorBoard's README, "samples_per_plugi
 """
 
 import logging
+import signal
 from itertools import pairwise
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from sample_data import DATASET, first_picture, hymenoptera, hymenoptera_source
+from support.data import first_picture, hymenoptera, hymenoptera_source
+from support.files import DATASET, guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "test_tb"
 RUNS = ("with_step", "without_step", "two_writers", "purged")
@@ -107,4 +112,4 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET, points=20, pictures=30):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

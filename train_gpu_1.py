@@ -17,34 +17,25 @@ Try            .cuda() on the batches but not on the model: what happens? An err
 Source         PyTorch notes, "CUDA semantics": asynchronous execution
 """
 
+import signal
 import time
 from datetime import datetime
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 
-from dataset_transform import channel_stats, source_line
 from model import Moli
-from sample_data import DATASET2
-from train import (
-    check_finite,
-    evaluate,
-    load_data,
-    make_optimizer,
-    ordered_batches,
-    train_epoch,
-    training_batches,
-)
+from support.checkpoints import check_finite
+from support.data import channel_stats, load_splits, source_line
+from support.files import DATASET2, DataError, guard
+from train import evaluate, make_loader, make_optimizer, train_epoch
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "train_gpu_1"
-
-
-def on_gpu(batches):
-    """The same batches (x, y), each copied to the GPU when its turn comes."""
-    for x, y in batches:
-        yield x.cuda(), y.cuda()
 
 
 def seconds(work, wait=True):
@@ -57,19 +48,23 @@ def seconds(work, wait=True):
     return time.perf_counter() - start
 
 
-def timed_epoch(model, batches, optimizer, scheduler):
+def timed_epoch(model, loader, optimizer, scheduler):
     """Losses of all steps (T,) on the CPU, seconds of the first step, seconds of the others."""
-    losses, steps = [], train_epoch(model, batches, optimizer, scheduler)
-    first = seconds(lambda: losses.append(next(steps)))
-    rest = seconds(lambda: losses.extend(steps))
-    return torch.stack(losses).cpu(), first, rest
+    batches, losses = iter(loader), []
+
+    def train(some):
+        losses.append(train_epoch(model, some, optimizer, scheduler, "cuda")[0])
+
+    first = seconds(lambda: train([next(batches)]))
+    rest = seconds(lambda: train(batches))
+    return torch.cat(losses), first, rest
 
 
 def main(
     seed=0, log_dir=LOG_DIR, root=DATASET2, epochs=2, batch_size=64, lr=0.1, limit=None, size=2048
 ):
     if not torch.cuda.is_available():
-        raise SystemExit("no CUDA GPU: train_gpu_2.py runs on any device, train.py on the CPU")
+        raise DataError("no CUDA GPU: train_gpu_2.py runs on any device, train.py on the CPU")
     torch.manual_seed(seed)
     print(f"1. twenty products of {torch.cuda.get_device_name()}, timed")
     a = torch.randn(size, size).cuda()
@@ -77,13 +72,14 @@ def main(
     queued, done = (seconds(lambda: [a @ a for _ in range(20)], wait) for wait in (False, True))
     print(f"   without waiting / with waiting {queued / done:.3f}")
 
-    splits, train_set = load_data(root, limit, seed)
+    splits, train_set = load_splits(root, limit, seed)
     print(source_line(train_set))
     stats = channel_stats(splits["train"][0])
     model = Moli().to(memory_format=torch.channels_last)
 
     print("2. loss of the first images")
-    x, y = next(ordered_batches(*splits["val"], stats))
+    val_loader = make_loader(*splits["val"], stats)
+    x, y = next(iter(val_loader))
     on_cpu = F.cross_entropy(model.eval()(x), y).item()
     model.cuda()
     on_cuda = F.cross_entropy(model(x.cuda()), y.cuda()).item()
@@ -91,15 +87,16 @@ def main(
     assert abs(on_cpu - on_cuda) < 1e-2  # TF32 convolutions keep 10 bits
 
     print("3. training, the batches made on the CPU")
-    steps = len(splits["train"][0]) // batch_size
+    loader = make_loader(*splits["train"], stats, batch_size, train=True)
+    steps = len(loader)
     optimizer, scheduler = make_optimizer(model, lr, epochs * steps)
     run = f"{datetime.now():%Y%m%d-%H%M%S}"
     with SummaryWriter(log_dir / run, purge_step=0) as writer:
         for epoch in range(epochs):
-            batches = on_gpu(training_batches(*splits["train"], stats, batch_size))
-            losses, first, rest = timed_epoch(model, batches, optimizer, scheduler)
-            check_finite(losses.mean().item(), f"in epoch {epoch + 1}")
-            val_loss, accuracy, _ = evaluate(model, on_gpu(ordered_batches(*splits["val"], stats)))
+            losses, first, rest = timed_epoch(model, loader, optimizer, scheduler)
+            check_finite(losses, (epoch + 1) * steps)
+            val_loss, accuracy, _ = evaluate(model, val_loader, "cuda")
+            check_finite(val_loss, (epoch + 1) * steps, "validation ")
             speed = (steps - 1) * batch_size / rest
             for i, loss in enumerate(losses, start=epoch * steps + 1):
                 writer.add_scalar("train/loss", loss, i)
@@ -112,7 +109,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    guard(main)

@@ -16,47 +16,27 @@ Try            .item() on every loss: is it slower? On a GPU yes; the CPU has no
 Source         PyTorch tutorials, "Performance Tuning Guide" and "Channels Last Memory Format"
 """
 
-import argparse
+import copy
+import signal
 import time
 from datetime import datetime
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
+
 import torch
-import torch.nn.functional as F
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from dataset_transform import channel_stats, source_line
 from model import Moli
-from sample_data import DATASET2
-from train import (
-    check_finite,
-    evaluate,
-    load_data,
-    make_optimizer,
-    number,
-    ordered_batches,
-    training_batches,
-)
+from support.checkpoints import check_finite
+from support.data import augment, channel_stats, load_splits, normalize, source_line
+from support.files import DATASET2, DataError, guard
+from support.options import pick_device, training_parser
+from train import evaluate, make_loader, make_optimizer, train_epoch
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "train_gpu_2"
-
-
-def best_device():
-    """The accelerator that is there, else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def pick_device(name):
-    """The device of that name, "auto" being the best. Raises SystemExit if it is not there."""
-    if name == "auto":
-        return best_device()
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:  # each backend has its own way
-        found = f"{best_device()} and cpu" if best_device().type != "cpu" else "cpu"
-        raise SystemExit(f"no device {name!r} here; there is {found}") from error
-    return device
 
 
 def synchronize(device):
@@ -70,19 +50,34 @@ def pays_autocast(device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def queue_epoch(model, batches, optimizer, scheduler, autocast):
-    """train.train_epoch under autocast. Returns all losses (T,) on the device, waiting for none."""
-    model.train()
-    losses = []
-    for x, y in batches:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
-            loss = F.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
+def compiled(model, device):
+    """torch.compile(model). Raises DataError where it cannot work, say without a C++ compiler."""
+    try:  # on a copy: the first call compiles, and moves the statistics of batch norm
+        trial = torch.compile(copy.deepcopy(model))
+        trial(torch.zeros(2, 3, 32, 32, device=device)).sum().backward()
+    except Exception as error:  # each backend has its own way to say no
+        why = " ".join(str(error).split())[:120]
+        raise DataError(f"--compile does not work here: {type(error).__name__}: {why}") from error
+    return torch.compile(model)
+
+
+class Autocast(nn.Module):
+    """The model with its forward pass in bfloat16 where `enabled`; logits are float32 again."""
+
+    def __init__(self, model, device, enabled):
+        super().__init__()
+        self.model, self.device, self.enabled = model, device, enabled
+
+    def forward(self, x):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.enabled):
+            return self.model(x).float()
+
+
+def device_batches(images, labels, stats, batch_size):
+    """Shuffled, augmented, normalised batches (x, y), made on the device where the images lie."""
+    order = torch.randperm(len(images), device=images.device)
+    for places in order.split(batch_size)[: len(images) // batch_size]:
+        yield normalize(augment(images[places]), *stats), labels[places]
 
 
 def main(
@@ -91,16 +86,16 @@ def main(
 ):  # fmt: skip
     device = pick_device(device)
     torch.manual_seed(seed)
-    splits, train_set = load_data(root, limit, seed)
+    splits, train_set = load_splits(root, limit, seed)
     print(source_line(train_set))
     splits = {name: [t.to(device) for t in split] for name, split in splits.items()}
     stats = [t.to(device) for t in channel_stats(splits["train"][0].cpu())]
     model = Moli().to(device, memory_format=torch.channels_last)
-    forward = torch.compile(model) if compile else model
+    autocast = pays_autocast(device)
+    forward = Autocast(compiled(model, device) if compile else model, device, autocast)
     batch_size = min(batch_size, len(splits["train"][0]))
     steps = len(splits["train"][0]) // batch_size
     optimizer, scheduler = make_optimizer(model, lr, epochs * steps)
-    autocast = pays_autocast(device)
 
     print(
         f"1. training on {device}, autocast {'on' if autocast else 'off'}, {steps} steps an epoch"
@@ -111,13 +106,13 @@ def main(
         for epoch in range(epochs):
             synchronize(device)
             start = time.perf_counter()
-            batches = training_batches(*splits["train"], stats, batch_size)
-            losses = queue_epoch(forward, batches, optimizer, scheduler, autocast)
+            batches = device_batches(*splits["train"], stats, batch_size)
+            losses, _ = train_epoch(forward, batches, optimizer, scheduler, device)
             synchronize(device)
             speeds.append(steps * batch_size / (time.perf_counter() - start))
-            losses = losses.cpu()
-            check_finite(losses.sum().item(), f"in epoch {epoch + 1}")
-            val_loss, accuracy, _ = evaluate(model, ordered_batches(*splits["val"], stats))
+            check_finite(losses, (epoch + 1) * steps)
+            val_loss, accuracy, _ = evaluate(model, make_loader(*splits["val"], stats), device)
+            check_finite(val_loss, (epoch + 1) * steps, "validation ")
             for i, loss in enumerate(losses, start=epoch * steps + 1):
                 writer.add_scalar("train/loss", loss, i)
             writer.add_scalar("val/accuracy", accuracy, (epoch + 1) * steps)
@@ -126,7 +121,8 @@ def main(
                   f"val loss {val_loss:.3f}   val accuracy {accuracy:.3f}   "
                   f"({speeds[-1]:,.0f} images/s)")  # fmt: skip
 
-    test_loss, test_accuracy, _ = evaluate(model, ordered_batches(*splits["test"], stats))
+    test_loss, test_accuracy, _ = evaluate(model, make_loader(*splits["test"], stats), device)
+    check_finite(test_loss, epochs * steps, "test ")
     print("2. test images, seen once")
     print(f"   loss {test_loss:.3f}   accuracy {test_accuracy:.3f}")
     later = speeds[1:] or speeds
@@ -136,22 +132,10 @@ def main(
 
 def parse(argv=None):
     """The given options alone, as a dict for main. Wrong ones end with status 2."""
-    parser = argparse.ArgumentParser(
-        description="Train Moli on any device, fast.", argument_default=argparse.SUPPRESS
-    )
-    whole = number(int, 1)
-    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps, xpu … (auto)")
-    parser.add_argument("--epochs", type=whole, help="passes over the training images (5)")
-    parser.add_argument("--batch-size", type=whole, help="images a step (256)")
-    parser.add_argument("--lr", type=number(float, 1e-12), help="the largest learning rate (0.2)")
-    parser.add_argument("--seed", type=number(int, 0), help="seed of all that is random (0)")
-    parser.add_argument("--limit", type=whole, help="only the first so many images")
+    parser = training_parser(batch_size=256, lr=0.2, device="auto")
     parser.add_argument("--compile", action="store_true", help="fuse kernels by torch.compile")
     return vars(parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    try:
-        main(**parse())
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    guard(main, parse)

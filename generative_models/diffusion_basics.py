@@ -28,11 +28,19 @@ Source         Ho et al. 2020 (DDPM), arXiv:2006.11239, eqs. 4, 7, 14, section 3
                section 4; Ho & Salimans 2022 (guidance, there w - 1), arXiv:2207.12598, eq. 6
 """
 
+import argparse
 import gzip
 import math
+import os
+import signal
+import sys
+import threading
 import zlib
 from itertools import pairwise
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import numpy as np
 import torch
@@ -562,9 +570,26 @@ def main(seed=0, log_dir=LOG_DIR, root=DATA, n=20_000, points=2000, ring_steps=3
             "distances": distances, "digits": digits, "data": line}  # fmt: skip
 
 
+def guard(main, *flags):
+    """Run main as a program: Ctrl-C, a closed pipe and a disk that refuses end it in one line."""
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
+    options = vars(parser.parse_args())
+    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    try:
+        main(**options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(1)
+    except OSError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # networks this small are hardly faster on two
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    guard(main)

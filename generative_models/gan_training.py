@@ -28,9 +28,17 @@ Source         Goodfellow et al. 2014, arXiv:1406.2661, prop. 1, theorem 1, sect
                arXiv:1710.08446; Metz et al. 2017 (the ring), arXiv:1611.02163
 """
 
+import argparse
 import math
+import os
+import signal
+import sys
+import threading
 from itertools import pairwise
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
@@ -347,9 +355,26 @@ def main(seed=0, log_dir=LOG_DIR, d_steps=1000, gans=8, steps=600, z=8):
     }
 
 
+def guard(main, *flags):
+    """Run main as a program: Ctrl-C, a closed pipe and a disk that refuses end it in one line."""
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
+    options = vars(parser.parse_args())
+    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    try:
+        main(**options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(1)
+    except OSError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # networks this small are slower on two
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    guard(main)

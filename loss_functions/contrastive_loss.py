@@ -22,9 +22,17 @@ Source         van den Oord et al. 2018, arXiv:1807.03748, eq. 4, section 2.3; C
                al. 2015 (triplet, there of squared distances), arXiv:1503.03832
 """
 
+import argparse
 import math
+import os
 import shutil
+import signal
+import sys
+import threading
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
@@ -299,6 +307,26 @@ def main(seed=0, log_dir=LOG_DIR, pairs=20_000, groups=(2, 16, 256), images=4096
     }
 
 
+def guard(main, *flags):
+    """Run main as a program: Ctrl-C, a closed pipe and a disk that refuses end it in one line."""
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
+    options = vars(parser.parse_args())
+    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    try:
+        main(**options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(1)
+    except OSError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # small networks: no slower than on two
-    main()
+    guard(main)

@@ -24,10 +24,18 @@ Source         Kullback & Leibler 1951; Bishop 2006, section 10.1.2; Hinton et a
                arXiv:1503.02531; Fang et al. 2021 (SEED), section 3, arXiv:2101.04731
 """
 
+import argparse
 import math
+import os
+import signal
+import sys
+import threading
 import warnings
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
@@ -384,6 +392,26 @@ def main(seed=0, log_dir=LOG_DIR, samples=100_000, points=6000, labels=300, epoc
     return measured
 
 
+def guard(main, *flags):
+    """Run main as a program: Ctrl-C, a closed pipe and a disk that refuses end it in one line."""
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
+    options = vars(parser.parse_args())
+    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    try:
+        main(**options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(1)
+    except OSError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # networks this small are slower on two
-    main()
+    guard(main)

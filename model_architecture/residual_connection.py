@@ -29,8 +29,16 @@ Source         He et al. 2015, arXiv:1512.03385; Zhang & Sennrich 2019, arXiv:19
                arXiv:2002.10444 (pre-norm); Xiong et al. 2020, arXiv:2002.04745 (Post-LN, Pre-LN)
 """
 
+import argparse
 import math
+import os
+import signal
+import sys
+import threading
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
@@ -384,6 +392,26 @@ def main(seed=0, log_dir=LOG_DIR, width=256, depth=32, blocks=16, steps=100, dep
     }
 
 
+def guard(main, *flags):
+    """Run main as a program: Ctrl-C, a closed pipe and a disk that refuses end it in one line."""
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
+    options = vars(parser.parse_args())
+    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    try:
+        main(**options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(1)
+    except OSError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # small networks: faster than on two
-    main()
+    guard(main)

@@ -30,8 +30,16 @@ Source         Radford et al. 2021 (CLIP), arXiv:2103.00020, figure 3, sections 
                arXiv:2307.08041, 2310.01218
 """
 
+import argparse
 import math
+import os
+import signal
+import sys
+import threading
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import numpy as np
 import torch
@@ -408,6 +416,26 @@ def main(seed=0, log_dir=LOG_DIR, steps=800, batch=128, copies=10):
     }
 
 
+def guard(main, *flags):
+    """Run main as a program: Ctrl-C, a closed pipe and a disk that refuses end it in one line."""
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
+    options = vars(parser.parse_args())
+    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    try:
+        main(**options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(1)
+    except OSError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # networks this small are hardly faster on two
-    main()
+    guard(main)

@@ -20,9 +20,17 @@ Source         Houlsby et al. 2019, arXiv:1902.00751, section 2.1; He et al. 202
                2021 (prefix), arXiv:2101.00190; Lester et al. 2021 (prompt), arXiv:2104.08691
 """
 
+import argparse
 import copy
+import os
+import signal
+import sys
+import threading
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
@@ -318,6 +326,26 @@ def main(seed=0, log_dir=LOG_DIR, steps=400, methods=tuple(METHODS), r=4):
     return {"merging": show_merging(), "rows": show_methods(seed, log_dir, steps, methods, r)}
 
 
+def guard(main, *flags):
+    """Run main as a program: Ctrl-C, a closed pipe and a disk that refuses end it in one line."""
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
+    options = vars(parser.parse_args())
+    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    try:
+        main(**options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(1)
+    except OSError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # networks this small are slower on two
-    main()
+    guard(main)

@@ -3,13 +3,18 @@
 import importlib.util
 import inspect
 import logging
+import os
 import sys
 from itertools import pairwise
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch: idle threads sleep
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
+
+from support import drawings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,18 +45,18 @@ def load():
 
 
 @pytest.fixture(scope="session")
-def images_root(load, tmp_path_factory):
+def images_root(tmp_path_factory):
     """A dataset2/ with a small Shapes-10: 800 training and 200 test images. Read only."""
     root = tmp_path_factory.mktemp("dataset2")
-    load("sample_data.py").write_shapes10(root / "shapes10.npz", train=800, test=200)
+    drawings.write_shapes10(root / "shapes10.npz", train=800, test=200)
     return root
 
 
 @pytest.fixture
-def insects_root(load, tmp_path_factory):
+def insects_root(tmp_path_factory):
     """A dataset/ with a few drawn ants and bees, its own for each test."""
     root = tmp_path_factory.mktemp("dataset")
-    load("sample_data.py").write_hymenoptera_sample(root / "hymenoptera_sample", train=3, val=2)
+    drawings.write_hymenoptera_sample(root / "hymenoptera_sample", train=3, val=2)
     return root
 
 

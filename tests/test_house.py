@@ -12,7 +12,7 @@ FOLDERS = (
     "training_engineering", "loss_functions", "model_architecture", "peft",
     "generative_models", "evaluation_inference", "multimodal",
 )  # fmt: skip
-NO_LESSON = {"sample_data.py", "run_all.py"}
+NO_LESSON = {"practice.py", "run_all.py"}
 LESSONS = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.py", *(f"{folder}/*.py" for folder in FOLDERS))
@@ -21,14 +21,10 @@ LESSONS = sorted(
 )
 LOGS_NOTHING = {"model.py", "generate_labels.py", "Console.py"}
 PACKAGES = {"torch", "torchvision", "tensorboard", "numpy", "PIL", "tqdm"}
-SHARED = {"model", "sample_data", "dataset_transform", "dataloader"}
-MAY_IMPORT = {  # of the project's own; what is not named here may import all of SHARED
-    "model.py": set(),
-    "dataset_transform.py": {"sample_data"},
-    "dataloader.py": {"sample_data", "dataset_transform"},
-    "read_data.py": {"sample_data", "generate_labels"},
-    "train_gpu_1.py": SHARED | {"train"},
-    "train_gpu_2.py": SHARED | {"train"},
+MAY_IMPORT = {  # of the project's own; what is not named here may import model and support
+    "model.py": {"support"},
+    "train_gpu_1.py": {"model", "support", "train"},
+    "train_gpu_2.py": {"model", "support", "train"},
 }
 
 each_lesson = pytest.mark.parametrize("lesson", LESSONS)
@@ -85,7 +81,7 @@ def test_lesson_imports_in_silence(lesson, load, capfd, tmp_path, monkeypatch):
 
 @each_lesson
 def test_lesson_imports_only_what_the_house_allows(lesson):
-    own = MAY_IMPORT.get(lesson, set() if "/" in lesson else SHARED)
+    own = MAY_IMPORT.get(lesson, set() if "/" in lesson else {"model", "support"})
     assert set(imported(tree_of(lesson))) <= sys.stdlib_module_names | PACKAGES | own
 
 
@@ -109,6 +105,40 @@ def test_draw_is_the_same_wherever_it_is_written():
     assert len(written) == 1
 
 
+def test_guard_is_the_same_in_every_lesson_that_stands_alone():
+    in_folders = [lesson for lesson in LESSONS if "/" in lesson]
+    written = {
+        lesson: ast.unparse(node)
+        for lesson in in_folders
+        for node in tree_of(lesson).body
+        if isinstance(node, ast.FunctionDef) and node.name == "guard"
+    }
+    assert list(written) == in_folders and len(set(written.values())) == 1
+
+
+SUPPORT = {  # who may import whom within support/: one way, few steps
+    "files.py": set(),
+    "drawings.py": {"files"},
+    "data.py": {"files", "drawings"},
+    "pictures.py": set(),
+    "checkpoints.py": {"files"},
+    "options.py": {"files", "checkpoints"},
+    "__init__.py": set(),
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "support").glob("*.py")), ids=lambda p: p.name)
+def test_support_is_imported_one_way(path):
+    tree, used = tree_of(f"support/{path.name}"), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "support":
+            used |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("support."):
+            used.add(node.module.partition(".")[2])
+    assert used <= SUPPORT[path.name]
+    assert set(imported(tree)) <= sys.stdlib_module_names | PACKAGES | {"support"}
+
+
 @each_lesson
 def test_lesson_has_a_test_that_runs_its_main(lesson):
     source = test_file(lesson).read_text(encoding="utf-8")
@@ -117,8 +147,12 @@ def test_lesson_has_a_test_that_runs_its_main(lesson):
 
 
 def test_every_test_file_has_its_lesson():
-    house = {"test_house.py", "test_readme.py", "test_run_all.py", "test_sample_data.py"}
-    found = {p for p in (ROOT / "tests").rglob("test_*.py") if p.name not in house}
+    house = {"test_house.py", "test_readme.py", "test_run_all.py", "test_practice.py"}
+    found = {
+        path
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if path.name not in house and path.parent.name != "support"
+    }
     assert found == {test_file(lesson) for lesson in LESSONS}
 
 

@@ -38,30 +38,6 @@ def whole(load, images_root, tmp_path_factory):
     return folder / "run" / "epoch_003.pth"
 
 
-def test_augment_gives_shifted_and_mirrored_copies_and_nothing_else(train):
-    torch.manual_seed(0)
-    images = torch.randint(0, 256, (40, 3, 6, 7), dtype=torch.uint8)
-    padded = F.pad(images.float(), (2, 2, 2, 2), mode="reflect")
-    found = []
-    for image, out in zip(padded, train.augment(images), strict=True):
-        for i in range(5):
-            for j in range(5):
-                window = image[:, i : i + 6, j : j + 7]
-                found += [
-                    (i, j, m) for m in (0, 1) if torch.equal(window.flip(2) if m else window, out)
-                ]
-    assert len(found) == 40
-    rows, columns, mirrored = (set(column) for column in zip(*found, strict=True))
-    assert rows == columns == set(range(5)) and mirrored == {0, 1}
-
-
-def test_normalize_is_the_formula_in_channels_last(train):
-    images, mean, std = torch.randint(0, 256, (5, 3, 8, 8)), torch.rand(3), torch.rand(3) + 0.5
-    x = train.normalize(images, mean, std)
-    assert x.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(x[2, 1], (images[2, 1] / 255 - mean[1]) / std[1])
-
-
 def test_an_epoch_is_every_image_once_with_its_label(train, monkeypatch):
     monkeypatch.setattr(train, "augment", lambda images: images)
     labels = torch.arange(50)
@@ -72,17 +48,6 @@ def test_an_epoch_is_every_image_once_with_its_label(train, monkeypatch):
     assert len(batches) == 4 and len(seen.unique()) == 48
     for x, y in batches:
         torch.testing.assert_close(x[:, 0, 0, 0], y.float())
-
-
-def test_splits_are_disjoint_and_only_the_seed_decides(train, images_root):
-    splits, _ = train.load_data(images_root, seed=3)
-    again, _ = train.load_data(images_root, seed=3)
-    other, _ = train.load_data(images_root, seed=4)
-    assert [len(splits[name][1]) for name in ("train", "val", "test")] == [720, 80, 200]
-    images = {name: {i.numpy().tobytes() for i in splits[name][0]} for name in splits}
-    assert not images["train"] & images["val"] and not images["train"] & images["test"]
-    assert torch.equal(splits["val"][0], again["val"][0])
-    assert not torch.equal(splits["val"][0], other["val"][0])
 
 
 def test_evaluate_equals_one_pass_over_everything(train):
@@ -104,12 +69,6 @@ def test_the_schedule_peaks_at_lr_and_ends_near_zero(train):
         lrs.append(scheduler.get_last_lr()[0])
     assert max(lrs) == pytest.approx(0.3, rel=0.02) and lrs[-1] < 1e-5
     assert lrs[0] == pytest.approx(0.3 / 25)
-
-
-def test_confusion_counts_truth_by_row(train):
-    counts = train.confusion_matrix(torch.tensor([0, 0, 2, 1]), torch.tensor([0, 1, 2, 1]), 3)
-    assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
-    assert train.confusion_picture(counts, ["a", "b", "c"]).shape == (3, 30 + 156, 80 + 156)
 
 
 def test_a_run_logs_what_the_docstring_names(whole, events):

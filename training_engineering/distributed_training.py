@@ -26,16 +26,21 @@ Source         Patarasuk & Yuan 2009, doi:10.1016/j.jpdc.2008.09.002 (ring); Li 
                arXiv:2006.15704; Zhao et al. 2023 (FSDP), arXiv:2304.11277
 """
 
+import argparse
 import math
 import os
 import queue
 import signal
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.distributed as dist
@@ -504,10 +509,26 @@ def main(seed=0, log_dir=LOG_DIR, world_size=2):
     return measured
 
 
+def guard(main, *flags):
+    """Run main as a program: Ctrl-C, a closed pipe and a disk that refuses end it in one line."""
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
+    options = vars(parser.parse_args())
+    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    try:
+        main(**options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(1)
+    except OSError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the ranks share the cores
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    guard(main)

@@ -23,12 +23,20 @@ Source         Chen et al. 2016, arXiv:1604.06174, section 4 (c = 1: sqrt(n) seg
                torch.utils.checkpoint; torch.autograd.graph.saved_tensors_hooks
 """
 
+import argparse
 import copy
 import math
+import os
+import signal
+import sys
+import threading
 import time
 import warnings
 import weakref
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
 import torch.nn.functional as F
@@ -305,6 +313,26 @@ def main(seed=0, log_dir=LOG_DIR, depths=(8, 16, 32, 48), L=48, B=256, d=16, wid
     }
 
 
+def guard(main, *flags):
+    """Run main as a program: Ctrl-C, a closed pipe and a disk that refuses end it in one line."""
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
+    options = vars(parser.parse_args())
+    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    try:
+        main(**options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(1)
+    except OSError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # small matrices: faster than on two
-    main()
+    guard(main)

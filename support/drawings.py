@@ -1,65 +1,28 @@
-"""Ten drawn shapes need what photographs need: a linear classifier of their pixels fails.
+"""Draws what the notes fall back on where there is no real data: Shapes-10, and ants and bees.
+
+Shapes-10 has CIFAR-10's form (32 x 32 RGB, ten balanced classes) and one thing more, the box of
+each shape. The ants and bees are JPEG files of several sizes, laid out like hymenoptera_data.
 
     x = ground;  x <- x + mask (colour - x), for the clutter, then for the shape;  x + N(0, 12^2)
-
-The notes run with no download: this file draws what they fall back on. Shapes-10 has CIFAR-10's
-form (32 x 32 RGB, ten balanced classes) and one thing more, the box of each shape. The ants and
-bees are JPEG files of several sizes, laid out like hymenoptera_data, for lessons that read files.
-
-Checked here   balance, box inside the image, a linear classifier's accuracy near chance
-TensorBoard    sample/shapes10, one row a class; sample/boxes; sample/ants_and_bees
-Try            noise=0 in draw_shapes: does the linear classifier gain? No: place and angle beat it
-Source         the form of CIFAR-10: Krizhevsky 2009; hymenoptera_data: PyTorch's transfer tutorial
 """
 
 import json
 import math
-import os
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
-from torch.utils.tensorboard import SummaryWriter
 
-ROOT = Path(__file__).resolve().parent
-LOG_DIR = ROOT / "runs" / "sample_data"
-DATASET2 = ROOT / "dataset2"  # CIFAR-10 or Shapes-10
-DATASET = ROOT / "dataset"  # hymenoptera_data or hymenoptera_sample
+from support.files import DATASET2, write_whole
+
 CLASSES = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "crescent", "arrow",
            "semicircle")  # fmt: skip
-SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"}
 SIZE, FINE = 32, 4  # pixels a side; masks are drawn FINE times larger, then averaged
 
 
-class DataError(SystemExit):
-    """Data that cannot be read or written. Uncaught, it ends a script by its one line, status 1."""
-
-
-@contextmanager
-def write_whole(path):
-    """Yield a path beside `path`, and rename it to `path` once the block has written it whole.
-
-    Raises DataError if the disk refuses; an old file at `path` is then untouched.
-    """
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())  # on the disk before it gets its name: a power cut may follow
-        os.replace(beside, path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if beside.exists():
-            beside.unlink()
-
-
-# --- Shapes-10 -------------------------------------------------------------------------------
+# --- Shapes-10 ---------------------------------------------------------------------------------
 
 
 def arc(start, stop, radius=1.0, centre=(0.0, 0.0), points=32):
@@ -206,7 +169,7 @@ class Shapes10(Dataset):
         return self.transform(image) if self.transform else image, self.targets[index]
 
 
-# --- ants and bees ---------------------------------------------------------------------------
+# --- ants and bees -----------------------------------------------------------------------------
 
 
 def draw_insect(kind, size, rng):
@@ -276,117 +239,3 @@ def sample_is_whole(folder):
         return all(zlib.crc32((folder / n).read_bytes()) == crc for n, crc in manifest.items())
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def hymenoptera(root=DATASET):
-    """The folder with train/ and val/ of ants and bees: photographs if there are, else drawn."""
-    root = Path(root)
-    if (root / "hymenoptera_data").is_dir():
-        return root / "hymenoptera_data"
-    folder = root / "hymenoptera_sample"
-    if not sample_is_whole(folder):
-        print(f"drawing ants and bees into {folder} (once, under a second)")
-        write_hymenoptera_sample(folder)
-    return folder
-
-
-def hymenoptera_source(folder):
-    """One line: what `folder` holds, and how to get the photographs."""
-    if folder.name == "hymenoptera_data":
-        return f"data: the hymenoptera_data photographs in {folder}"
-    return (
-        f"data: drawn ants and bees in {folder}; photographs: python generate_labels.py --download"
-    )
-
-
-def class_folder(folder, kind):
-    """`folder`/ants, or `folder`/ants_image as in older copies. Raises DataError without images."""
-    for path in (folder / kind, folder / f"{kind}_image"):
-        if path.is_dir() and any(p.suffix.lower() in SUFFIXES for p in path.iterdir()):
-            return path
-    raise DataError(
-        f"no images in {folder / kind}: put them there, or move {folder.parent} away "
-        "and run python generate_labels.py --download"
-    )
-
-
-def image_files(folder):
-    """The images in a folder, sorted by name. Raises DataError if two would share a label file."""
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
-    stems = [p.stem for p in files]
-    if twice := {stem for stem in stems if stems.count(stem) > 1}:
-        raise DataError(f"{folder} has two images named {min(twice)}: one label cannot serve both")
-    return files
-
-
-def open_rgb(path):
-    """An image file of any mode as an RGB picture. Raises DataError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's own ways to say no
-        mend = "replace or delete it, or run python generate_labels.py --download"
-        raise DataError(f"{path} is not a readable image: {mend}") from error
-
-
-def first_picture(folder, kind):
-    """The first training image of a class, as an RGB picture. Raises DataError as above."""
-    return open_rgb(image_files(class_folder(folder / "train", kind))[0])
-
-
-# --- a look at both --------------------------------------------------------------------------
-
-
-def linear_accuracy(train, test, steps=300):
-    """Test accuracy of softmax regression on pixels, after `steps` of Adam on batches of 256."""
-    x, y = (torch.tensor(np.asarray(a)) for a in (train.data, train.targets))
-    x_test, y_test = (torch.tensor(np.asarray(a)) for a in (test.data, test.targets))
-    linear = torch.nn.Linear(3 * SIZE * SIZE, len(CLASSES))
-    optimizer = torch.optim.Adam(linear.parameters(), 1e-3)
-    x, x_test = (images.flatten(1).float() / 255 - 0.5 for images in (x, x_test))
-    for _ in range(steps):
-        batch = torch.randint(len(x), (256,))
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(linear(x[batch]), y[batch]).backward()
-        optimizer.step()
-    return (linear(x_test).argmax(1) == y_test).float().mean().item()
-
-
-def class_rows(dataset, columns=10):
-    """The first `columns` images of every class, one class a row: (3, H, W) uint8."""
-    targets = np.array(dataset.targets)
-    rows = [
-        np.concatenate(dataset.data[np.flatnonzero(targets == k)[:columns]], 1) for k in range(10)
-    ]
-    return np.concatenate(rows).transpose(2, 0, 1)
-
-
-def main(seed=0, log_dir=LOG_DIR, root=DATASET2, insects_root=DATASET):
-    torch.manual_seed(seed)
-    train, test = Shapes10(root), Shapes10(root, train=False)
-    print(f"1. Shapes-10: {len(train):,} training and {len(test):,} test images in {root}")
-    counts = np.bincount(train.targets)
-    assert counts.max() - counts.min() <= 1
-    assert (train.boxes >= 0).all() and (train.boxes <= SIZE).all()
-    sides = train.boxes[:, 2:] - train.boxes[:, :2]
-    print(f"   images a class {counts.min():,} to {counts.max():,}")
-    print(f"   sides of a box {sides.min():.1f} to {sides.max():.1f} px of {SIZE}")
-
-    accuracy = linear_accuracy(train, test)
-    print(f"2. softmax regression on its pixels: test accuracy {accuracy:.3f}   chance 0.100")
-
-    folder = hymenoptera(insects_root)
-    print(f"3. {hymenoptera_source(folder)}")
-    with SummaryWriter(log_dir, purge_step=0) as writer:
-        writer.add_image("sample/shapes10", class_rows(train), 0)
-        for step in range(8):
-            image, box = train.data[step], train.boxes[step : step + 1]
-            writer.add_image_with_boxes("sample/boxes", image, box, step, dataformats="HWC")
-        for step, kind in enumerate(("ants", "bees")):
-            pixels = np.asarray(first_picture(folder, kind))
-            writer.add_image("sample/ants_and_bees", pixels, step, dataformats="HWC")
-    return {"linear": accuracy, "counts": counts.tolist()}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""What a learner need not read, so that lessons stay short."""

@@ -1,0 +1,73 @@
+"""Pictures for TensorBoard: grids with captions, the confusion matrix, and the graph."""
+
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+
+def caption_grid(images, captions, columns=8, scale=3):
+    """uint8 images (N, 3, H, W), enlarged, each over its caption: one picture (3, H', W') uint8."""
+    side, line = images.shape[-1] * scale, 14
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * (side + 4), rows * (side + line + 4)), "white")
+    pen, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = i % columns * (side + 4), i // columns * (side + line + 4)
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        grid.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
+        pen.text((x + 2, y + side), caption, "black", font)
+    return np.asarray(grid).transpose(2, 0, 1)
+
+
+def prediction_grid(images, labels, predictions, classes, count=64):
+    """The first test images; each caption is the prediction, and the truth where it is wrong."""
+    pairs = zip(labels[:count].tolist(), predictions[:count].tolist(), strict=True)
+    captions = [classes[p] if p == y else f"{classes[p]}? {classes[y]}" for y, p in pairs]
+    return caption_grid(images[:count].cpu(), captions, scale=4)
+
+
+def confusion_matrix(labels, predictions, K):
+    """Counts (K, K): row = truth, column = prediction."""
+    return (labels * K + predictions).bincount(minlength=K * K).view(K, K).cpu()
+
+
+def confusion_picture(counts, classes, cell=52):
+    """The matrix as a picture (3, H, W) uint8: the darker, the larger the share of its row."""
+    K, left, top = len(classes), 80, 30
+    picture = Image.new("RGB", (left + K * cell, top + K * cell), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    pen.text((4, 8), "truth | said", "gray", font)
+    for i in range(K):
+        pen.text((4, top + i * cell + cell // 3), classes[i][:12], "black", font)
+        pen.text((left + i * cell + 2, 8), classes[i][:7], "black", font)
+        for j in range(K):
+            x, y, shade = left + j * cell, top + i * cell, int(255 * (1 - share[i, j].item()))
+            pen.rectangle((x, y, x + cell - 2, y + cell - 2), (shade, shade, 255))
+            ink = "white" if shade < 128 else "black"
+            pen.text((x + 12, y + cell // 3), str(counts[i, j].item()), ink, font)
+    return np.asarray(picture).transpose(2, 0, 1)
+
+
+def draw_graph(writer, model, device="cpu"):
+    """The network in TensorBoard, without torch.jit.trace's notice that it is old."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        writer.add_graph(model.eval(), torch.zeros(1, 3, 32, 32, device=device))
+
+
+def log_test(writer, step, options, split, classes, predictions, metrics):
+    """Predictions and confusion as pictures, options and metrics as hparams: one row a run there.
+
+    Returns the counts (K, K): row = truth, column = prediction.
+    """
+    images, labels = split
+    counts = confusion_matrix(labels, predictions, len(classes))
+    grid = prediction_grid(images, labels, predictions, classes)
+    writer.add_image("test/predictions", grid, step)
+    writer.add_image("test/confusion", confusion_picture(counts, classes), step)
+    given = {name: value for name, value in options.items() if value is not None}
+    writer.add_hparams(given, metrics, run_name=".", global_step=step)  # metrics as scalars, too
+    return counts
