@@ -31,16 +31,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")  # a thread that waits leaves its c
 
 import torch
 import torch.nn.functional as F
-from PIL import ImageOps
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from model import Moli
 from support import checkpoints
-from support.data import augment, channel_stats, load_splits, normalize, open_rgb, source_line
-from support.files import DATASET2, DataError, guard
+from support.data import augment, channel_stats, load_splits, normalize, open_square, source_line
+from support.files import DATASET2, guard
 from support.options import pick_device, train_options
 from support.pictures import draw_graph, log_test
 
@@ -123,8 +121,7 @@ def main(
         return show_predictions(predict, resume or checkpoints.find("", checkpoint_dir, best=True))
     device = pick_device(device)
     options = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "limit": limit}
-    old = {"options": options, "epoch": 0, "accuracy": 0.0, "best": 0.0}
-    old = checkpoints.read(resume) if resume else old
+    old = checkpoints.read(resume) if resume else checkpoints.fresh(options)
     options, done, best = old["options"], old["epoch"], old["best"]
     folder = resume.parent if resume else checkpoints.claim_run(run_name, checkpoint_dir, log_dir)
     with checkpoints.telling_how_to_resume(folder):
@@ -136,8 +133,6 @@ def main(
         loader = make_loader(*splits["train"], stats, options["batch_size"], train=True)
         val_loader = make_loader(*splits["val"], stats)
         epochs, steps = options["epochs"], len(loader)
-        if steps == 0:
-            raise DataError("a batch is more than all training images: a smaller --batch-size?")
 
         # model, optimizer, and what they were before
         model = Moli().to(device, memory_format=torch.channels_last)  # convolutions like it
@@ -149,8 +144,7 @@ def main(
             checkpoints.restore(old, parts, data)
         else:
             checkpoints.save_epoch(folder, parts, old | fixed)
-        where = f"checkpoints in {folder}"
-        print(f"run {folder.name}: {done} of {epochs} epochs done, {where}", flush=True)
+        print(f"run {folder.name}: {done} of {epochs} epochs done, files in {folder}", flush=True)
 
         # epochs
         with SummaryWriter(log_dir / folder.name, purge_step=done * steps + bool(done)) as writer:
@@ -175,16 +169,17 @@ def main(
                 best = max(best, accuracy)
                 state = fixed | {"epoch": epoch, "accuracy": accuracy, "best": best}
                 checkpoints.save_epoch(folder, parts, state)
-                measured = f"val loss {val_loss:.3f}   val accuracy {accuracy:.3f}"
-                line = f"epoch {epoch:2d}/{epochs}   train loss {losses.mean():.3f}   {measured}"
-                print(f"{line}   ({speed:,.0f} images/s)", flush=True)
+                scores = f"val loss {val_loss:.3f}   val accuracy {accuracy:.3f}"
+                print(f"epoch {epoch:2d}/{epochs}   train loss {losses.mean():.3f}   {scores}   "
+                      f"({speed:,.0f} images/s)", flush=True)  # fmt: skip
 
             # test
             test_loader = make_loader(*splits["test"], stats)
             loss, accuracy, predictions = evaluate(model, test_loader, device)
             checkpoints.check_finite(loss, epochs * steps, "test ")
-            counts = log_test(writer, epochs * steps + 1, options, splits["test"], classes,
-                              predictions, {"test/loss": loss, "test/accuracy": accuracy})  # fmt: skip
+            metrics = {"test/loss": loss, "test/accuracy": accuracy}
+            step, shown = epochs * steps + 1, (splits["test"], classes, predictions)
+            counts = log_test(writer, step, options, *shown, metrics)
     print(f"test accuracy {accuracy:.3f} on {len(predictions):,} images")
     print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return {"test_loss": loss, "test_accuracy": accuracy, "confusion": counts, "folder": folder}
@@ -198,8 +193,7 @@ def show_predictions(files, checkpoint):
     print(f"{checkpoint}: epoch {state['epoch']}, validation accuracy {state['accuracy']:.3f}")
     print("class        probability   file")
     for file in files:
-        square = ImageOps.fit(open_rgb(Path(file)), (32, 32))  # its middle, scaled
-        x = normalize(pil_to_tensor(square)[None], *state["stats"])  # (1, 3, 32, 32)
+        x = normalize(open_square(Path(file), 32)[None], *state["stats"])  # (1, 3, 32, 32)
         p = model(x).softmax(1)[0]
         print(f"{state['classes'][p.argmax()]:<12} {p.max():11.3f}   {file}")
 

@@ -85,6 +85,11 @@ def check_finite(losses, step, of=""):
         raise DataError(f"the {of}loss is {losses[first]:g} at step {at}: try a smaller --lr")
 
 
+def fresh(options):
+    """Where a run begins."""
+    return {"options": options, "epoch": 0, "accuracy": 0.0, "best": 0.0}
+
+
 # --- to a file and back ------------------------------------------------------------------------
 
 

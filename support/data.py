@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, download_url
 
@@ -190,6 +190,12 @@ def open_rgb(path):
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's own ways to say no
         mend = "replace or delete it, or run python generate_labels.py --download"
         raise DataError(f"{path} is not a readable image: {mend}") from error
+
+
+def open_square(path, size):
+    """The middle of an image file, scaled to (3, size, size) uint8. Raises DataError as above."""
+    picture = ImageOps.fit(open_rgb(path), (size, size))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def first_picture(folder, kind):
