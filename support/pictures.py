@@ -1,4 +1,4 @@
-"""Pictures for TensorBoard: grids with captions, the confusion matrix, and the graph."""
+"""Pictures for TensorBoard: grids and rows with captions, the confusion matrix, and the graph."""
 
 import warnings
 
@@ -19,6 +19,35 @@ def caption_grid(images, captions, columns=8, scale=3):
         grid.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
         pen.text((x + 2, y + side), caption, "black", font)
     return np.asarray(grid).transpose(2, 0, 1)
+
+
+def caption_row(title, images, captions, height=None):
+    """Images (1 or 3, H, W) of any sizes side by side under a title, each over its own words.
+
+    They are uint8, or floats, of which what lies outside [0, 1] is cut off as TensorBoard does it.
+    `height` enlarges or shrinks each to so many pixels. Returns one picture (3, H', W') uint8.
+    """
+    font, line, gap = ImageFont.load_default(13), 17, 10
+    shown = []
+    for image in images:
+        image = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).byte()
+        shown.append(Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy()))
+        if height:
+            width = max(1, round(shown[-1].width * height / shown[-1].height))
+            shown[-1] = shown[-1].resize((width, height), Image.Resampling.NEAREST)
+    words = [caption.split("\n") for caption in captions]
+    widths = [max(picture.width, *(int(font.getlength(text)) + 1 for text in lines)) + gap
+              for picture, lines in zip(shown, words, strict=True)]  # fmt: skip
+    top, tallest = line + gap, max(picture.height for picture in shown)
+    width = max(sum(widths), int(font.getlength(title)) + gap) + gap
+    row = Image.new("RGB", (width, top + tallest + max(map(len, words)) * line + gap), "white")
+    pen, x = ImageDraw.Draw(row), gap
+    pen.text((gap, gap // 2), title, "black", font)
+    for picture, lines, step in zip(shown, words, widths, strict=True):
+        row.paste(picture, (x, top))
+        pen.text((x, top + picture.height + 1), "\n".join(lines), "black", font, spacing=2)
+        x += step
+    return np.asarray(row).transpose(2, 0, 1)
 
 
 def prediction_grid(images, labels, predictions, classes, count=64):

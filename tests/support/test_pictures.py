@@ -12,6 +12,27 @@ def test_captions_stand_under_their_pictures():
     assert grid[:, 16:30, :16].min() < 128  # ink
 
 
+def test_a_row_keeps_each_size_and_writes_below_it():
+    grey, colour = torch.full((1, 20, 30), 2.0), torch.zeros(3, 40, 5, dtype=torch.uint8)
+    colour[0] = 200
+    row = pictures.caption_row("title", [grey, colour], ["one", "two\nlines"])
+    assert row.dtype == "uint8" and len(row) == 3
+    assert (row[:, 27:47, 10:40] == 255).all()  # 2.0 is cut to 1
+    left = 10 + 30 + 10
+    assert (row[0, 27:67, left : left + 5] == 200).all()
+    assert (row[1:, 27:67, left : left + 5] == 0).all() and row[1, 27:67, left + 6].min() == 255
+    assert row[0, 47:64, 10:40].min() < 128 and row[1, 68:, left:].min() < 128  # ink
+    assert row[:, :27].min() < 128 and row[:, :27].shape[2] == row.shape[2]
+
+
+def test_a_row_of_one_height_keeps_the_aspect():
+    image = torch.tensor([[[0.0, 1.0]]])
+    row = pictures.caption_row("", [image], [""], height=8)
+    assert (row[:, 27:35, 10:18] == 0).all() and (row[:, 27:35, 18:26] == 255).all()
+    half = pictures.caption_row("", [torch.full((1, 2, 2), 0.5)], [""])
+    assert (half[:, 27:29, 10:12] == 128).all()
+
+
 def test_confusion_counts_truth_by_row():
     counts = pictures.confusion_matrix(torch.tensor([0, 0, 2, 1]), torch.tensor([0, 1, 2, 1]), 3)
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
