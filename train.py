@@ -14,10 +14,9 @@ Checked here   every loss is finite; accuracy on validation images each epoch, o
 TensorBoard    train/loss, optim/lr by step; val/loss, val/accuracy, perf/images_per_second by the
                last step of an epoch; the pictures test/predictions, test/confusion; graph; hparams
 Try            --run-name a; copy checkpoints/train/a/epoch_002.pth to checkpoints/train/b/; take
-               the optimizer out of `parts` in main; --resume checkpoints/train/b. As good as run a?
-Answer         About, but other weights: without the momentum the next steps go elsewhere
-Source         Nesterov momentum: Sutskever et al. 2013, section 2; one cycle: Smith & Topin 2017,
-               arXiv:1708.07120
+               the optimizer out of `parts` in main; --resume checkpoints/train/b: a's weights?
+Answer         No: without the momentum the next steps go elsewhere, and then every weight differs
+Source         Nesterov: Sutskever et al. 2013, section 2; one cycle: Smith, Topin arXiv:1708.07120
 """
 
 import os
@@ -38,7 +37,7 @@ from tqdm import tqdm
 from model import Moli
 from support import checkpoints
 from support.data import augment, channel_stats, load_splits, normalize, open_square, source_line
-from support.files import DATASET2, guard
+from support.files import DATASET2, DataError, guard
 from support.options import pick_device, train_options
 from support.pictures import draw_graph, log_test
 
@@ -96,6 +95,8 @@ def make_optimizer(model, lr, total_steps):
 
 def make_loader(images, labels, stats, batch_size=500, train=False):
     """Batches (x, y), normalised; for training shuffled, augmented, the incomplete last one cut."""
+    if train and batch_size > len(images):
+        raise DataError(f"--batch-size {batch_size} is more than the {len(images)} training images")
 
     def prepare(batch):
         x, y = batch
@@ -126,14 +127,13 @@ def main(
     folder = resume.parent if resume else checkpoints.claim_run(run_name, checkpoint_dir, log_dir)
     with checkpoints.telling_how_to_resume(folder):
         # data
-        torch.manual_seed(options["seed"])
+        checkpoints.seed_all(options["seed"])
         splits, train_set = load_splits(root, options["limit"], options["seed"])
         print(source_line(train_set))
         stats, classes = channel_stats(splits["train"][0]), train_set.classes
         loader = make_loader(*splits["train"], stats, options["batch_size"], train=True)
         val_loader = make_loader(*splits["val"], stats)
         epochs, steps = options["epochs"], len(loader)
-
         # model, optimizer, and what they were before
         model = Moli().to(device, memory_format=torch.channels_last)  # convolutions like it
         optimizer, scheduler = make_optimizer(model, options["lr"], epochs * steps)
@@ -144,8 +144,8 @@ def main(
             checkpoints.restore(old, parts, data)
         else:
             checkpoints.save_epoch(folder, parts, old | fixed)
-        print(f"run {folder.name}: {done} of {epochs} epochs done, files in {folder}", flush=True)
-
+        print(f"run {folder.name}: {done} of {epochs} epochs done, checkpoints in {folder}")
+        print("epoch   train loss   val loss   val accuracy   images/s", flush=True)
         # epochs
         with SummaryWriter(log_dir / folder.name, purge_step=done * steps + bool(done)) as writer:
             if not done:
@@ -169,17 +169,14 @@ def main(
                 best = max(best, accuracy)
                 state = fixed | {"epoch": epoch, "accuracy": accuracy, "best": best}
                 checkpoints.save_epoch(folder, parts, state)
-                scores = f"val loss {val_loss:.3f}   val accuracy {accuracy:.3f}"
-                print(f"epoch {epoch:2d}/{epochs}   train loss {losses.mean():.3f}   {scores}   "
-                      f"({speed:,.0f} images/s)", flush=True)  # fmt: skip
-
+                row = f"{epoch:5d}   {losses.mean():10.3f}   {val_loss:8.3f}   {accuracy:12.3f}"
+                print(f"{row}   {speed:8,.0f}", flush=True)
             # test
-            test_loader = make_loader(*splits["test"], stats)
-            loss, accuracy, predictions = evaluate(model, test_loader, device)
+            test = make_loader(*splits["test"], stats)
+            loss, accuracy, predictions = evaluate(model, test, device)
             checkpoints.check_finite(loss, epochs * steps, "test ")
-            metrics = {"test/loss": loss, "test/accuracy": accuracy}
-            step, shown = epochs * steps + 1, (splits["test"], classes, predictions)
-            counts = log_test(writer, step, options, *shown, metrics)
+            counts = log_test(writer, epochs * steps + 1, options, splits["test"], classes,
+                              predictions, loss, accuracy)  # fmt: skip
     print(f"test accuracy {accuracy:.3f} on {len(predictions):,} images")
     print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return {"test_loss": loss, "test_accuracy": accuracy, "confusion": counts, "folder": folder}

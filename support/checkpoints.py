@@ -4,6 +4,7 @@ import hashlib
 import io
 import random
 import re
+import warnings
 import zlib
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -21,11 +22,18 @@ KEYS = {
 }  # fmt: skip
 DAMAGE = (  # torch.load's answers to damaged bytes
     OSError, RuntimeError, ValueError, EOFError, UnpicklingError, LookupError, TypeError,
-    AttributeError, AssertionError, MemoryError, OverflowError, NotImplementedError,
+    AttributeError, AssertionError, MemoryError, OverflowError, NotImplementedError, Warning,
 )  # fmt: skip
 
 
 # --- what is in it -----------------------------------------------------------------------------
+
+
+def seed_all(seed):
+    """Begin every random stream of random_state anew."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def random_state():
@@ -121,7 +129,8 @@ def read(path):
     Raises DataError if the file is missing, cut short, changed in any bit that counts, or foreign.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="error"):  # torch.load warns of what it cannot know
+            state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or state.keys() != KEYS:
             raise ValueError("it holds other things")
         if state.pop("checksum") != checksum(state):

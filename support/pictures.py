@@ -27,7 +27,7 @@ def caption_row(title, images, captions, height=None):
     They are uint8, or floats, of which what lies outside [0, 1] is cut off as TensorBoard does it.
     `height` enlarges or shrinks each to so many pixels. Returns one picture (3, H', W') uint8.
     """
-    font, line, gap = ImageFont.load_default(13), 17, 10
+    font, line, gap = ImageFont.load_default(16), 20, 10
     shown = []
     for image in images:
         image = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).byte()
@@ -87,7 +87,7 @@ def draw_graph(writer, model, device="cpu"):
         writer.add_graph(model.eval(), torch.zeros(1, 3, 32, 32, device=device))
 
 
-def log_test(writer, step, options, split, classes, predictions, metrics):
+def log_test(writer, step, options, split, classes, predictions, loss, accuracy):
     """Predictions and confusion as pictures, options and metrics as hparams: one row a run there.
 
     Returns the counts (K, K): row = truth, column = prediction.
@@ -98,5 +98,6 @@ def log_test(writer, step, options, split, classes, predictions, metrics):
     writer.add_image("test/predictions", grid, step)
     writer.add_image("test/confusion", confusion_picture(counts, classes), step)
     given = {name: value for name, value in options.items() if value is not None}
-    writer.add_hparams(given, metrics, run_name=".", global_step=step)  # metrics as scalars, too
+    metrics = {"test/loss": loss, "test/accuracy": accuracy}  # they become scalars, too
+    writer.add_hparams(given, metrics, run_name=".", global_step=step)
     return counts
