@@ -1,7 +1,7 @@
 """A clock that does not wait for the GPU measures how fast Python queues work, not the work.
 
     model.cuda()                      parameters and buffers to the GPU, in place
-    x, y = x.cuda(), y.cuda()         every batch, as copies
+    x, y = x.cuda(), y.cuda()         every batch, as copies: train_epoch says .to("cuda")
     torch.cuda.synchronize()          before each reading of the clock
 
 These lines are all that a GPU asks for; the loop, the optimizer and the evaluation are train.py's.
@@ -89,6 +89,8 @@ def main(
     print("3. training, the batches made on the CPU")
     loader = make_loader(*splits["train"], stats, batch_size, train=True)
     steps = len(loader)
+    if steps < 2:
+        raise DataError("the first batch is timed apart, and there is no other: a larger limit?")
     optimizer, scheduler = make_optimizer(model, lr, epochs * steps)
     run = f"{datetime.now():%Y%m%d-%H%M%S}"
     with SummaryWriter(log_dir / run, purge_step=0) as writer:
