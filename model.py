@@ -48,18 +48,28 @@ class Moli(nn.Module):
         )
 
     def forward(self, x):
+        """Logits (B, num_classes): the features, then the classifier, of images x (B, 3, 32, 32).
+
+        ValueError "Moli takes images (B, 3, 32, 32), not (…)" for another shape. Exercise.
+        """
         if x.dim() != 4 or x.shape[1:] != (3, 32, 32):
             raise ValueError(f"Moli takes images (B, 3, 32, 32), not {tuple(x.shape)}")
         return self.classifier(self.features(x))
 
 
 def layers(model):
-    """Name and module of each layer that computes something, in order."""
+    """[(name, module)] of each layer that computes something: those without children, in order.
+
+    Exercise.
+    """
     return [(name, m) for name, m in model.named_modules() if not list(m.children())]
 
 
 def trace_shapes(model, x):
-    """Rows (name, kind, output shape, parameters) of each layer for an input x (B, 3, 32, 32)."""
+    """[(name, kind, output shape, parameters)] of each layer for an input x (B, 3, 32, 32).
+
+    kind is the name of its class, the shape a tuple, parameters their count. Exercise.
+    """
     rows = []
     for name, layer in layers(model):
         x = layer(x)
@@ -69,7 +79,11 @@ def trace_shapes(model, x):
 
 
 def expected_parameters(num_classes=10):
-    """Convolutions k k c_in c_out, a scale and a shift a channel, Linear in * out + out."""
+    """How many parameters Moli has, by formula.
+
+    A convolution has k k c_in c_out (no bias), its batch norm two a channel, a Linear layer in *
+    out + out. Exercise.
+    """
     channels = [(3, 32), (32, 32), (32, 64)]
     convolutions = sum(5 * 5 * c_in * c_out + 2 * c_out for c_in, c_out in channels)
     return convolutions + (1024 * 64 + 64) + (64 * num_classes + num_classes)

@@ -79,6 +79,10 @@ class Reader(pickle.Unpickler):
         self.file, self.folder = file, pickle_name.removesuffix("data.pkl")
 
     def find_class(self, module, name):
+        """What ALLOWED has for "module.name"; UnpicklingError "module.name is refused" if nothing.
+
+        Exercise.
+        """
         if f"{module}.{name}" not in ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name} is refused")
         return ALLOWED[f"{module}.{name}"]
@@ -111,7 +115,11 @@ def unguarded(path):
 
 
 def attempt(load, path, marker):
-    """What a loader makes of a file, by type: a thing or a refusal; and whether code has run."""
+    """(name of a type, whether code has run) of what a loader makes of a file.
+
+    The type is that of load(path), or of the pickle.UnpicklingError that it raises; code has run if
+    the file `marker` exists then. Exercise.
+    """
     try:
         outcome = load(path)
     except pickle.UnpicklingError as error:
@@ -123,7 +131,11 @@ def attempt(load, path, marker):
 
 
 def variants(state):
-    """State dicts as one meets them: all there, cut, of a wrapped model, and that one mended."""
+    """State dicts as one meets them: all there, cut, of a wrapped model, and that one mended.
+
+    {"complete": state; "headless": without the keys that begin with "classifier."; "prefixed": all
+    keys behind "module."; "mended": the prefix taken off again}. Exercise.
+    """
     prefixed = {f"module.{key}": tensor for key, tensor in state.items()}
     return {
         "complete": state,
@@ -134,13 +146,19 @@ def variants(state):
 
 
 def equal(state, other):
-    """For each tensor of two state dicts with the same keys: is it equal bit for bit?"""
+    """For each tensor of two state dicts with the same keys: is it equal bit for bit? A list.
+
+    Exercise.
+    """
     assert state.keys() == other.keys()
     return [torch.equal(state[key], other[key]) for key in state]
 
 
 def device_after(path, map_location):
-    """Where the tensors of a file are after loading; the error's name if they cannot be."""
+    """Where the tensors of a file are after torch.load with this map_location: "cpu", "meta" ….
+
+    The name of the error instead, "RuntimeError", if they cannot be there. Exercise.
+    """
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except RuntimeError as error:
@@ -166,7 +184,12 @@ def ways_back(state_path, whole_path):
 
 
 def load_loosely(given, state):
-    """Into a new Moli: the counts (missing, unexpected, untouched), and what is as in `state`."""
+    """Load `given` with strict=False into a new Moli: ((missing, unexpected, untouched), as saved).
+
+    missing and unexpected are the numbers of keys that load_state_dict returns; untouched is the
+    number of tensors that are what they were before; "as saved" is equal(state, the new state
+    dict). Exercise.
+    """
     net = Moli()
     before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
     result = net.load_state_dict(given, strict=False)

@@ -46,7 +46,12 @@ FEATURES = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 
 
 
 def expected_parameters(features=FEATURES, linear=(512 * 7 * 7, 4096, 4096, 1000)):
-    """(inputs, outputs, parameters) of each layer that has any, in order."""
+    """[(inputs, outputs, parameters)] of each layer that has any, in order.
+
+    `features` holds the output channels of 3x3 convolutions, which begin with 3 input channels, and
+    "M" for a pool; `linear` the sizes before, between and after the Linear layers. All have biases.
+    Exercise.
+    """
     rows, c_in = [], 3
     for c_out in features:
         if c_out != "M":
@@ -56,6 +61,10 @@ def expected_parameters(features=FEATURES, linear=(512 * 7 * 7, 4096, 4096, 1000
 
 
 def count_parameters(module, learning=False):
+    """How many numbers the parameters of a module hold; those that learn, if `learning`.
+
+    Exercise.
+    """
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not learning)
 
 
@@ -65,7 +74,10 @@ def weights_path():
 
 
 def is_intact(path):
-    """Whether a file vgg16-<hash>.pth is there and its SHA-256 begins with the hash in its name."""
+    """Whether a file vgg16-<hash>.pth is there and its SHA-256 begins with the hash in its name.
+
+    Exercise.
+    """
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -97,7 +109,11 @@ def imagenet_state(download=False):
 
 
 def with_state(build, state):
-    """The network that build() makes, on the very tensors of `state`, in eval mode."""
+    """The network that build() makes, on the very tensors of `state`, in eval mode.
+
+    Build under torch.device("meta"), which gives shapes without memory; load with assign=True.
+    Exercise.
+    """
     with torch.device("meta"):  # shapes without memory
         net = build()
     net.load_state_dict(state, assign=True)
@@ -105,7 +121,11 @@ def with_state(build, state):
 
 
 def change_head(net, kind, classes=10):
-    """Freeze a VGG and give it a last layer that is not frozen: returns its name and the layer."""
+    """Freeze a VGG and give it a last layer that is not frozen: returns its name and the layer.
+
+    "added": an nn.Linear(its outputs, classes) behind net.classifier[6], name "classifier.7.";
+    otherwise an nn.Linear(its inputs, classes) in its place, name "classifier.6.". Exercise.
+    """
     net.requires_grad_(False)
     last = net.classifier[6]
     if kind == "added":
@@ -126,7 +146,11 @@ def train_whole(net, x, y, steps):
 
 
 def moved(before, net, head):
-    """[tensors that are not as in `before`, all] of features, classifier and `head`, a prefix."""
+    """[tensors that are not as in `before`, all] of features, classifier and `head`, a prefix.
+
+    Three such lists by "features", "classifier", "head", over net.state_dict(); a tensor whose name
+    begins with `head` counts there alone, others by what stands before the first dot. Exercise.
+    """
     counts = {"features": [0, 0], "classifier": [0, 0], "head": [0, 0]}
     for name, tensor in net.state_dict().items():
         count = counts["head" if name.startswith(head) else name.partition(".")[0]]
@@ -137,7 +161,10 @@ def moved(before, net, head):
 
 @torch.no_grad()
 def head_inputs(net, x):
-    """What the last layer of a VGG gets for images x (N, 3, H, W)."""
+    """What the last layer of a VGG gets for images x (N, 3, H, W): (N, inputs).
+
+    net.features, net.avgpool, flatten(1), then net.classifier without its last layer. Exercise.
+    """
     h = [net.avgpool(net.features(batch)).flatten(1) for batch in x.split(32)]  # (B, 512 * 7 * 7)
     return net.classifier[:-1](torch.cat(h))
 

@@ -69,7 +69,11 @@ class Net(nn.Module):
 
 
 def save(thing, path):
-    """torch.save to `path`, whole or not at all. Raises DataError if the disk refuses."""
+    """torch.save to `path`, whole or not at all. Raises DataError if the disk refuses.
+
+    torch.save into an io.BytesIO first; then write its bytes by write_bytes to the path that
+    write_whole(path), a context manager, gives. Exercise.
+    """
     buffer = io.BytesIO()  # so that only write_bytes meets the disk, and its OSError says why
     torch.save(thing, buffer)
     with write_whole(path) as beside:
@@ -77,14 +81,22 @@ def save(thing, path):
 
 
 def read_zip(path):
-    """A file of torch.save is a zip: its pickle, and the bytes of each tensor in order."""
+    """(pickle, [bytes of each tensor, in order]) of a file of torch.save, which is a zip.
+
+    Within its one folder the pickle is called data.pkl, and each tensor data/0, data/1 and so on,
+    in the order of namelist(). Exercise.
+    """
     with ZipFile(path) as file:
         records = {name.partition("/")[2]: file.read(name) for name in file.namelist()}
     return records["data.pkl"], [data for name, data in records.items() if name.startswith("data/")]
 
 
 def names_in(path):
-    """The classes and functions that loading a file would import, read without loading it."""
+    """The classes and functions that loading a file would import, read without loading it.
+
+    A sorted list without repeats. pickletools.genops(pickle) yields (code, argument, place); where
+    code.name is GLOBAL, the argument is "module name": here it becomes "module.name". Exercise.
+    """
     pickle, _ = read_zip(path)
     operations = pickletools.genops(pickle)
     return sorted({name.replace(" ", ".") for code, name, _ in operations if code.name == "GLOBAL"})
@@ -111,6 +123,10 @@ def load_whole(path):
 
 
 def load_state(path, net_class):
+    """A net_class() with the state dict that lies at `path`, loaded with weights_only=True.
+
+    Exercise.
+    """
     net = net_class()
     net.load_state_dict(torch.load(path, weights_only=True))
     return net
@@ -151,12 +167,19 @@ def survive(folder, x):
 
 
 def learning_rate(epoch, total):
-    """From 0.05 down to 0 over `total` epochs, along half a cosine."""
+    """From 0.05 down to 0 over `total` epochs, along half a cosine: a float.
+
+    0.05 (1 + cos(pi epoch / total)) / 2. Exercise.
+    """
     return 0.05 * (1 + math.cos(math.pi * epoch / total)) / 2
 
 
 def fit(net, optimizer, x, y, epochs, total):
-    """Adam, one step an epoch, for `epochs`, a range out of `total`. Returns each epoch's loss."""
+    """Adam, one step an epoch, for `epochs`, a range out of `total`. Returns each epoch's loss.
+
+    Before each step every parameter group gets learning_rate(epoch, total). The loss is the mean
+    squared error of net(x) and y, taken before the step; a list of floats. Exercise.
+    """
     losses = []
     for epoch in epochs:
         for group in optimizer.param_groups:
@@ -170,7 +193,11 @@ def fit(net, optimizer, x, y, epochs, total):
 
 
 def resume(path, forget=None):
-    """Network, optimizer and epoch of a checkpoint, as if it held no `forget`."""
+    """(net, optimizer, epoch) of a checkpoint, as if it held no `forget`.
+
+    The file holds the state dicts "model" of a Net and "optimizer" of a torch.optim.Adam, and
+    "epoch". Forgotten, the optimizer is a new one, and the epoch 0. Exercise.
+    """
     state = torch.load(path, weights_only=True)
     net = Net()
     net.load_state_dict(state["model"])

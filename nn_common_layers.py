@@ -39,13 +39,20 @@ LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_common_layers"
 
 
 def batch_norm(x, mean, var, weight, bias, eps=1e-5):
-    """(B, C, H, W) -> the same shape; mean, var, weight and bias are (C,)."""
+    """(x - mean) / sqrt(var + eps) * weight + bias, channel by channel.
+
+    x is (B, C, H, W), the result as well; mean, var, weight and bias are (C,). Exercise.
+    """
     mean, var, weight, bias = (t.view(-1, 1, 1) for t in (mean, var, weight, bias))
     return (x - mean) / (var + eps).sqrt() * weight + bias
 
 
 def running_statistic(start, batch, momentum, t):
-    """A running mean or variance after t batches that all have the same one."""
+    """A running mean or variance after t batches that all have the same one.
+
+    Each batch moves it: running <- (1 - momentum) running + momentum batch, from `start` on.
+    Without a loop: (1 - momentum)^t of the start is left. Exercise.
+    """
     left = (1 - momentum) ** t
     return left * start + (1 - left) * batch
 
@@ -106,7 +113,7 @@ def show_running_mean(x, momentum, batches, log_dir):
 
 
 def dropout(x, p):
-    """x with each number set to 0 with probability p, the others divided by 1 - p."""
+    """x with each number set to 0 with probability p, the others divided by 1 - p. Exercise."""
     keep = torch.rand_like(x) >= p
     return x * keep / (1 - p)
 
@@ -132,23 +139,35 @@ def show_dropout(p, masks, log_dir):
 
 
 def average_pool(x, k, stride):
-    """(B, C, H, W) -> (B, C, H', W'), H' = (H - k) // stride + 1."""
+    """(B, C, H, W) -> (B, C, H', W'), H' = (H - k) // stride + 1: the mean of each k by k window.
+
+    Tensor.unfold(axis, k, stride) gives the windows along one axis. Exercise.
+    """
     return x.unfold(2, k, stride).unfold(3, k, stride).mean((-2, -1))
 
 
 def windows(size, n):
-    """The n windows [start, stop) of AdaptiveAvgPool2d(n) on an axis of length `size`."""
+    """The n windows (start, stop) of AdaptiveAvgPool2d(n) on an axis of length `size`, a list.
+
+    Window i is from floor(i size / n) up to, not with, ceil((i + 1) size / n). Exercise.
+    """
     return [(i * size // n, -(-(i + 1) * size // n)) for i in range(n)]
 
 
 def adaptive_average_pool(x, n):
-    """(B, C, H, W) -> (B, C, n, n), whatever H and W."""
+    """(B, C, H, W) -> (B, C, n, n), whatever H and W: means over windows(H, n), windows(W, n).
+
+    Exercise.
+    """
     x = torch.stack([x[:, :, a:b].mean(2) for a, b in windows(x.shape[2], n)], 2)
     return torch.stack([x[..., a:b].mean(3) for a, b in windows(x.shape[3], n)], 3)
 
 
 def embed(tokens, weight):
-    """Tokens of any shape (…) in 0..V-1 -> (…, D), for weight (V, D)."""
+    """Tokens of any shape (…) in 0..V-1 -> (…, D): rows of weight (V, D), as a one-hot product.
+
+    A token outside 0..V-1 is an error (F.one_hot raises it). Exercise.
+    """
     return F.one_hot(tokens, len(weight)).to(weight.dtype) @ weight
 
 

@@ -38,6 +38,7 @@ LETTER = torch.tensor(
 
 
 def output_size(size, kernel, stride=1, padding=0, dilation=1):
+    """floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1. Exercise."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
@@ -47,7 +48,13 @@ def output_sizes(x, weight, *options):
 
 
 def conv2d_loop(x, weight, bias, stride=1, padding=0, dilation=1, groups=1):
-    """x (B, C, H, W), weight (K, C/groups, kh, kw), bias (K,) -> (B, K, H', W')."""
+    """x (B, C, H, W), weight (K, C/groups, kh, kw), bias (K,) -> (B, K, H', W').
+
+    The formula on top, by a loop over k, i, j: each time the product of a window (B, C/groups, kh,
+    kw) of the padded x with weight[k], summed, and bias[k]. Channel k belongs to group k // (K /
+    groups). ValueError "weight (shape) in n groups, x (shape)" if C is not groups times weight's
+    channels, or K does not split into the groups. Exercise.
+    """
     K, channels, kh, kw = weight.shape
     if x.shape[1] != channels * groups or K % groups:
         raise ValueError(f"weight {tuple(weight.shape)} in {groups} groups, x {tuple(x.shape)}")
@@ -64,7 +71,10 @@ def conv2d_loop(x, weight, bias, stride=1, padding=0, dilation=1, groups=1):
 
 
 def conv2d_unfold(x, weight, bias, stride=1, padding=0, dilation=1, groups=1):
-    """The same, every window a column: one matrix product for each group."""
+    """The same as conv2d_loop, every window a column: one matrix product for each group.
+
+    F.unfold gives x's windows (B, C kh kw, H' W'); split both it and weight by groups. Exercise.
+    """
     sizes = output_sizes(x, weight, stride, padding, dilation)
     windows = F.unfold(x, weight.shape[2:], dilation, padding, stride)  # (B, C kh kw, H' W')
     windows = windows.unflatten(1, (groups, -1))  # (B, groups, C/groups kh kw, H' W')
@@ -93,13 +103,20 @@ def sweep():
 
 
 def convolve(x, kernel):
-    """The full convolution (H + h - 1, W + w - 1) of x (H, W) with kernel (h, w), by F.conv2d."""
+    """The full convolution (H + h - 1, W + w - 1) of x (H, W) with kernel (h, w), by F.conv2d.
+
+    F.conv2d does not flip the kernel and takes (B, C, H, W); "full" needs a padding of (h - 1, w -
+    1). Exercise.
+    """
     h, w = kernel.shape
     return F.conv2d(x[None, None], kernel.flip(0, 1)[None, None], padding=(h - 1, w - 1))[0, 0]
 
 
 def fourier_convolve(x, kernel):
-    """The same as a product in Fourier space, which knows nothing of F.conv2d."""
+    """The same as convolve, as a product in Fourier space: torch.fft.rfft2 and irfft2.
+
+    Both are transformed at the size (H + h - 1, W + w - 1) of the result. Exercise.
+    """
     size = [a + b - 1 for a, b in zip(x.shape, kernel.shape, strict=True)]
     return torch.fft.irfft2(torch.fft.rfft2(x, size) * torch.fft.rfft2(kernel, size), size)
 

@@ -39,7 +39,11 @@ LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_conv2d"
 def conv2d_by_shifts(x, weight, bias):
     """(B, C_in, H, W) -> (B, C_out, H', W') at stride 1, and the multiply-adds for one image.
 
-    Raises ValueError if x has not the C_in channels of weight (C_out, C_in, k, k).
+    The formula on top, as a loop over j, c, u, v: to channel j of y, which begins as bias[j], comes
+    weight[j, c, u, v] times channel c of x, shifted by (u, v). Each turn is H' W' multiply-adds.
+
+    ValueError "weight is for n channels, x (shape) has m" if x has not the C_in channels of weight
+    (C_out, C_in, k, k). Exercise.
     """
     C_out, C_in, k, _ = weight.shape
     if x.shape[1] != C_in:
@@ -53,11 +57,12 @@ def conv2d_by_shifts(x, weight, bias):
 
 
 def parameter_formula(C_in, C_out, k):
+    """How many parameters nn.Conv2d(C_in, C_out, k) has, its bias included. Exercise."""
     return C_out * (C_in * k * k + 1)
 
 
 def work_formula(C_in, C_out, k, H, W):
-    """Multiply-adds for one image of H by W, at stride 1 without padding."""
+    """Multiply-adds for one image of H by W, at stride 1 without padding. Exercise."""
     return C_out * C_in * k * k * (H - k + 1) * (W - k + 1)
 
 
@@ -79,7 +84,13 @@ def filters_by_hand():
 
 
 def channels_by_slicing(x):
-    """What those filters make of images (B, 3, H, W), each (B, H-2, W-2), without a convolution."""
+    """What those filters make of images (B, 3, H, W), each (B, H-2, W-2), without a convolution.
+
+    {name: channel}, names and order as in filters_by_hand. The first four are differences of the
+    grey image, x's mean over its channels: right - left, below - above, lower right - upper left,
+    and 4 times the middle minus its four neighbours. Then red - green, and blue - (red + green) /
+    2, of the middle pixel. Exercise.
+    """
     grey, (red, green, blue) = x.mean(1), x[:, :, 1:-1, 1:-1].unbind(1)
     up, down = grey[:, :-2, 1:-1], grey[:, 2:, 1:-1]
     left, right = grey[:, 1:-1, :-2], grey[:, 1:-1, 2:]
@@ -94,12 +105,18 @@ def channels_by_slicing(x):
 
 
 def as_picture(x):
-    """Signed numbers of any shape as grey levels in [0, 1]: 0 is 0.5, the largest is 0 or 1."""
+    """Signed numbers of any shape as grey levels in [0, 1]: 0 is 0.5, the largest is 0 or 1.
+
+    0.5 + x / (2 max |x|); zeros alone give 0.5, not NaN. Exercise.
+    """
     return 0.5 + x / (2 * x.abs().max().clamp(min=1e-12))
 
 
 def colourfulness(images):
-    """Mean over all pixels of max - min of the three channels: 0 for grey images (B, 3, H, W)."""
+    """Mean over all pixels of max - min of the three channels of (B, 3, H, W), a float.
+
+    Exercise.
+    """
     return (images.amax(1) - images.amin(1)).mean().item()
 
 

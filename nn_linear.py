@@ -37,17 +37,24 @@ LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_linear"
 
 
 def flat_index(c, h, w, H, W):
-    """Where pixel (c, h, w) of an image (C, H, W) lies in its flattened row."""
+    """Where pixel (c, h, w) of an image (C, H, W) lies in its flattened row, counted from 0.
+
+    The row holds channel after channel, of each channel row after row. Exercise.
+    """
     return (c * H + h) * W + w
 
 
 def linear(x, weight, bias):
-    """(B, I) -> (B, O) for weight (O, I) and bias (O,)."""
+    """x W^T + b: (B, I) -> (B, O) for weight (O, I) and bias (O,). Exercise."""
     return x @ weight.T + bias
 
 
 def feed(layer, batches, start_dim):
-    """Of each batch, flattened from axis `start_dim` on: its size, and the output or the error."""
+    """Of each batch, flattened from axis `start_dim` on: its size, and the output or the error.
+
+    A generator of pairs: (len(batch), layer(flattened batch)), or (len(batch), the RuntimeError)
+    where the layer refuses it; the batches after it are still fed. Exercise.
+    """
     for batch in batches:
         try:
             yield len(batch), layer(batch.flatten(start_dim))
@@ -56,7 +63,11 @@ def feed(layer, batches, start_dim):
 
 
 def train(layer, x, labels, steps, lr=0.01):
-    """Softmax regression on all rows of x (N, I) at once. Returns the loss before each step."""
+    """Softmax regression on all rows of x (N, I) at once. Returns the loss before each step.
+
+    `steps` steps of torch.optim.SGD with momentum 0.9 on the cross-entropy of layer(x) and the
+    labels (N,); the losses are a list of floats. Exercise.
+    """
     optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
     losses = []
     for _ in range(steps):

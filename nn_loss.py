@@ -35,13 +35,19 @@ REDUCTIONS = ("none", "sum", "mean")
 
 
 def same_shape(x, t):
-    """Raises ValueError where x - t would broadcast: (N, 1) - (N,) is N by N differences."""
+    """Raises ValueError where x - t would broadcast: (N, 1) - (N,) is N by N differences.
+
+    Its text: "input (4, 1) and target (4,) differ in shape". Exercise.
+    """
     if x.shape != t.shape:
         raise ValueError(f"input {tuple(x.shape)} and target {tuple(t.shape)} differ in shape")
 
 
 def reduce(losses, reduction, weights=None):
-    """The losses ("none"), their sum, or their sum over the sum of the weights ("mean")."""
+    """The losses ("none"), their sum ("sum"), or their sum over the sum of the weights ("mean").
+
+    Without weights each counts 1. ValueError for any other reduction. Exercise.
+    """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction {reduction!r} is none of {', '.join(REDUCTIONS)}")
     if reduction == "none":
@@ -62,13 +68,20 @@ def mse_loss(x, t, reduction="mean"):
 
 
 def log_sum_exp(z):
-    """log sum_k exp(z_k) over the last dimension, without overflow."""
+    """log sum_k exp(z_k) over the last dimension, without overflow or underflow.
+
+    Take the largest out first: m + log sum_k exp(z_k - m). Exercise.
+    """
     m = z.amax(-1, keepdim=True)
     return m.squeeze(-1) + (z - m).exp().sum(-1).log()
 
 
 def cross_entropy(z, t, weight=None, ignore_index=-100, reduction="mean"):
-    """Logits z (N, K) and classes t (N,); weight (K,) by class."""
+    """Logits z (N, K) and classes t (N,); weight (K,) by class; the formulas on top.
+
+    Where t is ignore_index, w_i is 0. Losses by log_sum_exp(z) - z_t, weighted, then through
+    reduce(…, reduction, w). Exercise.
+    """
     kept = t != ignore_index
     t = torch.where(kept, t, 0)
     weight = torch.ones_like(z[0]) if weight is None else weight
@@ -78,7 +91,10 @@ def cross_entropy(z, t, weight=None, ignore_index=-100, reduction="mean"):
 
 
 def naive_cross_entropy(z, t):
-    """The definition as it is written, (N,): right until exp overflows, or underflows to 0."""
+    """-log of p_t = exp(z_t) / sum_k exp(z_k), (N,), written just so, for z (N, K) and t (N,).
+
+    It is right until exp overflows, or underflows to 0: that is its purpose here. Exercise.
+    """
     p = z.exp() / z.exp().sum(1, keepdim=True)
     return -p.gather(1, t[:, None]).squeeze(1).log()
 

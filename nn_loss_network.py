@@ -45,7 +45,10 @@ def load_batch(root, count):
 
 
 def without_norm(model):
-    """A copy of Moli, same weights, its batch norms replaced by nothing."""
+    """A copy of Moli, same weights, its batch norms replaced by nn.Identity(); the model stays.
+
+    model.features has three blocks, in each the batch norm is number 2. Exercise.
+    """
     model = copy.deepcopy(model)
     for block in model.features:
         block[2] = nn.Identity()
@@ -53,19 +56,29 @@ def without_norm(model):
 
 
 def expected_loss(z, t):
-    """Cross-entropy to second order in the logits z (B, K), for targets t (B,)."""
+    """Cross-entropy to second order in the logits z (B, K), for targets t (B,): a tensor ().
+
+    The mean over the batch of ln K + Var_k(z) / 2 + mean_k z - z_t; Var divides by K. Exercise.
+    """
     bracket = z.mean(1) - z.gather(1, t[:, None]).squeeze(1)
     return math.log(z.shape[1]) + (z.var(1, correction=0) / 2 + bracket).mean()
 
 
 def gradient_norms(model):
-    """Name and norm of dL/dW of each layer with a weight matrix, in order."""
+    """{name: norm of dL/dW, a float} of each layer with a weight matrix, in order.
+
+    Those are the nn.Conv2d and nn.Linear of the model, after a backward(). Exercise.
+    """
     return {name: m.weight.grad.norm().item() for name, m in model.named_modules()
             if isinstance(m, (nn.Conv2d, nn.Linear))}  # fmt: skip
 
 
 def loss_after_step(model, x, t, lr):
-    """The loss after one plain gradient step; the model itself stays as it is."""
+    """The loss after one plain gradient step p - lr p.grad; the model itself stays as it is.
+
+    A deep copy is moved, its cross-entropy on x, t returned; copy.deepcopy does not copy gradients.
+    Exercise.
+    """
     moved = copy.deepcopy(model)
     with torch.no_grad():
         for p, q in zip(moved.parameters(), model.parameters(), strict=True):

@@ -36,6 +36,13 @@ LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_maxpool"
 
 
 def output_size(size, kernel, stride, padding=0, dilation=1, ceil_mode=False):
+    """How many windows fit in `size` pixels: floor(steps / stride) + 1.
+
+    steps = size + 2 padding - dilation (kernel - 1) - 1 is the way from the first place to the
+    last. With ceil_mode it is rounded up instead; but a last window that would begin in the padding
+    on the right, at size + padding or later, counted from the padding on the left, is left out.
+    Exercise.
+    """
     steps = size + 2 * padding - dilation * (kernel - 1) - 1  # from the first place to the last
     if not ceil_mode:
         return steps // stride + 1
@@ -44,7 +51,12 @@ def output_size(size, kernel, stride, padding=0, dilation=1, ceil_mode=False):
 
 
 def max_pool(x, kernel, stride, padding=0, dilation=1, ceil_mode=False):
-    """x (B, C, H, W) -> (B, C, H', W'): every window a column, its maximum taken."""
+    """x (B, C, H, W) -> (B, C, H', W'): every window a column, its maximum taken.
+
+    H' and W' come from output_size; F.pad with -infinity, so that the padding never wins (with
+    ceil_mode there may be more of it on the right, or pixels may be cut off there: a negative pad);
+    F.unfold makes the columns. Exercise.
+    """
     pads, sizes = [], []
     for size in x.shape[2:]:
         out = output_size(size, kernel, stride, padding, dilation, ceil_mode)
@@ -77,13 +89,21 @@ def sweep():
 
 
 def gradient(pool, x, upstream):
-    """The gradient of sum(upstream * pool(x)) with respect to x."""
+    """The gradient of sum(upstream * pool(x)) with respect to x, by torch.autograd.grad.
+
+    upstream has the shape of pool(x); x itself stays as it is. Exercise.
+    """
     x = x.clone().requires_grad_()
     return torch.autograd.grad(pool(x), x, upstream)[0]
 
 
 def gradient_by_hand(x, kernel, stride, upstream):
-    """Zeros, and upstream's numbers where the windows have their maximum, the first of equals."""
+    """The gradient of a max-pool without padding: of sum(upstream * max_pool(x, kernel, stride)).
+
+    Zeros like x (B, C, H, W), and upstream's numbers (B, C, H', W') where the windows have their
+    maximum, the first of equals. Where windows overlap, the numbers add. F.unfold, scatter, F.fold.
+    Exercise.
+    """
     windows = F.unfold(x.flatten(0, 1)[:, None], kernel, stride=stride)  # (B C, k k, L)
     place = windows.argmax(1, keepdim=True)  # (B C, 1, L)
     grads = torch.zeros_like(windows).scatter(1, place, upstream.view_as(place))

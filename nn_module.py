@@ -49,6 +49,11 @@ class OurModule:
         self.training = True
 
     def __setattr__(self, name, value):
+        """Enter an nn.Parameter in self._parameters, a module in self._modules, by its name.
+
+        Modules are those of this class and nn.Module. Whatever it is, it becomes an attribute as
+        well. Exercise.
+        """
         if isinstance(value, nn.Parameter):
             self._parameters[name] = value
         elif isinstance(value, (OurModule, nn.Module)):
@@ -63,12 +68,20 @@ class OurModule:
         self._hooks.append(hook)
 
     def __call__(self, *inputs):
+        """self.forward(*inputs), then every hook of self._hooks as hook(self, inputs, output).
+
+        Returns the output. Exercise.
+        """
         output = self.forward(*inputs)
         for hook in self._hooks:
             hook(self, inputs, output)
         return output
 
     def train(self, mode=True):
+        """Set self.training to `mode` here, and in all submodules by their train; return self.
+
+        Exercise.
+        """
         self.training = mode
         for child in self._modules.values():
             child.train(mode)
@@ -76,7 +89,11 @@ class OurModule:
 
 
 def walk(module, table, prefix=""):
-    """(name, tensor) of all that a module and its submodules entered in `table`."""
+    """(name, tensor) of all that a module and its submodules entered in `table`; a generator.
+
+    `table` is the name of a dict, "_parameters" or "_buffers". Own entries come first, then those
+    of each child of module._modules, their names behind "child.". Exercise.
+    """
     for name, tensor in getattr(module, table).items():
         yield prefix + name, tensor
     for name, child in module._modules.items():
@@ -103,7 +120,12 @@ def zoo(base):
 
 
 def seen_by(module, name):
-    """Whether parameters(), state_dict() and double(), called before, see the attribute `name`."""
+    """Whether parameters(), state_dict() and double(), called before, see the attribute `name`.
+
+    Three bools: is there a name in named_parameters() that begins with it, before a dot; in
+    state_dict(); is its tensor float64 (of a layer its weight, of a list of layers the first
+    one's)? Exercise.
+    """
     value = getattr(module, name)
     layer = value[0] if isinstance(value, (list, nn.ModuleList)) else value
     tensor = layer.weight if isinstance(layer, nn.Module) else layer
@@ -145,7 +167,10 @@ def fit(net, parameters, x, y, steps, lr, writer):
 
 
 def hook_runs(module, x):
-    """How often a forward hook runs in module(x), and in module.forward(x)."""
+    """How often a forward hook runs in module(x), and in module.forward(x): two integers.
+
+    Exercise.
+    """
     runs = []
     module.register_forward_hook(lambda *_: runs.append(1))
     module(x)

@@ -82,6 +82,12 @@ class SGD:
 
     @torch.no_grad()
     def step(self):
+        """The step on top: for each parameter p with its velocity v, in place.
+
+        g is p.grad plus weight_decay times p; v becomes momentum v + g; p moves by -lr v, or with
+        Nesterov by -lr (g + momentum v). A parameter whose gradient is None stays, as does its v.
+        Exercise.
+        """
         for p, v in zip(self.parameters, self.velocities, strict=True):
             if p.grad is None:
                 continue
@@ -91,7 +97,10 @@ class SGD:
 
 
 def train(model, batches, optimizer, zero=True):
-    """One step for each batch (x, t); yields its loss, a number that holds no graph."""
+    """One step for each batch (x, t); yields its cross-entropy, a float, which holds no graph.
+
+    A generator: zero_grad (only if `zero`), forward, loss, backward, step, yield. Exercise.
+    """
     for x, t in batches:
         if zero:
             optimizer.zero_grad()
@@ -133,7 +142,11 @@ def show_sgd(start, batches):
 
 
 def swing(lr, steps, zero):
-    """w_0 … w_steps of plain SGD on w^2 / 2 from w_0 = 1."""
+    """[w_0, …, w_steps] of plain SGD on w^2 / 2 from w_0 = 1, as floats, in float64.
+
+    The optimizer is SGD above; the gradient is set to zero before each backward() only if `zero`.
+    Exercise.
+    """
     w = torch.ones((), dtype=torch.float64, requires_grad=True)
     optimizer, values = SGD([w], lr), [1.0]
     for _ in range(steps):
@@ -171,7 +184,11 @@ def show_forgotten(start, batches, log_dir, steps):
 
 
 def nodes_of(root):
-    """Every node of the graph that backward() from the node `root` reaches, once."""
+    """Every node of the graph that backward() from the node `root` reaches, once: a set.
+
+    node.next_functions holds pairs whose first is a node, or None; root itself counts, None does
+    not. Exercise.
+    """
     found, waiting = set(), [root]
     while waiting:
         node = waiting.pop()

@@ -36,10 +36,15 @@ LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_relu"
 
 
 def sigmoid(x):
+    """1 / (1 + e^-x) at each number of x. Exercise."""
     return 1 / (1 + torch.exp(-x))
 
 
 def sigmoid_slope(x):
+    """The derivative of sigmoid at each number of x: s (1 - s), where s is the sigmoid.
+
+    Exercise.
+    """
     return sigmoid(x) * (1 - sigmoid(x))
 
 
@@ -48,11 +53,18 @@ def relu(x):
 
 
 def relu_slope(x):
+    """The derivative of max(0, x) at each number of x, in the type of x: 1 if x > 0, else 0.
+
+    Exercise.
+    """
     return (x > 0).to(x.dtype)
 
 
 def library_slope(activation, x):
-    """The derivative of `activation` at each number of x, by autograd."""
+    """The derivative of `activation` at each number of x, by torch.autograd.grad; x stays as it is.
+
+    Exercise.
+    """
     x = x.clone().requires_grad_()
     return torch.autograd.grad(activation(x).sum(), x)[0]
 
@@ -63,7 +75,12 @@ def orthogonal(width, depth):
 
 
 def gradient_norms(activation, weights, x):
-    """|dL/dh_{n-l}| / |dL/dh_n| after l = 0..n layers back, for each of x (B, C): (n + 1, B)."""
+    """|dL/dh_{n-l}| / |dL/dh_n| after l = 0..n layers back, for each of x (B, C): (n + 1, B).
+
+    h_0 = x, h_i = activation(h_{i-1} W_i^T) for the n matrices of `weights`; dL/dh_n is random,
+    drawn once by torch.randn_like(h_n). The norm of each image is taken over its C numbers.
+    Exercise.
+    """
     h = [x.clone().requires_grad_()]
     for W in weights:
         h.append(activation(h[-1] @ W.T))
@@ -74,7 +91,13 @@ def gradient_norms(activation, weights, x):
 
 @torch.no_grad()
 def survey(layer, head, batches):
-    """Which units (hidden,) of `layer` are off for every image, its weights, and the accuracy."""
+    """Which units (hidden,) of `layer` are off for every image, its weights, and the accuracy.
+
+    batches: pairs (x, y) of images (B, C) and labels (B,). The hidden numbers are relu(layer(x)); a
+    unit is off where they are 0 for all images of all batches. The weights (hidden, C) are a copy.
+    The accuracy, a float, is the share of images whose largest number of head(hidden) is that of
+    the label. Exercise.
+    """
     off, right = [], []
     for x, y in batches:
         h = F.relu(layer(x))  # (B, C) -> (B, hidden)

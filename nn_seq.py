@@ -85,7 +85,11 @@ def gradients(net, x):
 
 
 def window(layer):
-    """Kernel (as wide as its dilation makes it), stride and padding of a layer."""
+    """Kernel (as wide as its dilation makes it), stride and padding of a layer: three integers.
+
+    k = dilation (kernel - 1) + 1. nn.Conv2d has pairs, of which the first number is meant,
+    nn.MaxPool2d numbers (and no dilation here); any other layer is (1, 1, 0). Exercise.
+    """
     if isinstance(layer, nn.Conv2d):
         return layer.dilation[0] * (layer.kernel_size[0] - 1) + 1, layer.stride[0], layer.padding[0]
     if isinstance(layer, nn.MaxPool2d):
@@ -94,7 +98,12 @@ def window(layer):
 
 
 def field_by_formula(net, unit):
-    """First pixel and size of what unit (unit, unit) behind `net` depends on."""
+    """(first pixel, size) of what unit (unit, unit) behind `net` depends on.
+
+    From (r, j, p) = (1, 1, 0) layer by layer, each with its window(layer) = (k, s, a); the field
+    begins at p + unit j and is r wide. A layer (k, s, a) turns (r, j, p) into (r + (k - 1) j, j s,
+    p - a j). Exercise.
+    """
     r, j, p = 1, 1, 0
     for k, s, a in map(window, net):
         r, j, p = r + (k - 1) * j, j * s, p - a * j
@@ -102,16 +111,21 @@ def field_by_formula(net, unit):
 
 
 def gradient_map(net, unit, x):
-    """Mean over the images x (B, C, H, W) of |dy/dx| (H, W), y = unit (unit, unit) of net(x)."""
+    """Mean over the images x (B, C, H, W) of |dy/dx| (H, W), y = unit (unit, unit) of net(x).
+
+    y is summed over the channels and images of the output (B, C', H', W'); the mean of the absolute
+    gradient is over images and channels. Exercise.
+    """
     x = x.clone().requires_grad_()
     y = net(x)[:, :, unit, unit].sum()
     return torch.autograd.grad(y, x)[0].abs().mean((0, 1))
 
 
 def field_by_gradient(heat):
-    """First pixel and size of the square of pixels where heat (H, W) is not 0.
+    """(first pixel, size) of the square of pixels where heat (H, W) is not 0.
 
-    Raises ValueError if these pixels are no full square.
+    ValueError with the words "no full square" if these pixels are no square on the diagonal, or if
+    there are holes in it. Exercise.
     """
     pixels = heat.nonzero()  # (n, 2)
     first, last = pixels.amin(0).tolist(), pixels.amax(0).tolist()
@@ -122,7 +136,11 @@ def field_by_gradient(heat):
 
 
 def middle_share(heat, first, size):
-    """Of the square field, the middle part's share of the area and of the sum of heat (H, W)."""
+    """Of the square field, the middle part's share of the area and of the sum of heat (H, W).
+
+    The field begins at pixel (first, first) and is `size` wide; its middle part is what is left
+    without size // 4 pixels at each side. Two floats. Exercise.
+    """
     quarter = size // 4
     middle = slice(first + quarter, first + size - quarter)
     area = (size - 2 * quarter) ** 2 / size**2
