@@ -61,11 +61,16 @@ GRAMMAR = re.compile(
 
 
 def length_penalty(length, alpha):
+    """((5 + length) / 6)^alpha. Exercise."""
     return ((5 + length) / 6) ** alpha
 
 
 def greedy_search(log_probs, prompt, longest, eos):
-    """Tokens after `prompt` (L,), at most `longest`, up to eos; and their log-probability."""
+    """Tokens after `prompt` (L,), at most `longest`, up to eos; and their log-probability.
+
+    log_probs(tokens (1, L)) gives (1, V); the likeliest word comes next. (list of integers, eos
+    included; float). Exercise.
+    """
     tokens, total = prompt[None], 0.0
     for _ in range(longest):
         log_p = log_probs(tokens)[0]
@@ -84,11 +89,20 @@ class Finished:
         self.width, self.alpha, self.best = width, alpha, []
 
     def add(self, log_p, tokens):
+        """Keep the hypothesis (score, log p, tokens) if it is among the best `width`, in self.best.
+
+        score = log p / length_penalty(length, alpha); best first. Exercise.
+        """
         score = log_p / length_penalty(len(tokens), self.alpha)
         self.best = sorted([*self.best, (score, log_p, tokens)], key=lambda h: -h[0])[: self.width]
 
     def closed_to(self, log_p, length, longest):
-        """Whether no continuation of a live one with log_p, at most `longest` long, can enter."""
+        """Whether no continuation of a live one with log_p, at most `longest` long, can enter.
+
+        So it is if self.best is full, and its worst score is no less than log_p over the largest
+        length_penalty that a length from length + 1 to longest can have (at one of the two).
+        Exercise.
+        """
         most = max(length_penalty(n, self.alpha) for n in (length + 1, longest))
         return len(self.best) == self.width and self.best[-1][0] >= log_p / most
 
@@ -140,7 +154,12 @@ def beam_search(log_probs, prompt, width, longest, eos, alpha=0.0, groups=1, div
 
 
 def exhaustive_search(log_probs, prompt, V, longest, eos, alpha=0.0):
-    """The best of all sequences that end within `longest` words, by trying each."""
+    """The best of all sequences that end within `longest` words, by trying each.
+
+    (score, log p, words): words of 0 … V - 1 with eos last and nowhere else; log p the sum of
+    log_probs(tokens (1, L))[0, word], prompt (L,) before; score = log p / length_penalty(length,
+    alpha). Exercise.
+    """
     best = (-math.inf, 0.0, [])
     others = [word for word in range(V) if word != eos]
     for length in range(1, longest + 1):
@@ -333,19 +352,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

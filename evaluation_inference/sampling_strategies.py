@@ -75,7 +75,11 @@ def greedy(logits):
 
 
 def temperature(logits, T):
-    """Logits over T > 0."""
+    """Logits over T > 0.
+
+    ValueError "the temperature must be over 0, not T: for 0 use greedy" (nan and infinity, too);
+    "logits over T are too large for …" if the quotient is infinite. Exercise.
+    """
     if not 0 < T < math.inf:
         raise ValueError(f"the temperature must be over 0, not {T}: for 0 use greedy")
     scaled = logits / T
@@ -85,7 +89,10 @@ def temperature(logits, T):
 
 
 def top_k(logits, k):
-    """The k largest of each row, of equals the first; all if k >= V."""
+    """The k largest of each row, of equals the first; all if k >= V.
+
+    The others of the logits (B, V) are -inf. ValueError "k must be at least 1, not …". Exercise.
+    """
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
     order = logits.argsort(dim=1, descending=True, stable=True)
@@ -93,7 +100,12 @@ def top_k(logits, k):
 
 
 def top_p(logits, p):
-    """The fewest of the likeliest whose probabilities reach p; one at least, all for p = 1."""
+    """The fewest of the likeliest whose probabilities reach p; one at least, all for p = 1.
+
+    The others of each row of logits (B, V) are -inf; of equals the first comes first. Sums of equal
+    shares fall short by rounding: p counts as reached 1e-9 below it. ValueError "p must be from 0
+    to 1, not …". Exercise.
+    """
     if not 0 <= p <= 1:
         raise ValueError(f"p must be from 0 to 1, not {p}")
     if p == 1:
@@ -107,7 +119,11 @@ def top_p(logits, p):
 
 
 def min_p(logits, p):
-    """Tokens with at least p times the largest probability."""
+    """Tokens with at least p times the largest probability of their row; the others are -inf.
+
+    What ties with that bound stays, in spite of rounding. ValueError "min_p must be from 0 to 1,
+    not …". Exercise.
+    """
     if not 0 <= p <= 1:
         raise ValueError(f"min_p must be from 0 to 1, not {p}")
     probs = logits.double().softmax(1)
@@ -116,7 +132,11 @@ def min_p(logits, p):
 
 
 def repetition_penalty(logits, tokens, penalty):
-    """Tokens (B, L) that were said, made less likely by penalty > 1, however often they occur."""
+    """Tokens (B, L) that were said, made less likely by penalty > 1, however often they occur.
+
+    Their logits z become z / c if z > 0, else z c. ValueError "the penalty must be over 0, not …"
+    (infinity, too); "n rows of tokens for m rows of logits". Exercise.
+    """
     if not 0 < penalty < math.inf:
         raise ValueError(f"the penalty must be over 0, not {penalty}")
     if len(tokens) != len(logits):
@@ -209,7 +229,10 @@ def generate(model, n, longest=16, **filters):
 
 
 def distinct(texts, n=2):
-    """Share of the n-grams of all texts that are different ones."""
+    """Share of the n-grams of all texts that are different ones.
+
+    A text is a list of words, an n-gram n of them in a row. 0 if there is none. Exercise.
+    """
     grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
     return len(set(grams)) / max(1, len(grams))
 
@@ -320,19 +343,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

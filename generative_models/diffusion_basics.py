@@ -116,7 +116,11 @@ def open_digits(root=DATA, train=True, count=8000):
 
 
 def linear_schedule(T=1000):
-    """A (T + 1,), A_0 = 1: beta from 1e-4 to 0.02, times 1000 / T. ValueError for T <= 20."""
+    """A (T + 1,) in float64, A_0 = 1: beta from 1e-4 to 0.02, evenly, times 1000 / T.
+
+    A_t is the product of 1 - beta up to t. ValueError "with T steps beta would reach …" for T <=
+    20. Exercise.
+    """
     if T <= 20:
         raise ValueError(f"with {T} steps beta would reach {20 / T:g}: take more than 20")
     beta = torch.linspace(1e-4, 0.02, T, dtype=F64) * 1000 / T
@@ -124,19 +128,26 @@ def linear_schedule(T=1000):
 
 
 def cosine_schedule(T=1000, s=0.008):
-    """A (T + 1,): cos^2 of a quarter turn, no beta above 0.999."""
+    """A (T + 1,) in float64: f(t) / f(0), f = cos^2 of the turn (t / T + s) / (1 + s) pi / 2.
+
+    No beta = 1 - f(t) / f(t - 1) is above 0.999. Exercise.
+    """
     turn = (torch.arange(T + 1, dtype=F64) / T + s) / (1 + s) * math.pi / 2
     f = turn.cos().square()
     return F.pad((f[1:] / f[:-1]).clamp(min=0.001).cumprod(0), (1, 0), value=1.0)
 
 
 def add_noise(x_0, eps, A):
-    """x_t; A is a number, or has x_0's axes."""
+    """x_t = sqrt(A) x_0 + sqrt(1 - A) eps; A is a number, or has x_0's axes. Exercise."""
     return A**0.5 * x_0 + (1 - A) ** 0.5 * eps
 
 
 def convert(kind, out, x_t, A):
-    """(x_0, eps, v) from x_t and one of them: kind "x_0", "eps" or "v"."""
+    """(x_0, eps, v) from x_t and one of them, `out`: kind is "x_0", "eps" or "v".
+
+    x_t = sqrt(A) x_0 + sqrt(1 - A) eps; v = sqrt(A) eps - sqrt(1 - A) x_0. ValueError "kind must be
+    x_0, eps or v, not 'kind'". Exercise.
+    """
     if kind == "x_0":
         x_0, eps = out, (x_t - A**0.5 * out) / (1 - A) ** 0.5
     elif kind == "eps":
@@ -149,14 +160,23 @@ def convert(kind, out, x_t, A):
 
 
 def posterior(x_0, x_t, A_t, A_s):
-    """Mean and variance of q(x_s | x_t, x_0)."""
+    """Mean and variance of q(x_s | x_t, x_0), s < t, by Bayes.
+
+    With a = A_t / A_s: mean (sqrt(A_s) (1 - a) x_0 + sqrt(a) (1 - A_s) x_t) / (1 - A_t), variance
+    (1 - a) (1 - A_s) / (1 - A_t). Exercise.
+    """
     a = A_t / A_s
     mean = (A_s**0.5 * (1 - a) * x_0 + a**0.5 * (1 - A_s) * x_t) / (1 - A_t)
     return mean, (1 - a) * (1 - A_s) / (1 - A_t)
 
 
 def step_back(x_0, eps, x_t, A_t, A_s, sampler, noise):
-    """x_s by sampler "tilde", "beta" or "ddim"; A_s > A_t, or for "ddim" any two."""
+    """x_s by sampler "tilde", "beta" or "ddim"; A_s > A_t, or for "ddim" any two.
+
+    "ddim" is add_noise(x_0, eps, A_s), without noise. The others draw from the posterior: its mean,
+    plus `noise` times the root of its variance, or of 1 - A_t / A_s for "beta"; where A_s = 1, the
+    last step adds none. Exercise.
+    """
     if sampler == "ddim":
         return add_noise(x_0, eps, A_s)
     mean, variance = posterior(x_0, x_t, A_t, A_s)
@@ -166,7 +186,10 @@ def step_back(x_0, eps, x_t, A_t, A_s, sampler, noise):
 
 
 def spaced(T, steps):
-    """T … 0 in `steps` steps, as even as integers are."""
+    """T … 0 in `steps` steps, as even as integers are: a list of steps + 1 integers.
+
+    ValueError "1 to T steps, not …". Exercise.
+    """
     if not 1 <= steps <= T:
         raise ValueError(f"1 to {T} steps, not {steps}")
     return torch.linspace(T, 0, steps + 1).round().int().tolist()
@@ -221,7 +244,8 @@ def best_eps(x, A):
 def energy_distance(x, y):
     """2 E|x - y| - E|x - x'| - E|y - y'| >= 0 for (n, D), (m, D): an MMD^2, its kernel -|x - y|.
 
-    Unbiased, so that two samples of one distribution come out around 0.
+    A float. A point is no pair with itself, so that two samples of one distribution come out around
+    0. Exercise.
     """
     within = (torch.cdist(z, z).sum() / (len(z) * (len(z) - 1)) for z in (x, y))
     return (2 * torch.cdist(x, y).mean() - sum(within)).item()
@@ -231,7 +255,10 @@ def energy_distance(x, y):
 
 
 def embed_time(t, size=32):
-    """(B, size) from t (B,): sines, cosines of wavelength 2 pi 10^(8 k / size), k < size / 2."""
+    """(B, size) from t (B,): the sines, then the cosines of t 10000^(-2 k / size), k < size / 2.
+
+    Exercise.
+    """
     angle = t[:, None] * 1e4 ** (-torch.arange(size // 2, device=t.device) / (size // 2))
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
@@ -291,7 +318,11 @@ class UNet(nn.Module):
 
 
 def simple_loss(model, x_0, A, *labels):
-    """L_simple of one batch."""
+    """L_simple of one batch: mean of (eps - model(x_t, t, *labels))^2.
+
+    t uniform on 1 … T for each example (A is (T + 1,)), eps by torch.randn_like, x_t by add_noise
+    with A[t] on x_0's axes. Exercise.
+    """
     t = torch.randint(1, len(A), (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
     x_t = add_noise(x_0, eps, A[t].view(-1, *[1] * (x_0.dim() - 1)))
@@ -575,19 +606,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

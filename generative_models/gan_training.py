@@ -72,6 +72,11 @@ class MLPs(nn.Module):
         )
 
     def forward(self, x):
+        """S networks side by side: (S, B, sizes[0]) -> (S, B, sizes[-1]), ReLU between.
+
+        x W + b for each pair of self.weights (S, a, b) and self.biases (S, 1, b); the last has no
+        ReLU. Exercise.
+        """
         for i, (W, b) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = torch.baddbmm(b, x if i == 0 else x.relu(), W)
         return x
@@ -80,7 +85,9 @@ class MLPs(nn.Module):
 def gradient_penalty(D, x, y):
     """(S,): mean of (|grad D| - 1)^2 at random points between real x and fake y (S, B, n).
 
-    ValueError if their shapes differ.
+    u x + (1 - u) y with u uniform, one for each example (torch.rand_like). The result has a
+    gradient by D's weights: create_graph. ValueError "real (shape) and fake (shape) are not of one
+    shape". Exercise.
     """
     if x.shape != y.shape:
         raise ValueError(f"real {tuple(x.shape)} and fake {tuple(y.shape)} are not of one shape")
@@ -91,14 +98,21 @@ def gradient_penalty(D, x, y):
 
 
 def discriminator_loss(D, x, y, loss, penalty):
-    """(S,), to be lowered: fake minus real score for "wgan", else -V; plus the penalty."""
+    """(S,), to be lowered: mean fake minus real score for "wgan", else -V; plus the penalty.
+
+    -V is the mean of softplus(-a) + softplus(b), a = D(x) and b = D(y) (S, B, 1) being logits.
+    `penalty` times gradient_penalty(D, x, y) is added if penalty is not 0. Exercise.
+    """
     a, b = D(x).squeeze(-1), D(y).squeeze(-1)  # logits, or scores
     terms = b - a if loss == "wgan" else F.softplus(-a) + F.softplus(b)
     return terms.mean(-1) + penalty * gradient_penalty(D, x, y) if penalty else terms.mean(-1)
 
 
 def generator_loss(score, loss):
-    """(S,) from the logits or scores (S, B, 1) of fakes; softplus(-a) = -log D."""
+    """(S,) from the logits or scores (S, B, 1) of fakes: a mean over B.
+
+    "ns": softplus(-a) = -log D; "saturating": -softplus(a) = log(1 - D); "wgan": -a. Exercise.
+    """
     terms = {"ns": F.softplus(-score), "saturating": -F.softplus(score), "wgan": -score}[loss]
     return terms.mean((-2, -1))
 
@@ -125,7 +139,11 @@ def ring(S, B, device=None):
 
 
 def count_modes(x):
-    """Of samples (S, B, 2): modes that hold 1 % or more within 3 sigma, share within 3 sigma."""
+    """Of samples (S, B, 2): modes that hold 1 % or more within 3 sigma, share within 3 sigma.
+
+    (S,) integers, (S,) floats. Each sample belongs to the nearest of the eight centres() and is
+    good if it is less than 3 SIGMA away. Exercise.
+    """
     distance, mode = (x[:, :, None] - centres(x.device)).norm(dim=-1).min(-1)  # (S, B)
     good = distance < 3 * SIGMA
     held = (F.one_hot(mode, 8) * good[..., None]).sum(1)  # (S, 8)
@@ -360,19 +378,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -136,14 +136,18 @@ def download_mnist(root=DATA):
 
 
 def kl_to_standard_normal(mu, log_var):
-    """KL(N(mu, sigma^2) || N(0, 1)) for each unit, in nats; the shape of mu."""
+    """KL(N(mu, sigma^2) || N(0, 1)) for each unit, in nats; the shape of mu.
+
+    (mu^2 + sigma^2 - 1 - log sigma^2) / 2, where log_var is log sigma^2. Exercise.
+    """
     return (mu.square() + log_var.exp() - 1 - log_var) / 2
 
 
 def gradient_samples(f, mu, sigma, n):
     """n samples each of d E[f(z)] / d mu, z ~ N(mu, sigma^2): (n, K) through z, (n, K) REINFORCE.
 
-    f (n, K) -> (n,); mu, sigma (K,).
+    f (n, K) -> (n,); mu, sigma (K,). With z = mu + sigma eps, through z it is df/dz by autograd, by
+    REINFORCE f(z) eps / sigma, of the same draws. Exercise.
     """
     eps = torch.randn(n, len(mu), dtype=mu.dtype, device=mu.device)
     z = (mu + sigma * eps).requires_grad_()
@@ -168,25 +172,38 @@ class LinearGaussian:
         return Normal(z @ self.W.T, self.s)
 
     def log_evidence(self, x):
-        """log p(x), (B,)"""
+        """log p(x), (B,), of x (B, D): a Gaussian of mean 0 and covariance W W^T + s^2 I.
+
+        Exercise.
+        """
         D = len(self.W)
         covariance = self.W @ self.W.T + self.s**2 * torch.eye(D, dtype=F64)
         return MultivariateNormal(torch.zeros(D, dtype=F64), covariance).log_prob(x)
 
     def posterior(self, x):
-        """p(z | x) for x (B, D)"""
+        """p(z | x) for x (B, D): a MultivariateNormal.
+
+        Precision P = W^T W / s^2 + I, mean P^-1 W^T x / s^2. Exercise.
+        """
         precision = self.W.T @ self.W / self.s**2 + torch.eye(self.W.size(1), dtype=F64)
         mean = torch.linalg.solve(precision, x @ self.W / self.s**2, left=False)
         return MultivariateNormal(mean, precision_matrix=precision)
 
     def elbo(self, x, q):
-        """In closed form, (B,): E_q |x - W z|^2 = |x - W mu|^2 + tr(W S W^T)."""
+        """E_q log p(x | z) - KL(q || prior) in closed form, (B,), for q a MultivariateNormal.
+
+        E_q |x - W z|^2 = |x - W mu|^2 + tr(W S W^T), mu and S the mean and covariance of q.
+        Exercise.
+        """
         spread = (self.W @ q.covariance_matrix * self.W).sum((-2, -1))
         expected = self.likelihood(q.mean).log_prob(x).sum(-1) - spread / (2 * self.s**2)
         return expected - kl_divergence(q, self.prior)
 
     def iwae(self, x, q, K):
-        """log of the mean of K weights p(x, z_k) / q(z_k | x), one draw of it for each x: (B,)."""
+        """log of the mean of K weights p(x, z_k) / q(z_k | x), one draw of it for each x: (B,).
+
+        z_1 … z_K from q, without gradient; logsumexp keeps it finite. Exercise.
+        """
         z = q.sample((K,))
         log_w = self.likelihood(z).log_prob(x).sum(-1) + self.prior.log_prob(z) - q.log_prob(z)
         return log_w.logsumexp(0) - math.log(K)
@@ -224,7 +241,10 @@ class VAE(nn.Module):
         return self.encoder(x).chunk(2, dim=1)  # mu, log_var: (B, K) each
 
     def distortion(self, z, x):
-        """-log p(x | z), (..., B), for z (..., B, K) and pixels x (B, 28, 28) of 0 and 1"""
+        """-log p(x | z), (..., B), for z (..., B, K) and pixels x (B, 28, 28) of 0 and 1.
+
+        The decoder gives the logits of 784 pixels, which are independent given z. Exercise.
+        """
         logits = self.decoder(z)
         return F.binary_cross_entropy_with_logits(
             logits, x.flatten(1).expand_as(logits), reduction="none"
@@ -461,19 +481,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,12 @@ def same_shapes(*tensors):
 
 
 def info_nce(q, k, temperature=0.1):
-    """Mean InfoNCE of q, k (B, D): k_i is the positive of q_i, the other k_j are its negatives."""
+    """Mean InfoNCE of q, k (B, D): k_i is the positive of q_i, the other k_j are its negatives.
+
+    Cross-entropy of s / temperature, s the cosines (B, B) of q_i and k_j, with the target j = i.
+    same_shapes(q, k) refuses other shapes; normalise with eps = 1e-4, as 1e-12 is 0 in float16.
+    Exercise.
+    """
     same_shapes(q, k)
     q, k = (F.normalize(x, dim=-1, eps=1e-4) for x in (q, k))  # 1e-12 is 0 in float16
     s = q @ k.mT / temperature  # (B, B)
@@ -63,7 +68,12 @@ def info_nce(q, k, temperature=0.1):
 
 
 def nt_xent(z1, z2, temperature=0.5):
-    """Mean NT-Xent of two views z1, z2 (..., N, D) of N images; further axes are batches apart."""
+    """Mean NT-Xent of two views z1, z2 (..., N, D) of N images; further axes are batches apart.
+
+    Each of the 2N views asks for the other view of its image among the 2N - 1 others: cross-entropy
+    of their cosines over the temperature, one's own set to -infinity. same_shapes refuses other
+    shapes; normalise with eps = 1e-4. Exercise.
+    """
     same_shapes(z1, z2)
     z = F.normalize(torch.cat([z1, z2], dim=-2), dim=-1, eps=1e-4)  # (..., 2N, D)
     n = z.size(-2)
@@ -74,7 +84,11 @@ def nt_xent(z1, z2, temperature=0.5):
 
 
 def triplet_loss(anchor, positive, negative, margin=1.0, eps=1e-6):
-    """Mean triplet loss of three tensors (..., D); eps is what torch adds inside the norm."""
+    """Mean of max(0, |a - p| - |a - n| + margin) for three tensors (..., D).
+
+    eps is added to each difference inside the norm, as torch does. same_shapes refuses other
+    shapes. Exercise.
+    """
     same_shapes(anchor, positive, negative)
     near, far = ((anchor - other + eps).norm(dim=-1) for other in (positive, negative))
     return (near - far + margin).clamp(min=0).mean()
@@ -99,12 +113,18 @@ def info_nce_by_loop(q, k, temperature):
 
 
 def alignment(z1, z2):
-    """Mean squared distance of the two views, on the unit sphere: 0 is best."""
+    """Mean squared distance of the two views (N, D), both put on the unit sphere: 0 is best.
+
+    Exercise.
+    """
     return (F.normalize(z1, dim=1) - F.normalize(z2, dim=1)).square().sum(1).mean()
 
 
 def uniformity(z):
-    """log of the mean of e^(-2 d^2) over pairs on the unit sphere: the lower, the more even."""
+    """log of the mean of e^(-2 d^2) over pairs of z (N, D), put on the unit sphere.
+
+    d is the distance of a pair, each pair once (F.pdist). The lower, the more even. Exercise.
+    """
     return F.pdist(F.normalize(z, dim=1)).square().mul(-2).exp().mean().log()
 
 
@@ -134,7 +154,12 @@ def lower_bound(rho, N, batches):
 
 
 def hardest_share(q, k, temperature, hardest=0.05):
-    """Share of the negatives' gradient, with respect to s_ij, on the most similar 5 % of them."""
+    """Share of the negatives' gradient, with respect to s_ij, on the most similar 5 % of them.
+
+    s (B, B) holds the cosines of q_i and k_j, the loss is the cross-entropy of s / temperature with
+    the target j = i. In each row, the round(hardest (B - 1)) negatives of largest s count as hard.
+    A float: sum of their gradients over that of all negatives. Exercise.
+    """
     B = len(q)
     s = (F.normalize(q, dim=1) @ F.normalize(k, dim=1).mT).requires_grad_()
     loss = F.cross_entropy(s / temperature, torch.arange(B))
@@ -312,19 +337,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

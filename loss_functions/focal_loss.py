@@ -55,7 +55,13 @@ def above_zero(x):
 
 
 def sigmoid_focal_loss(logits, targets, alpha=None, gamma=2.0, reduction="none"):
-    """FL of logits and targets in [0, 1] of any one shape; alpha weighs the positives."""
+    """FL of logits and targets in [0, 1] of any one shape; alpha weighs the positives.
+
+    FL = a_t (1 - p_t)^gamma CE, where p = sigmoid(logits), 1 - p_t = (1 - p) t + p (1 - t), and a_t
+    is alpha for t = 1 and 1 - alpha for t = 0 (1 without alpha). CE by F's
+    binary_cross_entropy_with_logits; 1 - p_t through above_zero; reduction by REDUCE. ValueError
+    "logits (shape) and targets (shape) must agree". Exercise.
+    """
     if logits.shape != targets.shape:
         raise ValueError(f"logits {(*logits.shape,)} and targets {(*targets.shape,)} must agree")
     targets = targets.to(logits.dtype)
@@ -70,7 +76,9 @@ def sigmoid_focal_loss(logits, targets, alpha=None, gamma=2.0, reduction="none")
 def softmax_focal_loss(logits, labels, alpha=None, gamma=2.0, reduction="mean"):
     """FL of logits (B, C) and labels (B,); alpha (C,) weighs the classes.
 
-    "mean" divides by B; F.cross_entropy with weights divides by their sum.
+    -alpha[label] (1 - p_t)^gamma log p_t, with 1 - p_t = -expm1(log p_t) through above_zero. "mean"
+    divides by B; F.cross_entropy with weights divides by their sum. ValueError "logits (B, C) and
+    labels (B,), not …" for other shapes. Exercise.
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
@@ -84,7 +92,10 @@ def softmax_focal_loss(logits, labels, alpha=None, gamma=2.0, reduction="mean"):
 
 
 def focal_gradient(p_t, gamma):
-    """dFL/dx of a positive with p = p_t, without alpha."""
+    """dFL/dx of a positive with p = p_t by its logit x, without alpha.
+
+    (1 - p_t)^gamma (gamma p_t log p_t + p_t - 1). Exercise.
+    """
     return (1 - p_t) ** gamma * (gamma * p_t * p_t.log() + p_t - 1)
 
 
@@ -94,7 +105,8 @@ def focal_gradient(p_t, gamma):
 def average_precision(scores, targets):
     """Mean, over the positives, of the precision among the examples scored no lower than they.
 
-    scores (N,), targets (N,) of 0 and 1; the area under the step curve of precision over recall.
+    scores (N,), targets (N,) of 0 and 1: a float. Examples of equal score are counted together. It
+    is the area under the step curve of precision over recall. Exercise.
     """
     scores, order = scores.sort(descending=True)
     hits = targets[order].double().cumsum(0)
@@ -105,7 +117,10 @@ def average_precision(scores, targets):
 
 
 def easy_negative_share(loss, p, targets):
-    """Share of the summed loss (N,) that negatives with p < 0.1 hold."""
+    """Share of the summed loss (N,) that negatives (target 0) with p < 0.1 hold: a float.
+
+    Exercise.
+    """
     return (loss[(targets == 0) & (p < 0.1)].sum() / loss.sum()).item()
 
 
@@ -292,19 +307,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

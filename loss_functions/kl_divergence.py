@@ -70,20 +70,30 @@ def same_shapes(*tensors, dim=None):
 
 
 def kl_divergence(p, q):
-    """KL(p || q) over the last axis, in nats; 0 log 0 = 0, and infinite where q = 0 < p."""
+    """KL(p || q) = sum p log(p / q) over the last axis, in nats; same_shapes refuses other shapes.
+
+    0 log 0 = 0, and infinite where q = 0 < p: torch.xlogy. Exercise.
+    """
     same_shapes(p, q)
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
 
 
 def gaussian_kl(mu_p, sigma_p, mu_q, sigma_q):
-    """KL(N(mu_p, sigma_p^2) || N(mu_q, sigma_q^2)), elementwise, of four tensors of one shape."""
+    """KL(N(mu_p, sigma_p^2) || N(mu_q, sigma_q^2)), elementwise, of four tensors of one shape.
+
+    log(sigma_q / sigma_p) + (sigma_p^2 + (mu_p - mu_q)^2) / (2 sigma_q^2) - 1/2. same_shapes
+    refuses others. Exercise.
+    """
     same_shapes(mu_p, sigma_p, mu_q, sigma_q)
     spread = (sigma_p**2 + (mu_p - mu_q) ** 2) / (2 * sigma_q**2)
     return torch.log(sigma_q / sigma_p) + spread - 0.5
 
 
 def soft_loss(student_logits, teacher_logits, T):
-    """T^2 KL(teacher || student) of the softened answers (B, C), mean over the batch."""
+    """T^2 KL(teacher || student) of the softened answers softmax(logits / T), mean over the batch.
+
+    Logits are (B, C): same_shapes(…, dim=2) refuses others. Exercise.
+    """
     same_shapes(student_logits, teacher_logits, dim=2)
     log_q = F.log_softmax(student_logits / T, dim=1)
     log_p = F.log_softmax(teacher_logits / T, dim=1)
@@ -91,16 +101,22 @@ def soft_loss(student_logits, teacher_logits, T):
 
 
 def distillation_loss(student_logits, teacher_logits, labels, T=4.0, alpha=0.9):
-    """alpha times the soft loss, and 1 - alpha times cross-entropy with the labels (B,)."""
+    """alpha times the soft loss, and 1 - alpha times cross-entropy with the labels (B,).
+
+    Exercise.
+    """
     soft = soft_loss(student_logits, teacher_logits, T)
     return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels)
 
 
 def seed_loss(student_z, teacher_z, queue, tau_s=0.2, tau_t=0.1):
-    """Cross-entropy of student and teacher over candidates: their KL, plus a constant.
+    """Mean cross-entropy of student and teacher over candidates: their KL, plus a constant.
 
     student_z, teacher_z (B, D) embed the same points; candidates are the queue (K, D), of the
-    teacher's earlier embeddings, and the point's own by the teacher. All are taken at length 1.
+    teacher's earlier embeddings, and the point's own by the teacher. All are taken at length 1. Of
+    the K + 1 cosines, p is the softmax at tau_t for the teacher, q that at tau_s for the student;
+    -sum p log q. No gradient goes to teacher and queue. same_shapes(…, dim=2) refuses other shapes.
+    Exercise.
     """
     same_shapes(student_z, teacher_z, dim=2)
     student_z = F.normalize(student_z, dim=1)
@@ -397,19 +413,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,11 @@ def draw(log_dir, curves):
 
 
 def smooth_labels(labels, num_classes, epsilon, dtype=None):
-    """Targets q (B, C) from labels (B,): 1 - e on the label, and e spread evenly over all."""
+    """Targets q (B, C) from labels (B,): 1 - e on the label, and e spread evenly over all.
+
+    In `dtype`, by default torch's. ValueError "epsilon must be from 0 to 1, not …" (nan, too).
+    Exercise.
+    """
     if not 0 <= epsilon <= 1:
         raise ValueError(f"epsilon must be from 0 to 1, not {epsilon}")
     one_hot = F.one_hot(labels, num_classes).to(dtype or torch.get_default_dtype())
@@ -65,7 +69,11 @@ def smooth_labels(labels, num_classes, epsilon, dtype=None):
 
 
 def label_smoothing_loss(logits, labels, epsilon):
-    """Mean of -sum_k q_k log p_k over logits (B, C) and labels (B,)."""
+    """Mean of -sum_k q_k log p_k over logits (B, C) and labels (B,), q by smooth_labels.
+
+    In the type of the logits. ValueError "logits (B, C) and labels (B,), not …" for other shapes.
+    Exercise.
+    """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"logits (B, C) and labels (B,), not {(*logits.shape,)}, {(*labels.shape,)}"
@@ -75,7 +83,10 @@ def label_smoothing_loss(logits, labels, epsilon):
 
 
 def penalty_form(logits, labels, epsilon):
-    """The same number as cross-entropy and a divergence from the uniform distribution."""
+    """The same number as cross-entropy and a divergence from the uniform distribution u = 1 / C.
+
+    (1 - e) CE(y, p) + e (KL(u || p) + log C), KL as a mean over the batch. Exercise.
+    """
     C, log_p = logits.size(1), logits.log_softmax(1)
     u = torch.full_like(log_p, 1 / C)
     kl = F.kl_div(log_p, u, reduction="batchmean")  # KL(u || p): target second
@@ -83,7 +94,10 @@ def penalty_form(logits, labels, epsilon):
 
 
 def best_gap(num_classes, epsilon):
-    """z_y - z_k at the optimum, where p = q; infinite without smoothing."""
+    """z_y - z_k at the optimum, where p = q: log((1 - e + e / C) / (e / C)); math.inf for e = 0.
+
+    Exercise.
+    """
     if epsilon == 0:
         return math.inf
     return math.log((1 - epsilon + epsilon / num_classes) / (epsilon / num_classes))
@@ -106,7 +120,8 @@ def descend(num_classes, epsilon, steps, lr=5.0):
 def reliability(p, labels, bins=BINS):
     """For each bin of confidence max_k p_k: share of the examples, mean confidence, accuracy.
 
-    p (B, C) -> three tensors (bins,); a bin without examples has 0 in all of them.
+    p (B, C) -> three tensors (bins,); a bin without examples has 0 in all of them. Bin i holds
+    confidences above i / bins, up to and with (i + 1) / bins. Exercise.
     """
     confidence, predicted = p.double().max(1)
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins (i / n, (i + 1) / n]
@@ -119,7 +134,10 @@ def reliability(p, labels, bins=BINS):
 
 
 def expected_calibration_error(p, labels, bins=BINS):
-    """ECE: mean distance of accuracy and confidence over the bins, weighted by their share."""
+    """ECE: mean distance of accuracy and confidence over the bins, weighted by their share.
+
+    A float, by reliability(p, labels, bins). Exercise.
+    """
     share, confidence, accuracy = reliability(p, labels, bins)
     return (share * (accuracy - confidence).abs()).sum().item()
 
@@ -171,7 +189,11 @@ def fit(x, loss_of, width, epochs, seed, C=10):
 
 
 def scatter(z, labels):
-    """Mean squared distance from the class mean, over that of the class means from theirs."""
+    """Mean squared distance from the class mean, over that of the class means from theirs.
+
+    z (N, D), labels (N,): a float. Classes that have no point do not count; the mean of the class
+    means weighs each class alike. Exercise.
+    """
     seen, group = labels.unique(return_inverse=True)
     means = torch.stack([z[labels == k].mean(0) for k in seen])
     within = (z - means[group]).square().sum(1).mean()
@@ -277,19 +299,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,14 @@ TIGHT = {"rtol": 0, "atol": 1e-12}
 
 
 def attention_weights(q, k, mask=None, is_causal=False):
-    """Weights (…, T_q, T_k) of q (…, T_q, d) over k (…, T_k, d): each row sums to 1, or is 0."""
+    """Weights (…, T_q, T_k) of q (…, T_q, d) over k (…, T_k, d): each row sums to 1, or is 0.
+
+    softmax(q k^T / sqrt(d)), q divided before the product, so that half precision stays finite.
+    mask is boolean (True: allowed) or floating (added); is_causal lets query i see keys 0 to i. A
+    row in which nothing is allowed is 0. ValueError "q and k need one size d, not a and b"; "give a
+    mask or is_causal, not both"; "mask (shape) does not fit scores (shape)" where it would not
+    broadcast to them; "a mask is boolean or floating, not …". Exercise.
+    """
     if q.size(-1) != k.size(-1):
         raise ValueError(f"q and k need one size d, not {q.size(-1)} and {k.size(-1)}")
     scores = (q / math.sqrt(q.size(-1))) @ k.mT  # dividing first keeps half precision finite
@@ -73,7 +80,9 @@ def attention_weights(q, k, mask=None, is_causal=False):
 def scaled_dot_product_attention(q, k, v, mask=None, is_causal=False):
     """(…, T_q, d_v), from q (…, T_q, d), k (…, T_k, d), v (…, T_k, d_v).
 
-    mask broadcasts to (…, T_q, T_k). is_causal lets query i see keys 0 to i.
+    attention_weights times v. mask broadcasts to (…, T_q, T_k). is_causal lets query i see keys 0
+    to i. ValueError "k (shape) and v (shape) do not belong together" if they differ before the last
+    axis. Exercise.
     """
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not belong together")
@@ -93,6 +102,10 @@ class MultiHeadAttention(nn.Module):
         )
 
     def heads(self, x):
+        """(B, T, C) -> (B, H, T, C / H): head h has the numbers h C / H to (h + 1) C / H.
+
+        Exercise.
+        """
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, C) -> (B, H, T, C/H)
 
     def forward(self, query, key=None, value=None, mask=None, is_causal=False, key_mask=None,
@@ -120,7 +133,12 @@ class MultiHeadAttention(nn.Module):
         return (out, weights) if need_weights else out
 
     def join_masks(self, mask, is_causal, key_mask, T_q, T_k, past, device):
-        """One mask that allows what all of them allow; query i sees the keys 0 to past + i."""
+        """One mask that allows what all of them allow; query i sees the keys 0 to past + i.
+
+        mask (T_q, T_k), (B, T_q, T_k) or (B, H, T_q, T_k), boolean or floating, or None; key_mask
+        (B, T_k): True for a real key. What a boolean one forbids is -inf in a floating one. None if
+        there is none; ValueError "a mask is boolean or floating, not …". Exercise.
+        """
         if mask is not None and not (mask.dtype == torch.bool or mask.is_floating_point()):
             raise ValueError(f"a mask is boolean or floating, not {mask.dtype}")
         if mask is not None and mask.dim() == 3:
@@ -217,7 +235,11 @@ def show_scale(log_dir, keys=64, queries=512):
 
 
 def influence(module, x, **options):
-    """|d y_i / d x_j| of a module (1, T, C) -> (1, T, C), for all positions i, j: (T, T)."""
+    """|d y_i / d x_j| of a module (1, T, C) -> (1, T, C), for all positions i, j: (T, T).
+
+    The root of the sum of squares over the C x C entries of each block of the Jacobian
+    (torch.autograd.functional.jacobian). The options go to the module. Exercise.
+    """
     J = torch.autograd.functional.jacobian(lambda x: module(x, **options)[0], x)  # (T, C, 1, T, C)
     return J.squeeze(2).square().sum(dim=(1, 3)).sqrt()
 
@@ -382,19 +404,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,10 @@ def widen(x):
 
 
 def normalize(x, axes, eps=1e-5):
-    """x less its mean over `axes`, over its standard deviation there; half comes out as float32."""
+    """x less its mean over `axes`, over sqrt(variance + eps) there; half comes out as float32.
+
+    The variance divides by n. widen(x) gives the float32. Exercise.
+    """
     x = widen(x)
     var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
     return (x - mean) / (var + eps).sqrt()
@@ -107,6 +110,12 @@ class BatchNorm(Norm):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, x):
+        """Normalise x (B, C, …) over B and all of L; in evaluation by the running statistics.
+
+        check(x, 2) first; in training check_count(x, values a channel), then track(x, axes) without
+        gradient, then normalize; in either mode scale(y, x.dtype) last. In evaluation (x -
+        running_mean) / sqrt(running_var + eps), in float32 for half precision. Exercise.
+        """
         self.check(x, 2)
         if not self.training:
             mean, var = (self.along(s, x) for s in (self.running_mean, self.running_var))
@@ -117,6 +126,11 @@ class BatchNorm(Norm):
         return self.scale(normalize(x, axes, self.eps), x.dtype)
 
     def track(self, x, axes):
+        """Move running_mean and running_var, in place, towards mean and variance of x over `axes`.
+
+        Count the batch in num_batches_tracked. running <- (1 - m) running + m batch, where m is the
+        momentum, or 1 / num_batches_tracked without one. This variance divides by n - 1. Exercise.
+        """
         self.num_batches_tracked += 1
         m = self.momentum
         if m is None:
@@ -133,6 +147,11 @@ class InstanceNorm(Norm):
         super().__init__(num_features, eps, affine)
 
     def forward(self, x):
+        """Normalise x (B, C, L…) over all of L.
+
+        check(x, 3), check_count(x, values of one channel of one example), normalize, scale(y,
+        x.dtype). Exercise.
+        """
         self.check(x, 3)
         self.check_count(x, x[0, 0].numel())
         return self.scale(normalize(x, tuple(range(2, x.dim())), self.eps), x.dtype)
@@ -148,6 +167,11 @@ class GroupNorm(Norm):
         self.num_groups = num_groups
 
     def forward(self, x):
+        """Normalise x (B, C, …) over the channels of each of num_groups groups and all of L.
+
+        check(x, 2), check_count(x, values of a group), normalize, and scale(y, x.dtype) in the
+        shape of x. Exercise.
+        """
         self.check(x, 2)
         groups = x.unflatten(1, (self.num_groups, -1))  # (B, C, …) -> (B, G, C/G, …)
         self.check_count(x, groups[0, 0].numel())
@@ -168,6 +192,11 @@ class LayerNorm(nn.Module):
             self.bias = nn.Parameter(torch.zeros(self.normalized_shape))
 
     def forward(self, x):
+        """Normalise x over its last axes, times weight, plus bias (if there are any), in x's type.
+
+        ValueError "LayerNorm needs …, not (shape)" if the last axes are not normalized_shape.
+        Exercise.
+        """
         last = len(self.normalized_shape)
         if tuple(x.shape[-last:]) != self.normalized_shape:
             raise ValueError(f"LayerNorm needs (…, *{self.normalized_shape}), not {tuple(x.shape)}")
@@ -353,19 +382,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,10 @@ TIGHT = {"rtol": 0, "atol": 1e-10}
 
 
 def angles(positions, d, base=10000.0, dtype=torch.float32):
-    """t w_i (…, d / 2) for positions t (…,), whole or not, in at least float32."""
+    """t w_i (…, d / 2) for positions t (…,), whole or not: w_i = base^(-2 i / d), in `dtype`.
+
+    ValueError "positions are encoded in pairs: d must be even, not …". Exercise.
+    """
     if d % 2:
         raise ValueError(f"positions are encoded in pairs: d must be even, not {d}")
     i = torch.arange(d // 2, device=positions.device, dtype=dtype)
@@ -58,7 +61,10 @@ def angles(positions, d, base=10000.0, dtype=torch.float32):
 
 
 def sinusoidal(T, d, base=10000.0, dtype=torch.float32, device=None):
-    """PE (T, d): sines at the even places, cosines at the odd ones."""
+    """PE (T, d): sin(t w_i) at the even places 2 i, cos(t w_i) at the odd ones 2 i + 1.
+
+    By angles, in float32 at least, and only then in `dtype`. Exercise.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     a = angles(torch.arange(T, device=device), d, base, wide)  # (T, d / 2)
     return torch.stack([a.sin(), a.cos()], dim=-1).flatten(-2).to(dtype)
@@ -73,6 +79,10 @@ class LearnedPositions(nn.Module):
         nn.init.normal_(self.table.weight, std=0.02)
 
     def forward(self, T):
+        """The first T rows of the table; ValueError "the table has n positions, the input T".
+
+        Exercise.
+        """
         length = self.table.num_embeddings
         if length < T:
             raise ValueError(f"the table has {length} positions, the input {T}")
@@ -80,7 +90,10 @@ class LearnedPositions(nn.Module):
 
 
 def rotate(x, a, interleaved):
-    """Each pair of x (…, d) turned by its angle a (…, d / 2)."""
+    """Each pair of x (…, d) turned by its angle a (…, d / 2): (x1 cos - x2 sin, x1 sin + x2 cos).
+
+    Pairs are the neighbours (0, 1), (2, 3) … if interleaved, else (i, i + d / 2). Exercise.
+    """
     cos, sin = a.cos(), a.sin()
     if interleaved:
         x1, x2 = x[..., 0::2], x[..., 1::2]
@@ -93,7 +106,9 @@ def apply_rope(x, positions, base=10000.0, interleaved=False):
     """x (…, T, d) with each vector turned by its position: (T,), or (B, T) for x (B, …, T, d).
 
     Half-split pairs (i, i + d / 2), or neighbours if interleaved. Angles are float32 at least, so
-    that half precision is right far out; the result has the type of x.
+    that half precision is right far out; the result has the type of x. ValueError "positions
+    (shape) do not fit x (shape)" for another number of axes, or sizes that differ (B = 1 serves
+    all). Exercise.
     """
     if positions.shape[-1:] != x.shape[-2:-1] or positions.dim() > min(2, x.dim() - 1):
         raise ValueError(f"positions {tuple(positions.shape)} do not fit x {tuple(x.shape)}")
@@ -107,7 +122,10 @@ def apply_rope(x, positions, base=10000.0, interleaved=False):
 
 
 def to_half_split(d):
-    """The order of d numbers that takes interleaved pairs to half-split ones: 0, 2, … 1, 3, …"""
+    """The order of d numbers that takes interleaved pairs to half-split ones: 0, 2, … 1, 3, …
+
+    Exercise.
+    """
     return torch.arange(d).view(-1, 2).T.flatten()
 
 
@@ -281,19 +299,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

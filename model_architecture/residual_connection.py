@@ -78,6 +78,12 @@ class RMSNorm(nn.Module):
         self.register_parameter("weight", weight)
 
     def forward(self, x):
+        """x / sqrt(mean x^2 + eps) * weight over the last dimensions, which are normalized_shape.
+
+        In float32 at least, back in x's dtype; without an eps it is torch.finfo's of that
+        computation, and weight may be None. ValueError "x must end in (shape), not be (shape)".
+        Exercise.
+        """
         D = len(self.normalized_shape)
         if x.shape[-D:] != self.normalized_shape:  # (…, 1) would broadcast against the weight
             raise ValueError(f"x must end in {self.normalized_shape}, not be {tuple(x.shape)}")
@@ -110,6 +116,11 @@ class BasicBlock(nn.Module):
             nn.init.zeros_(self.bn2.weight)
 
     def forward(self, x):
+        """relu(bn2(conv2(relu(bn1(conv1 x)))) + shortcut x).
+
+        The shortcut is x, or self.downsample(x) if there is one; nothing is added if not self.skip.
+        Exercise.
+        """
         out = self.bn1(self.conv1(x)).relu()
         out = self.bn2(self.conv2(out))
         if self.skip:
@@ -138,6 +149,10 @@ class TransformerBlock(nn.Module):
         return self.linear2(self.linear1(x).relu())
 
     def forward(self, x):
+        """self.attend, then self.feed_forward, each with its norm (norm1, norm2) and a skip.
+
+        Pre-LN (norm_first): x + branch(norm(x)); Post-LN: norm(x + branch(x)). Exercise.
+        """
         for norm, branch in ((self.norm1, self.attend), (self.norm2, self.feed_forward)):
             x = x + branch(norm(x)) if self.norm_first else norm(x + branch(x))
         return x
@@ -397,19 +412,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

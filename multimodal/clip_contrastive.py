@@ -66,7 +66,12 @@ MAX_SCALE = math.log(100.0)
 
 
 def clip_loss(u, v, log_scale):
-    """InfoNCE both ways of unit vectors u, v (B, D), pair by pair. ValueError for other shapes."""
+    """InfoNCE both ways of unit vectors u, v (B, D), pair by pair.
+
+    s = e^log_scale u v^T; the mean of the cross-entropies of its rows and of its columns, the
+    target on the diagonal. ValueError "need equal shapes (B, D), not (shape) and (shape)".
+    Exercise.
+    """
     if u.shape != v.shape or u.dim() != 2:
         raise ValueError(f"need equal shapes (B, D), not {tuple(u.shape)} and {tuple(v.shape)}")
     s, pairs = log_scale.exp() * u @ v.T, torch.arange(len(u), device=u.device)  # (B, B), (B,)
@@ -84,7 +89,10 @@ def loop_loss(u, v, log_scale):
 
 
 def scale_gradient(u, v, log_scale):
-    """dL/dt by the formula."""
+    """dL/dt of clip_loss by t = log_scale, by the formula: a tensor ().
+
+    The mean over all rows and columns of E_softmax[s] - s_ii. Exercise.
+    """
     s = log_scale.exp() * u @ v.T
     rows, columns = ((s * s.softmax(dim)).sum(dim) - s.diagonal() for dim in (1, 0))
     return (rows + columns).mean() / 2
@@ -93,7 +101,9 @@ def scale_gradient(u, v, log_scale):
 def rank_loss(u, v, log_scale, rank, ranks):
     """The part of rank: its own images among all texts, its own texts among all images.
 
-    ValueError if the batch does not split evenly: a mean over ranks would weigh parts wrongly.
+    Of B / ranks pairs those from rank B / ranks on are its own; the mean of both cross-entropies,
+    with s as in clip_loss. ValueError "a batch of B does not split evenly among n ranks": a mean
+    over ranks would weigh parts wrongly. Exercise.
     """
     if len(u) % ranks:
         raise ValueError(f"a batch of {len(u)} does not split evenly among {ranks} ranks")
@@ -148,13 +158,19 @@ def draw_images(facts):
 
 
 def caption(size, colour, shape, place):
-    """Words of "a small red triangle on the left"; a size or place of -1 is left out."""
+    """Words of "a small red triangle on the left", a list; a size or place of -1 is left out.
+
+    All four are numbers of SIZES, of COLOURS' names, of SHAPES and of PLACES. Exercise.
+    """
     adjectives = [SIZES[size]] * (size >= 0) + [list(COLOURS)[colour]]
     return ["a", *adjectives, SHAPES[shape]] + ["on", "the", PLACES[place]] * (place >= 0)
 
 
 def tokens(said):
-    """What captions say, (B, 4) -> their words as numbers (B, 8), <end> after each, then <pad>."""
+    """What captions say, (B, 4) -> their words as numbers (B, 8), <end> after each, then <pad>.
+
+    By caption; a word's number is its place in WORDS, LENGTH is 8. Exercise.
+    """
     captions = [[*caption(*facts), "<end>"] for facts in said.tolist()]
     padded = [words + ["<pad>"] * (LENGTH - len(words)) for words in captions]
     return torch.tensor([[WORDS.index(word) for word in words] for words in padded]).to(said.device)
@@ -220,7 +236,11 @@ def similarities(model, images, said):
 
 
 def retrieval(model, facts):
-    """Share of images whose caption is nearest, of captions whose image is: one of each a fact."""
+    """Share of images whose caption is nearest, of captions whose image is: one of each a fact.
+
+    Two floats, from similarities(model, draw_images(facts), facts), whose rows are images and whose
+    columns are captions. Exercise.
+    """
     s = similarities(model, draw_images(facts), facts)
     pairs = torch.arange(len(facts), device=facts.device)
     return tuple((s.argmax(dim) == pairs).float().mean().item() for dim in (1, 0))
@@ -421,19 +441,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,14 @@ class CrossAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, C) -> (B, H, T, C/H)
 
     def forward(self, text, image, value=None, present=None, need_weights=False):
+        """text (B, T, C) asks image (B, P, K): (B, T, C); with weights (B, H, T, P) if asked for.
+
+        Queries of the text, keys of the image, values of `value` or the image, each projected and
+        split by self.heads; softmax(q k^T / sqrt(C / H)) v, heads joined, out_proj. present (B,) or
+        (B, P) is True where there is an image, or a patch: others get weight 0, and where there is
+        none, all weights are 0. ValueError "n texts for m images, k values" for batches that
+        differ. Exercise.
+        """
         value = image if value is None else value
         if not len(text) == len(image) == len(value):
             raise ValueError(f"{len(text)} texts for {len(image)} images, {len(value)} values")
@@ -119,6 +127,11 @@ class GatedCrossAttention(nn.Module):
         self.gate_cross, self.gate_mlp = (nn.Parameter(torch.zeros(())) for _ in range(2))
 
     def forward(self, h, image, present=None):
+        """h + tanh(gate_cross) cross(norm1(h), image), then + tanh(gate_mlp) mlp(norm2(…)).
+
+        self.weights keeps the attention's weights (B, H, T, P), detached, to be looked at.
+        Exercise.
+        """
         out, weights = self.cross(self.norm1(h), image, present=present, need_weights=True)
         self.weights = weights.detach()  # (B, H, T, P), kept to be looked at
         h = h + self.gate_cross.tanh() * out
@@ -135,6 +148,11 @@ class QFormer(nn.Module):
         self.cross = CrossAttention(embed_dim, num_heads, kdim)
 
     def forward(self, image, present=None):
+        """(B, Q, C): the queries, plus self.own of them, then plus self.cross of the image.
+
+        The queries (Q, C) are the same for each of the B images; self.own(h, h) lets them look at
+        each other, self.cross(h, image, present=present) at the image. Exercise.
+        """
         h = self.queries.expand(len(image), -1, -1)  # (B, Q, C)
         h = h + self.own(h, h)
         return h + self.cross(h, image, present=present)
@@ -168,13 +186,20 @@ def draw_scenes(n):
 
 
 def patches(images):
-    """(B, 3, 24, 24) -> (B, 9, 192)"""
+    """(B, 3, 24, 24) -> (B, 9, 192): row by row, each patch 8 x 8 pixels, channel by channel.
+
+    Exercise.
+    """
     cut = images.unflatten(3, (GRID, CELL)).unflatten(2, (GRID, CELL))  # (B, 3, r, y, c, x)
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def ask(colours, cells):
-    """Questions "what colour is the SHAPE" (B, 5), answers (B,), both as words; the cells (B,)."""
+    """Questions "what colour is the SHAPE" (B, 5), answers (B,), both as words; the cells (B,).
+
+    colours, cells (B, 4) are by shape; a shape for each is drawn by torch.randint. Words are
+    numbers of WORDS: PROMPT first, then SHAPES, then COLOURS. Exercise.
+    """
     B, shapes = len(colours), len(PROMPT)  # the number of the first word that is a shape
     which, rows = torch.randint(len(SHAPES), (B,)), torch.arange(B)
     question = torch.cat([torch.arange(shapes).expand(B, -1), shapes + which[:, None]], dim=1)
@@ -365,19 +390,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ class Adapter(nn.Module):
             nn.init.zeros_(self.up.bias)
 
     def forward(self, h):
+        """U f(D h), of h (…, d): self.down, self.activation, self.up. Exercise."""
         return self.up(self.activation(self.down(h)))
 
 
@@ -74,6 +75,10 @@ class Adapted(nn.Module):
         self.gate = nn.Parameter(weight.new_zeros(())) if mode == "gated" else None
 
     def forward(self, x):
+        """The layer with its adapter A: serial y + A(y), parallel y + A(x), gated y + tanh(g) A(y).
+
+        y = layer(x). ValueError "an adapted layer keeps the shape: (shape), not (shape)". Exercise.
+        """
         y = self.layer(x)
         if y.shape != x.shape:
             raise ValueError(f"an adapted layer keeps the shape: {(*x.shape,)}, not {(*y.shape,)}")
@@ -95,11 +100,12 @@ class LowRank(nn.Module):
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
 
     def forward(self, x):
+        """base(x) + x A^T B^T. Exercise."""
         return self.base(x) + x @ self.lora_A.T @ self.lora_B.T
 
     @torch.no_grad()
     def merged(self):
-        """A linear layer that does the same."""
+        """A copy of the base layer that does the same alone: its weight plus B A. Exercise."""
         layer = copy.deepcopy(self.base)
         layer.weight += self.lora_B @ self.lora_A
         return layer
@@ -117,6 +123,12 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d, d) for _ in range(4))
 
     def forward(self, x):
+        """Self-attention (B, T, d) -> (B, T, d); with a prefix, over P more keys and values.
+
+        q, k, v by their projections; If self.prefix (2, P, d) is not None, prefix[0] comes before
+        the keys, prefix[1] before the values, the same for all of the batch. Heads are split (B, H,
+        T, d / H) for F.scaled_dot_product_attention, joined again and given to out_proj. Exercise.
+        """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.prefix is not None:
             more_k, more_v = self.prefix.unsqueeze(1).expand(2, len(x), -1, -1)  # (B, P, d) each
@@ -197,14 +209,21 @@ METHODS = {  # can it be merged into the frozen weights? Some change these and a
 
 
 def sequences(n, prototypes, task):
-    """Noisy copies x (n, T, 8) of prototypes (12, T, 8), and labels (n,): 3 to a class, regrouped
-    for the second task."""
+    """Noisy copies x (n, T, 8) of prototypes (12, T, 8), and labels (n,), for one of two tasks.
+
+    Each is a random prototype i (torch.randint) plus 0.8 times normal noise; its label is i // 3 in
+    the task "old", i % 4 in the new one. Exercise.
+    """
     which = torch.randint(len(prototypes), (n,))
     x = prototypes[which] + 0.8 * torch.randn(n, *prototypes.shape[1:])
     return x, which // 3 if task == "old" else which % 4
 
 
 def accuracy(model, data):
+    """Share of data = (x, labels) for which model(x) (N, 4) is largest at the label: a float.
+
+    Exercise.
+    """
     x, labels = data
     with torch.no_grad():
         return (model(x).argmax(1) == labels).double().mean().item()
@@ -331,19 +350,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

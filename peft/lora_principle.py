@@ -64,7 +64,10 @@ class LoRALinear(nn.Module):
         return self.kept is not None
 
     def delta(self):
-        """(alpha / r) B A (out, in), in float32 at least: merging into a half rounds only once."""
+        """(alpha / r) B A (out, in), in float32 at least: merging into a half rounds only once.
+
+        Exercise.
+        """
         wide = torch.promote_types(self.lora_A.dtype, torch.float32)
         return self.alpha / self.r * (self.lora_B.to(wide) @ self.lora_A.to(wide))
 
@@ -79,6 +82,7 @@ class LoRALinear(nn.Module):
         return self.base.bias
 
     def forward(self, x):
+        """base(x) + (alpha / r) x A^T B^T, or base(x) alone while merged. Exercise."""
         y = self.base(x)
         if self.merged:
             return y
@@ -86,7 +90,10 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """Add the update to the weight, of which a copy is kept; a second call does nothing."""
+        """Add the update to the weight, of which a copy is kept; a second call does nothing.
+
+        The copy of W_0 goes to self.kept; self.base.weight becomes self.weight, in place. Exercise.
+        """
         if not self.merged:
             W = self.weight
             self.kept = self.base.weight.clone()
@@ -94,14 +101,21 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self):
-        """Put W_0 back, bit for bit (subtracting would leave rounding)."""
+        """Put W_0 back, bit for bit (subtracting would leave rounding), if merged.
+
+        Copy self.kept into self.base.weight; self.kept is None again. Exercise.
+        """
         if self.merged:
             self.base.weight.copy_(self.kept)
             self.kept = None
 
 
 def replace_layers(model, wanted, make):
-    """Put make(layer) in place of every layer for which wanted(name, layer): the names."""
+    """Put make(layer) in place of every layer for which wanted(name, layer): the names.
+
+    Over named_modules(remove_duplicate=False), all found before any is replaced; a layer in two
+    places is made once and stays one. setattr on the parent, which get_submodule finds. Exercise.
+    """
     places = model.named_modules(remove_duplicate=False)
     found = [(name, layer) for name, layer in places if wanted(name, layer)]
     made = {layer: make(layer) for _, layer in found}  # a layer in two places stays one
@@ -112,7 +126,11 @@ def replace_layers(model, wanted, make):
 
 
 def add_lora(model, targets, r, alpha):
-    """Freeze `model` and wrap its linear layers whose last name is in `targets`: their names."""
+    """Freeze `model` and wrap its linear layers whose last name is in `targets`: their names.
+
+    By replace_layers and LoRALinear(layer, r, alpha). ValueError "no linear layer is named a or b"
+    if none is. Exercise.
+    """
     model.requires_grad_(False)
     names = replace_layers(
         model,
@@ -135,7 +153,10 @@ def remove_lora(model):
 
 
 def lora_state_dict(model):
-    """A copy of the updates alone: {name.lora_A: …, name.lora_B: …}; alpha is not in it."""
+    """A copy of the updates alone: {name.lora_A: …, name.lora_B: …}; alpha is not in it.
+
+    Copies, which do not move when the model learns on. Exercise.
+    """
     ends = (".lora_A", ".lora_B")
     return {name: w.clone() for name, w in model.state_dict().items() if name.endswith(ends)}
 
@@ -334,19 +355,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -65,27 +65,30 @@ def guard(main, parse=None):
     Ctrl-C, SIGTERM, a pipe whose reader has left, and what the system or the data refuse end it in
     one line, with status 130, 1, or 2 for wrong arguments. A status that main returns is kept.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # any path, on any console
-    for number_ in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number_, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    lost = []  # what TensorBoard's thread could not write
+    threading.excepthook = lost.append
     try:
-        options = parse() if parse else vars(options_parser().parse_args())
-        status = main(**options)
-        sys.stdout.flush()
+        status = main(**(parse() if parse else vars(options_parser().parse_args())))
+        if lost:
+            raise lost[0].exc_value
     except KeyboardInterrupt as stop:
         quit_with(130, stop)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         quit_with(1)
     except (DataError, OSError) as error:
-        quit_with(1, error)
-    sys.exit(status if isinstance(status, int) else 0)
+        log_dir = getattr(sys.modules["__main__"], "LOG_DIR", None)
+        quit_with(1, f"cannot log to {log_dir}: {error}" if lost else error)
+    if isinstance(status, int) and status:
+        sys.exit(status)
 
 
-def quit_with(status, message=""):
-    if str(message):
-        print(message, file=sys.stderr)
+def quit_with(status, error=""):
+    """End the program. Of a long message, such as a worker's traceback, the last line is told."""
+    if lines := str(error).strip().splitlines():
+        print(lines[-1], file=sys.stderr)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
     sys.exit(status)

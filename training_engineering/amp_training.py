@@ -74,7 +74,10 @@ def draw(log_dir, curves):
 
 
 def limits(E, M):
-    """Largest, smallest normal, smallest of all, epsilon of a format with E and M bits."""
+    """Largest, smallest normal, smallest of all, epsilon of a format with E and M bits.
+
+    Four floats. b = 2^(E-1) - 1; then 2^b (2 - 2^-M), 2^(1-b), 2^(1-b-M), 2^-M. Exercise.
+    """
     b = 2 ** (E - 1) - 1
     return 2.0**b * (2 - 2.0**-M), 2.0 ** (1 - b), 2.0 ** (1 - b - M), 2.0**-M
 
@@ -142,7 +145,11 @@ def teacher_task(steps, B=128):
 
 
 def fit(model, batches, dtype, lr=2e-4):
-    """Adam under autocast to `dtype` (none for float32); the loss of each step."""
+    """Adam under autocast to `dtype` on the CPU (none for float32); the loss of each step, a list.
+
+    Forward and cross-entropy under autocast, backward and step outside: backward uses the types of
+    forward. Exercise.
+    """
     optimizer, losses = torch.optim.Adam(model.parameters(), lr=lr), []
     for x, t in batches:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -175,7 +182,12 @@ def show_training(log_dir, steps):
 
 
 def gradient_shares(model, x, t, scale):
-    """Shares of the gradients at linear layers' outputs that FP16 makes 0, and inf or nan."""
+    """Shares of the gradients at linear layers' outputs that FP16 makes 0, and inf or nan.
+
+    Two floats, over all numbers of all nn.Linear of the Sequential `model` together. Forward and
+    cross-entropy of x, t under CPU autocast to float16, the loss times `scale`, backward. A forward
+    hook can put register_hook on each output; all forward hooks are removed afterwards. Exercise.
+    """
     gradients = []
 
     def watch(layer, x, y):
@@ -216,6 +228,11 @@ class LossScaler:
         return loss * self.S
 
     def step(self, optimizer):
+        """Divide all gradients of the optimizer by S, and take its step if all numbers are finite.
+
+        Else set self.overflow and take none. A parameter whose gradient is None is left out.
+        Exercise.
+        """
         for group in optimizer.param_groups:
             for w in group["params"]:
                 if w.grad is not None:
@@ -225,6 +242,12 @@ class LossScaler:
             optimizer.step()
 
     def update(self):
+        """Back off after an overflow, grow after `interval` good steps in a row.
+
+        Overflow: S times backoff, self.good = 0. Otherwise self.good counts the step, and at
+        self.interval S is multiplied by growth and self.good starts anew. self.overflow is False
+        afterwards. Exercise.
+        """
         self.good = 0 if self.overflow else self.good + 1
         if self.overflow:
             self.S *= self.backoff
@@ -368,19 +391,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ Source         Patarasuk & Yuan 2009, doi:10.1016/j.jpdc.2008.09.002 (ring); Li 
 """
 
 import argparse
+import logging
 import math
 import os
 import queue
@@ -82,8 +83,11 @@ def exchange_p2p(out, into, rank, world_size):
 def ring_all_reduce(tensor, rank, world_size, exchange=exchange_p2p):
     """The sum of all ranks' `tensor`, in place; returns the bytes that this rank has sent.
 
-    `exchange(out, into, rank, world_size)` passes a chunk on. ValueError if the tensor is a view
-    that is not contiguous.
+    Cut tensor.view(-1) by tensor_split(world_size) into chunks. exchange(out, into, rank,
+    world_size) sends `out` to the next rank and fills `into` from the one before. In step s of the
+    first N - 1 rank r sends chunk r - s and adds what comes to chunk r - s - 1; in the next N - 1
+    it sends chunk r + 1 - s and overwrites chunk r - s; all modulo N. ValueError "… must be
+    contiguous" if the tensor is a view that is not contiguous. Exercise.
     """
     if not tensor.is_contiguous():
         raise ValueError("ring_all_reduce works in place: the tensor must be contiguous")
@@ -109,7 +113,11 @@ def ring_all_reduce(tensor, rank, world_size, exchange=exchange_p2p):
 
 
 def ring_of_threads(tensors):
-    """ring_all_reduce among threads, one for each tensor; the bytes that each has sent."""
+    """ring_all_reduce among threads, one for each tensor; the bytes that each has sent, a list.
+
+    A queue.Queue leads to each rank; the exchange puts a clone of `out` into the next rank's and
+    copies what its own holds to `into`. Exercise.
+    """
     N = len(tensors)
     links = [queue.Queue() for _ in range(N)]  # links[r] leads to rank r
 
@@ -125,7 +133,11 @@ def ring_of_threads(tensors):
 
 
 def all_reduce_seconds(N, size, latency=2e-5, per_byte=8e-11):
-    """Seconds of an all-reduce of `size` bytes over N ranks; 20 us a message, 12.5 GB/s a link."""
+    """{"ring", "tree", "server": seconds} of an all-reduce of `size` bytes over N ranks.
+
+    With a = latency and b = per_byte, S = size: ring 2 (N - 1) (a + b S / N), tree 2 ceil(log2 N)
+    (a + b S), server 2 (N - 1) (a + b S). 20 us a message, 12.5 GB/s a link. Exercise.
+    """
     return {
         "ring": 2 * (N - 1) * (latency + per_byte * size / N),
         "tree": 2 * math.ceil(math.log2(N)) * (latency + per_byte * size),
@@ -201,6 +213,7 @@ def leave():
 
 def start_ranks(work, world_size, *args):
     """Run work(rank, world_size, port, *args) in `world_size` new processes."""
+    logging.getLogger(mp.spawn.__module__).setLevel(logging.ERROR)  # silent when it ends the others
     store, before = serve_store(), signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:  # while they import, the ranks inherit that Ctrl-C is the parent's affair
         context = mp.spawn(
@@ -453,9 +466,13 @@ def work(rank, world_size, port, seed, log_dir, folder):
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     device = join(rank, world_size, port)
-    measured = all_sections(rank, world_size, device, log_dir, folder)
-    if rank == 0:
-        torch.save(measured, folder / "measured.pth")
+    try:
+        measured = all_sections(rank, world_size, device, log_dir, folder)
+        if rank == 0:
+            torch.save(measured, folder / "measured.pth")
+    except OSError as error:  # told here in one line, since the parent only learns the status
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1 if isinstance(error, BrokenPipeError) else str(error))
     leave()
 
 
@@ -503,7 +520,10 @@ def main(seed=0, log_dir=LOG_DIR, world_size=2):
     torch.manual_seed(seed)
     measured = {"sent": show_ring(), "costs": show_cost(log_dir)}
     with tempfile.TemporaryDirectory() as folder:
-        start_ranks(work, world_size, seed, log_dir, Path(folder))
+        try:
+            start_ranks(work, world_size, seed, log_dir, Path(folder))
+        except mp.ProcessExitedException as ended:
+            sys.exit(str(ended) if ended.signal_name else ended.exit_code)
         measured |= torch.load(Path(folder) / "measured.pth", weights_only=True)
     measured["death"] = show_death(world_size)
     return measured
@@ -514,19 +534,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -75,12 +75,24 @@ class Checkpoint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, f, x):  # under no_grad: nothing is saved
+        """f(x), computed under no_grad, so that nothing is saved but what backward needs here.
+
+        Keep f, and the state of the CPU's random numbers before f runs, as attributes of ctx; x by
+        ctx.save_for_backward. Exercise.
+        """
         ctx.f, ctx.random = f, torch.get_rng_state()
         ctx.save_for_backward(x)
         return f(x)
 
     @staticmethod
     def backward(ctx, grad_y):
+        """Run f again on x, with gradients, and send grad_y back through it: (None, gradient of x).
+
+        x is detached first and asks for a gradient. f sees the random numbers of the first run,
+        within torch.random.fork_rng(devices=[]), so that those outside stay as they were.
+        y.backward(grad_y) adds to the .grad of f's parameters on the way; f itself gets None.
+        Exercise.
+        """
         (x,) = ctx.saved_tensors
         x = x.detach().requires_grad_()
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -91,7 +103,11 @@ class Checkpoint(torch.autograd.Function):
 
 
 def run(net, x, segments, **options):
-    """net(x) in `segments` checkpointed parts of equal length; 0 is without checkpoints."""
+    """net(x) in `segments` checkpointed parts of equal length; 0 is without checkpoints.
+
+    Each part is a slice of the Sequential, run by torch's checkpoint(part, x, use_reentrant=False,
+    **options). ValueError "n blocks do not split into s equal segments" if they do not. Exercise.
+    """
     if segments == 0:
         return net(x)
     if segments < 0 or len(net) % segments:
@@ -103,7 +119,12 @@ def run(net, x, segments, **options):
 
 
 def saved_bytes(net, x, segments):
-    """Bytes of tensors that forward saves for backward, parameters aside, each storage once."""
+    """Bytes of tensors that forward saves for backward, parameters aside, each storage once.
+
+    run(net, x, segments) under saved_tensors_hooks(pack, unpack); a storage is known by its
+    data_ptr(), its size is nbytes(). Its output is held meanwhile, or a storage would be freed and
+    counted twice. Exercise.
+    """
     own = {w.untyped_storage().data_ptr() for w in net.parameters()}
     sizes = {}
 
@@ -146,7 +167,11 @@ class Alive(TorchDispatchMode):
 
 
 def step(net, x, segments, seed=0, **options):
-    """One forward and backward pass from the same random numbers; the gradients."""
+    """One forward and backward pass from the same random numbers; the gradients of all parameters.
+
+    torch.manual_seed(seed), gradients to zero, then the mean of the squares of run(net, x,
+    segments, **options), backward. Exercise.
+    """
     torch.manual_seed(seed)
     net.zero_grad()
     run(net, x, segments, **options).square().mean().backward()
@@ -158,6 +183,7 @@ def network(depth, d, p=0.0):
 
 
 def divisors(n):
+    """All divisors of n, in rising order, a list. Exercise."""
     return [s for s in range(1, n + 1) if n % s == 0]
 
 
@@ -318,19 +344,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":

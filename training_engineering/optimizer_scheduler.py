@@ -81,6 +81,11 @@ class SGD(ByParameter):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def update(self, w, g, state, group):
+        """One step of weight w with gradient g, in place, which is first g + weight_decay w.
+
+        b <- momentum b + g, kept in state["b"] and 0 at first; w <- w - lr b. `group` holds "lr",
+        "momentum", "weight_decay". Exercise.
+        """
         g = g + group["weight_decay"] * w
         state["b"] = group["momentum"] * state.get("b", 0) + g
         w -= group["lr"] * state["b"]
@@ -95,6 +100,12 @@ class Adam(ByParameter):
         self.adam_step(w, g + group["weight_decay"] * w, state, group)
 
     def adam_step(self, w, g, state, group):
+        """One step of Adam of weight w with gradient g, in place.
+
+        m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2; t <- t + 1; all begin at 0 and are kept in
+        `state` under "m", "v", "t". With m' = m / (1 - b1^t) and v' = v / (1 - b2^t): w <- w - lr
+        m' / (sqrt(v') + eps). `group` holds "betas" = (b1, b2), "lr", "eps". Exercise.
+        """
         (b1, b2), lr, eps = group["betas"], group["lr"], group["eps"]
         t = state["t"] = state.get("t", 0) + 1
         m = state["m"] = b1 * state.get("m", 0) + (1 - b1) * g
@@ -107,6 +118,10 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay)
 
     def update(self, w, g, state, group):
+        """Decoupled decay, then Adam: w <- (1 - lr weight_decay) w in place, then adam_step.
+
+        `group` holds "lr" and "weight_decay"; the gradient g does not see the decay. Exercise.
+        """
         w *= 1 - group["lr"] * group["weight_decay"]
         self.adam_step(w, g, state, group)
 
@@ -114,7 +129,9 @@ class AdamW(Adam):
 def decay_groups(model, weight_decay):
     """Two parameter groups: vectors (biases, gains of norm layers) do not decay, all else does.
 
-    Embeddings do, and so would the gain of a LayerNorm over several dimensions.
+    [{"params": […], "weight_decay": weight_decay}, {"params": […], "weight_decay": 0.0}], of the
+    parameters that require a gradient: first those of two or more axes. Embeddings decay, and so
+    would the gain of a LayerNorm over several dimensions. Exercise.
     """
     parameters = [w for w in model.parameters() if w.requires_grad]
     return [
@@ -127,15 +144,21 @@ def decay_groups(model, weight_decay):
 
 
 def step_lr(t, lr, k, gamma):
+    """The rate at step t: lr, times gamma after every k steps. Exercise."""
     return lr * gamma ** (t // k)
 
 
 def cosine_lr(t, lr, T, end=0.0):
+    """The rate at step t: half a cosine from lr, at t = 0, to `end`, at t = T. Exercise."""
     return end + (lr - end) * (1 + math.cos(math.pi * t / T)) / 2
 
 
 def one_cycle_lr(t, lr, T, start=0.3, div=25.0, final_div=1e4):
-    """The first phase ends at start T - 1, one step before a reader would think."""
+    """The rate at step t: half a cosine up from lr / div to lr, then one down.
+
+    The way down ends at step T - 1, at lr / div / final_div. The first phase ends at start T - 1,
+    one step before a reader would think, and need not be whole. Exercise.
+    """
     top, first = start * T - 1, lr / div
     if t <= top:
         return cosine_lr(t, first, top, lr)
@@ -143,6 +166,10 @@ def one_cycle_lr(t, lr, T, start=0.3, div=25.0, final_div=1e4):
 
 
 def warmup_cosine_lr(t, lr, T, warmup):
+    """The rate at step t: lr (t + 1) / warmup for `warmup` steps, then a cosine to 0 at step T.
+
+    Exercise.
+    """
     if t < warmup:
         return lr * (t + 1) / warmup
     return cosine_lr(t - warmup, lr, T - warmup)
@@ -388,19 +415,25 @@ def guard(main, *flags):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.excepthook = lambda _: None  # TensorBoard's thread: main meets the same error
+    options, lost = vars(parser.parse_args()), []
+    if hasattr(sys.stdout, "reconfigure"):  # any path, on any console, and logs that fill
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    threading.excepthook = lost.append  # what TensorBoard's thread could not write
     try:
         main(**options)
-        sys.stdout.flush()
+        if not lost:
+            return
+        raise lost[0].exc_value
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:
-        os._exit(1)
+        status = 1
     except OSError as error:
-        sys.exit(str(error))
+        status = f"cannot log to {LOG_DIR}: {error}" if lost else str(error)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print still holds has nowhere to go
+    sys.exit(status)
 
 
 if __name__ == "__main__":
