@@ -1,27 +1,29 @@
-"""Micro-batches add up to one big batch if all are divided by its N and no layer mixes examples.
+"""Parts of a batch add up to the gradient of the whole batch, if each loss sum is divided by its N.
 
-    accumulate      g = sum_b grad(loss sum_b / N)       mean_b / k weighs an example N / (k n_b)
-    clip by norm    g <- g * min(1, c / (|g| + 1e-6))    |g| of all parameters together
-    clip by value   g <- min(max(g, -c), c)              each element alone: the direction turns
-    gradcheck       f'(x) against (f(x + e) - f(x - e)) / 2e, which is off by e^2 f''' / 6 and by
-                    rounding, about u |f| / e (u = 6e-8 in float32, 1e-16 in float64)
-    freeze          requires_grad = False: no gradient, so no step and no optimizer state
+A batch too large for memory is taken in k parts: backward() adds the gradient of each part to
+.grad, and only then the optimizer makes one step. Whoever divides the mean loss of each part by k
+gives the examples of a short last part too much weight, and no error is raised. Three more tricks
+belong to the same loop: clip a gradient that is too long, check one that you wrote, freeze a layer.
 
-The gradient of a mean loss is a sum over examples: a batch too large for memory can be taken in
-parts. BatchNorm in train mode breaks this: it normalizes each part by the part's own statistics.
-A recurrent net multiplies by W once a time step, so that one step of SGD can throw it to infinity;
-clipped by norm, no step is longer than lr c. Frozen layers let gradients through to those below,
-and a frozen BatchNorm in train mode still moves its running mean.
+    accumulate      g = sum over the parts of grad(loss sum of the part / N)
+    clip by norm    g <- g * min(1, c / |g|)           one factor for all: the direction stays
+    clip by value   g_i <- min(max(g_i, -c), c)        each element alone: the direction turns
+    check           f'(x) is about (f(x + h) - f(x - h)) / 2h; its error is h^2 f'''(x) / 6, and
+                    rounding adds about u |f| / h
 
-Checked here   gradients by three divisors, and with three normalizations; clipped elements, norms
-               and directions; rho^T in a recurrent gradient; a net that bursts unclipped learns
-               clipped; how often gradcheck passes a right and a wrong gradient; what freezing stops
-TensorBoard    accumulate/error by size of the last part, normalize/error by number of parts,
-               recurrent/log10_loss (3 is where it is cut: the net has burst), gradcheck/log10_error
-               by -10 log10 e, freeze/running_mean_moved
-Try            y[::3] = -100 in show_divisors: cross_entropy skips such labels and the assert fails.
-               What is N now? The number of labels that are left, in all parts together
-Source         Pascanu et al. 2013, arXiv:1211.5063, section 3.2; torch.autograd.gradcheck;
+    N  examples in all parts     g  gradient of all parameters, |g| its length     c  the limit
+    h  a small step     u  relative rounding: 6e-8 in float32, 1e-16 in float64
+
+Needs          02_autograd_basics.py
+Checked here   g by three divisors; which layers break the sum; clipping = torch's; a recurrent net
+               that bursts unclipped and arrives clipped; what gradcheck passes; what freezing stops
+TensorBoard    accumulate/error by examples in the last part; layers/error by number of parts k;
+               clip/w by step, while |w| < 2: only the run clipped gets to 1;
+               freeze/running_mean_moved by step: 0 in the run eval, rising in the run train
+Try            in show_divisors, after the line that draws y, add  y[::3] = -100  (cross_entropy
+               leaves such labels out): which loss is exact now?
+Answer         None of the three: N must be the number of labels that are left in all the parts
+Source         Pascanu et al. 2013, arXiv:1211.5063, section 3.2 (clipping by norm);
                huggingface.co/blog/gradient_accumulation (2024: mean / k where N was meant)
 """
 
@@ -29,7 +31,7 @@ import copy
 import math
 import signal
 import warnings
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -45,85 +47,138 @@ from torch.utils.tensorboard import SummaryWriter
 from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "06_gradient_accumulation_and_tricks"
-DIVISORS = {  # of the loss sum of one part: n of the N examples, one of k parts
-    "sum_by_N": lambda n, N, k: N,
-    "mean_by_k": lambda n, N, k: n * k,
-    "mean": lambda n, N, k: n,
-}
+EXACT = 1e-12  # float64: whatever is smaller is rounding
 
 
-def draw(log_dir, tag, curve):
-    """Write a dict {step: value} as one curve."""
-    with SummaryWriter(log_dir, purge_step=0) as writer:
-        for step, value in curve.items():
-            writer.add_scalar(tag, value, step)
+# --- 1. in everyday code -----------------------------------------------------------------------
 
 
-def mlp(*norm):
-    """(B, 8) -> logits (B, 3) in float64, with the layers `norm` of width 16 in between."""
-    return nn.Sequential(nn.Linear(8, 16), *norm, nn.Tanh(), nn.Linear(16, 3)).double()
+def show_everyday(k=2):
+    print(f"1. In everyday code: y = w x, one step per k = {k} batches, the gradient clipped to 6")
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    print("   batch     x     y    loss   .grad   clipped   w after")
+    rows = []
+    for i, (x, y) in enumerate([(1.0, 2.0), (2.0, 4.0), (1.0, 2.0), (2.0, 4.0)], 1):
+        loss = F.mse_loss(model(torch.tensor([x])), torch.tensor([y]))
+        (loss / k).backward()  # adds to .grad; / k is right where all parts have one size
+        grad, clipped = model.weight.grad.item(), math.nan
+        if i % k == 0:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm=6.0)  # just before the step
+            clipped = model.weight.grad.item()
+            optimizer.step()
+            optimizer.zero_grad()  # only here: the next k gradients start from nothing
+        rows.append((loss.item(), grad, clipped, model.weight.item()))
+        row = "  ".join(f"{value:6.2f}" for value in (loss, grad, clipped)).replace("nan", "  -")
+        print(f"   {i:5d}  {x:4.1f}  {y:4.1f}  {row}    {rows[-1][3]:7.3f}")
+    steps = len({w for *_, w in rows} - {0.0})
+    print(f"   -> {steps} steps for {len(rows)} batches: w moves after each sum of {k} gradients")
+
+    x = torch.tensor([0.5, 1.0], dtype=torch.float64, requires_grad=True)
+    checked = gradcheck(torch.sin, (x,))  # True, or an error that shows both gradients
+    print(f"   gradcheck(torch.sin, (x,)) is {checked}: autograd agrees with differences of sin")
+
+    net = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
+    net[0].requires_grad_(False)  # freezes the first layer
+    net(torch.ones(1, 1)).sum().backward()
+    frozen = [layer.weight.grad is None for layer in net]
+    print(f"   after net[0].requires_grad_(False), is .grad of layers 0 and 1 None? {frozen}")
+    return {"rows": rows, "checked": checked, "frozen": frozen}
 
 
-def accumulated_gradient(model, x, y, size, divisor="sum_by_N"):
-    """What backward gathers in .grad (P,) from parts of `size` examples, or fewer in the last."""
+# --- 2. by which number to divide --------------------------------------------------------------
+
+
+def divisor(rule, n, N, k):
+    """By what the loss sum of a part of n examples is divided; N examples lie in k parts."""
+    return {"sum / N": N, "mean / k": n * k, "mean": n}[rule]
+
+
+def accumulated_gradient(model, x, y, size, rule="sum / N"):
+    """The gradient of all parameters, one vector (P,), gathered from parts of `size` examples.
+
+    Empties .grad and splits x (N, 8) and labels y (N,); the last part may be shorter. For each part
+    sums the cross-entropies of model(x_part), divides by divisor(rule, n, N, k), goes backward.
+    Returns the .grad of all model.parameters() by parameters_to_vector. Exercise.
+    """
     model.zero_grad()
     parts = list(zip(x.split(size), y.split(size), strict=True))
-    for x_b, y_b in parts:
-        loss_sum = F.cross_entropy(model(x_b), y_b, reduction="sum")
-        (loss_sum / DIVISORS[divisor](len(y_b), len(y), len(parts))).backward()
+    for x_part, y_part in parts:
+        loss_sum = F.cross_entropy(model(x_part), y_part, reduction="sum")
+        (loss_sum / divisor(rule, len(y_part), len(y), len(parts))).backward()
     return parameters_to_vector(p.grad for p in model.parameters())
 
 
-def accumulation_error(model, x, y, size, divisor="sum_by_N"):
-    """|g - g_batch| / |g_batch|, where g_batch comes from the mean loss of one batch."""
-    g = accumulated_gradient(model, x, y, size, divisor)
+def accumulation_error(model, x, y, size, rule="sum / N"):
+    """|g - g_batch| / |g_batch|, where g_batch comes from the mean loss of one whole batch."""
+    g = accumulated_gradient(model, x, y, size, rule)
     model.zero_grad()
     F.cross_entropy(model(x), y).backward()
     g_batch = parameters_to_vector(p.grad for p in model.parameters())
     return ((g - g_batch).norm() / g_batch.norm()).item()
 
 
+def mlp(*middle):
+    """x (B, 8) -> logits (B, 3) in float64, with the layers `middle` of width 16 in between."""
+    return nn.Sequential(nn.Linear(8, 16), *middle, nn.Tanh(), nn.Linear(16, 3)).double()
+
+
 def show_divisors(log_dir, size=16, k=4, last=2):
     full = (k - 1) * size
-    N = full + last
-    print(f"1. gradient of {N} examples, the last {last} in a part of their own, against one batch")
-    model, x, y = mlp(), torch.randn(k * size, 8).double(), torch.randint(3, (k * size,))
-    errors = {}
-    for name, divisor in DIVISORS.items():
-        lasts = {n: (x[: full + n], y[: full + n]) for n in range(1, size + 1)}
-        errors[name] = {n: accumulation_error(model, *xy, size, name) for n, xy in lasts.items()}
-        draw(log_dir / "accumulate" / name, "accumulate/error", errors[name])
-        weight, weight_last = (N / divisor(n, N, k) for n in (size, last))
-        print(f"   {name:<10} weight of an example {weight:5.2f}, in the last part "
-              f"{weight_last:5.2f}   relative error {errors[name][last]:.1e}")  # fmt: skip
-    assert max(errors["sum_by_N"].values()) < 1e-14
-    assert errors["mean_by_k"][size] < 1e-14
+    print(f"2. {full} examples in parts of {size}, then a last part: which loss goes backward?")
+    print("   loss of a part   weight of an example    relative error of g for a last part")
+    print(f"                    part of {size}, last of {last}   of {last:<12}   of {size}")
+    model, errors = mlp(), {}
+    x, y = torch.randn(k * size, 8).double(), torch.randint(3, (k * size,))
+    for rule, run in {"sum / N": "sum_by_N", "mean / k": "mean_by_k", "mean": "mean"}.items():
+        pairs = {n: (x[: full + n], y[: full + n]) for n in range(1, size + 1)}
+        errors[rule] = {n: accumulation_error(model, *pairs[n], size, rule) for n in pairs}
+        draw(log_dir / "accumulate" / run, "accumulate/error", errors[rule])
+        weights = [(full + last) / divisor(rule, n, full + last, k) for n in (size, last)]
+        print(f"   {rule:<15}{weights[0]:10.2f}  {weights[1]:11.2f}   "
+              f"{errors[rule][last]:<15.1e}   {errors[rule][size]:.1e}")  # fmt: skip
+    exact = [rule for rule in errors if max(errors[rule].values()) < EXACT]
+    print(f"   -> exact for every size of the last part: {', '.join(exact) or 'none'}")
     return errors
 
 
-def show_normalization(log_dir, N=64, parts=(1, 2, 4, 8, 16)):
-    print(f"2. gradient of {N} examples in k equal parts, against one batch: relative error")
-    print(f"   {'k':<16}" + "".join(f"{k:8d}" for k in parts))
+# --- 3. layers that break the sum --------------------------------------------------------------
+
+
+def middle_layers():
+    """The layers to try, each (B, 16) -> (B, 16). The one in eval mode has seen data before."""
+    used = nn.BatchNorm1d(16)
+    used(3 * torch.randn(64, 16) + 1)  # else its statistics were 0 and 1, and it the identity
+    return {"BatchNorm_train": nn.BatchNorm1d(16), "BatchNorm_eval": used.eval(),
+            "LayerNorm": nn.LayerNorm(16), "Dropout_train": nn.Dropout(0.2)}  # fmt: skip
+
+
+def show_layers(log_dir, N=64, parts=(1, 2, 4, 8, 16)):
+    print(f"3. {N} examples in k equal parts: which layers change g? Relative error of g")
+    print("   layer, mode       " + "".join(f"{f'k = {k}':>9}" for k in parts))
     x, y = torch.randn(N, 8).double(), torch.randint(3, (N,))
-    norms = {
-        "BatchNorm": nn.BatchNorm1d(16),
-        "BatchNorm_eval": nn.BatchNorm1d(16).eval(),
-        "LayerNorm": nn.LayerNorm(16),
-    }
     errors = {}
-    for name, norm in norms.items():
-        model = mlp(norm)
+    for name, layer in middle_layers().items():
+        model = mlp(layer)
         errors[name] = {k: accumulation_error(model, x, y, N // k) for k in parts}
-        draw(log_dir / "normalize" / name, "normalize/error", errors[name])
-        print(f"   {name:<16}" + "".join(f"{error:8.0e}" for error in errors[name].values()))
-    assert max(*errors["BatchNorm_eval"].values(), *errors["LayerNorm"].values()) < 1e-14
+        draw(log_dir / "layers" / name, "layers/error", errors[name])
+        print(f"   {name:<18}" + "".join(f"{error:9.0e}" for error in errors[name].values()))
+    exact = [name for name in errors if max(errors[name].values()) < EXACT]
+    random = [name for name in errors if errors[name][1] > EXACT]
+    print(f"   -> exact at every k: {', '.join(exact)}")
+    print(f"   -> not even the same twice for one batch (k = 1): {', '.join(random)}, drawn anew")
     return errors
+
+
+# --- 4. clip a gradient ------------------------------------------------------------------------
 
 
 def clip_norm_(gradients, c):
-    """Scale all gradients by one factor, in place. Returns their norm before.
+    """Multiply all `gradients`, a list of tensors, in place by one factor, so that |g| <= c.
 
-    Raises ValueError if c <= 0 or the norm is not finite: inf * (c / inf) is nan.
+    |g| is the length of all of them together, the factor min(1, c / (|g| + 1e-6)). Returns |g| as
+    it was. Raises ValueError if c <= 0 or |g| is not finite: inf * (c / inf) is nan. Exercise.
     """
     norm = torch.stack([g.norm() for g in gradients]).norm()
     if not (c > 0 and norm.isfinite()):
@@ -133,170 +188,139 @@ def clip_norm_(gradients, c):
     return norm
 
 
-def clip_value_(gradients, c):
-    """Cut every element to -c … c, in place."""
-    for g in gradients:
-        g.clamp_(-c, c)
-
-
 def show_clipping(c=1.0):
-    print(
-        f"3. one gradient, and the same clipped at {c:g}, as by nn.utils.clip_grad_norm_, _value_"
-    )
     g = torch.tensor([3.0, -4.0, 0.5])
-    cosines = {}
-    for name, clip in {"norm": clip_norm_, "value": clip_value_}.items():
-        clipped = g.clone()
-        clip([clipped], c)
-        twin = torch.nn.Parameter(torch.zeros(3))
-        twin.grad = g.clone()
-        getattr(nn.utils, f"clip_grad_{name}_")([twin], c)
-        torch.testing.assert_close(clipped, twin.grad)
-        cosines[name] = F.cosine_similarity(g, clipped, dim=0).item()
-        row = "  ".join(f"{element:6.3f}" for element in [*g.tolist(), *clipped.tolist()])
-        print(f"   by {name:<5} {row}   |g| {clipped.norm():.3f}   cosine {cosines[name]:.3f}")
-    return cosines
+    print(f"4. The gradient {g.tolist()}, clipped at c = {c:g}: does its direction stay?")
+    print("   clipped by                                  g     |g|   cosine with g")
+    by_hand, by_norm, by_value = (nn.Parameter(torch.zeros(3)) for _ in range(3))
+    for p in (by_hand, by_norm, by_value):
+        p.grad = g.clone()
+    clip_norm_([by_hand.grad], c)
+    nn.utils.clip_grad_norm_([by_norm], c)
+    nn.utils.clip_grad_value_([by_value], c)
+    rows, names = {}, ("clip_norm_, by hand", "nn.utils.clip_grad_norm_", "clip_grad_value_")
+    for name, p in zip(names, (by_hand, by_norm, by_value), strict=True):
+        rows[name] = (
+            *p.grad.tolist(),
+            p.grad.norm().item(),
+            F.cosine_similarity(g, p.grad, 0).item(),
+        )
+        row = " ".join(f"{element:6.3f}" for element in rows[name][:3])
+        print(f"   {name:<24} {row}  {rows[name][3]:6.3f}   {rows[name][4]:13.3f}")
+    same = [name for name in names if rows[name][4] > 1 - 1e-6]
+    print(f"   -> it stays with {' and with '.join(same)}")
+    return rows
 
 
-def recurrent(x, h, W, u, v):
-    """x (B, T) and a first state h (H,) -> v . h_T (B,), where h_t = W h_{t-1} + u x_t."""
-    for x_t in x.T:
-        h = h @ W.T + x_t[:, None] * u  # (B, H)
-    return h @ v
+# --- 5. what clipping is for -------------------------------------------------------------------
 
 
-def random_weights(H, rho):
-    """W = rho times an orthogonal matrix (H, H), and unit vectors u, v (H,)."""
-    W = rho * nn.init.orthogonal_(torch.empty(H, H))
-    return [w.clone().requires_grad_() for w in (W, *F.normalize(torch.randn(2, H)))]
+def recur(W, a, T):
+    """The state (n,) after T time steps a <- W a: a recurrent net has one W (n, n) for them all."""
+    for _ in range(T):
+        a = W @ a
+    return a
 
 
-def train_recurrent(weights, lr, clip, steps, T):
-    """SGD towards y = sum_t x_t / sqrt(T), of variance 1, for as long as the loss is finite.
-
-    Returns the losses, and how far each step moved the weights.
-    """
-    optimizer = torch.optim.SGD(weights, lr)
-    losses, lengths = [], []
-    for _ in range(steps):
-        x = torch.randn(32, T)
-        y_hat = recurrent(x, torch.zeros_like(weights[1]), *weights)
-        loss = F.mse_loss(y_hat, x.sum(1) / math.sqrt(T))
-        if not loss.isfinite():
-            break
+def descend(lr, c, steps, T=20):
+    """The path of one weight w from 1.3, by SGD on (w^T - 1)^2, clipped at c; it ends at a nan."""
+    W = torch.tensor([[1.3]], requires_grad=True)
+    optimizer, path = torch.optim.SGD([W], lr), [W.item()]
+    while len(path) <= steps and math.isfinite(path[-1]):
+        loss = (recur(W, torch.ones(1), T) - 1).square().sum()
         optimizer.zero_grad()
         loss.backward()
-        clip([w.grad for w in weights])
-        before = parameters_to_vector(weights)
+        nn.utils.clip_grad_norm_([W], c)  # after backward, before step
         optimizer.step()
-        lengths.append((parameters_to_vector(weights) - before).norm().item())
-        losses.append(loss.item())
-    return losses, lengths
+        path.append(W.item())
+    return path
 
 
-def show_recurrent(log_dir, seed, steps, T=20, rho=1.15, lr=0.03):
-    print(f"4. a recurrent net over T = {T} time steps, rho = {rho}")
-    weights, h = random_weights(16, rho), torch.randn(16, requires_grad=True)
-    recurrent(torch.zeros(1, T), h, *weights).backward()
-    growth = (h.grad.norm() / weights[2].norm()).item()
-    assert math.isclose(growth, rho**T, rel_tol=1e-4)
-    print(f"   |gradient by h_0| / |gradient by h_T|   measured {growth:.3f}   rho^T {rho**T:.3f}")
-    runs = {
-        "unclipped": (lr, lambda gradients: None),
-        "unclipped_slow": (lr / 300, lambda gradients: None),
-        "norm_1": (lr, partial(clip_norm_, c=1.0)),
-        "value_0.1": (lr, partial(clip_value_, c=0.1)),
-    }
-    measured = {"growth": growth}
-    for name, (rate, clip) in runs.items():
-        torch.manual_seed(seed)
-        losses, lengths = train_recurrent(random_weights(16, rho), rate, clip, steps, T)
-        losses += [math.inf] * (steps - len(losses))
-        curve = {step: math.log10(min(loss, 1e3)) for step, loss in enumerate(losses)}
-        draw(log_dir / "recurrent" / name, "recurrent/log10_loss", curve)
-        loss, longest = sum(losses[-20:]) / 20, max(lengths) / rate
-        measured[name] = {"finite": len(lengths), "loss": loss, "longest": longest}
-        print(f"   {name:<15} lr {rate:.4f}   finite losses {len(lengths):3d} of {steps}   "
-              f"mean of last 20 {loss:.3f}   longest step / lr {longest:8.3f}")  # fmt: skip
-    assert measured["norm_1"]["longest"] < 1.001
-    return measured
+def show_recurrent(log_dir, steps=500):
+    print("5. A recurrent net of one weight w gives w^20: does SGD bring w from 1.3 to w^20 = 1?")
+    print("   run                  lr   clipped at   longest step   steps   w at the end")
+    runs = {"unclipped": (1e-3, math.inf), "unclipped_1e-6": (1e-6, math.inf),
+            "unclipped_1e-7": (1e-7, math.inf), "clipped": (1e-3, 1.0)}  # fmt: skip
+    paths = {}
+    for name, (lr, c) in runs.items():
+        path = paths[name] = descend(lr, c, steps)
+        draw(log_dir / "clip" / name, "clip/w", {i: w for i, w in enumerate(path) if abs(w) < 2})
+        longest = max(abs(b - a) for a, b in pairwise(path) if math.isfinite(b))
+        print(f"   {name:<14} {lr:8.0e}   {c:10g}   {longest:12.3f}   "
+              f"{len(path) - 1:5d}   {path[-1]:12.3f}")  # fmt: skip
+    arrived = [name for name in runs if abs(paths[name][-1] - 1) < 1e-3]
+    print(f"   -> of these runs arrives: {', '.join(arrived)}")
+    return paths
 
 
-class Cube(torch.autograd.Function):
-    """x^3 with the gradient slope * x^2 by hand, which is right for slope = 3."""
-
-    @staticmethod
-    def forward(x, slope):
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, ctx.slope = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return ctx.slope * x**2 * grad, None
+# --- 6. check a gradient -------------------------------------------------------------------------
 
 
-def count_passes(slope, dtype, draws, **options):
-    """At how many of `draws` random inputs gradcheck finds nothing wrong with Cube."""
+def central_difference(f, x, h):
+    """f'(x) at each element of x, for an elementwise f, by (f(x + h) - f(x - h)) / 2h. Exercise."""
+    return (f(x + h) - f(x - h)) / (2 * h)
+
+
+def cube(x, wrong=0.0):
+    """x^3; the gradient is too large by the share `wrong`: y - y.detach() is 0, not its slope."""
+    y = x**3
+    return y + wrong * (y - y.detach())
+
+
+def count_passes(wrong, dtype, draws, **options):
+    """At how many of `draws` random inputs gradcheck finds nothing wrong with cube."""
     inputs = [torch.randn(4, dtype=dtype, requires_grad=True) for _ in range(draws)]
-    check = partial(gradcheck, Cube.apply, raise_exception=False, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # gradcheck itself warns of float32
-        return sum(check((x, slope)) for x in inputs)
+        return sum(gradcheck(cube, (x, wrong), raise_exception=False, **options) for x in inputs)
 
 
-def difference_error(dtype, e, x):
-    """Largest error of the central difference of x^3 at the elements of x, computed in `dtype`."""
-    t = x.to(dtype)
-    slope = ((t + e) ** 3 - (t - e) ** 3) / (2 * e)
-    return (slope - 3 * t.double() ** 2).abs().max().item()
+def show_gradcheck(draws):
+    print("6. The slope of x^3: can a difference with h = 1e-6, gradcheck's default, stand for it?")
+    x = torch.tensor([1.0, 2.0, 3.0])
+    slopes = {"3 x^2": 3 * x**2, "float64": central_difference(cube, x.double(), 1e-6),
+              "float32": central_difference(cube, x, 1e-6)}  # fmt: skip
+    print(f"   way to it          at x = {'          '.join(f'{t:g}' for t in x)}")
+    for name, slope in slopes.items():
+        print(f"   {name:<17}" + " ".join(f"{s:10.6f}" for s in slope))
+    print(f"   Of {draws} inputs, at how many does gradcheck accept x^3, and a copy 1 % wrong?")
+    print("   input, options                  right   wrong")
+    f32, passes = torch.float32, {}
+    for name, dtype, options in (
+        ("float64", torch.float64, {}),
+        ("float32", f32, {}),
+        ("float32, rtol=0.1", f32, {"rtol": 0.1}),
+        ("float32, eps=5e-3, atol=1e-4", f32, {"eps": 5e-3, "atol": 1e-4}),
+    ):
+        passes[name] = [count_passes(wrong, dtype, draws, **options) for wrong in (0, 0.01)]
+        print(f"   {name:<30} {passes[name][0]:6d}  {passes[name][1]:6d}")
+    told = [name for name in passes if passes[name] == [draws, 0]]
+    print(f"   -> it tells them apart at all inputs with: {'; '.join(told)}")
+    return slopes, passes
 
 
-def show_gradcheck(log_dir, draws):
-    print(f"5. gradcheck at {draws} inputs: how often a right gradient, and one 1 % wrong, pass")
-    settings = {
-        "float64": (torch.float64, {}),
-        "float32": (torch.float32, {}),
-        "float32, rtol 0.1": (torch.float32, {"rtol": 0.1}),
-        "float32, eps 5e-3, atol 1e-3": (torch.float32, {"eps": 5e-3, "atol": 1e-3}),
-    }
-    passes, smallest = {}, {}
-    for name, (dtype, options) in settings.items():
-        right, wrong = (count_passes(slope, dtype, draws, **options) for slope in (3, 3.03))
-        passes[name] = right, wrong
-        print(f"   {name:<30} right {right:3d}   wrong {wrong:3d}")
-    x = torch.randn(100)
-    for name, dtype in {"float32": torch.float32, "float64": torch.float64}.items():
-        errors = {s: difference_error(dtype, 10 ** (-s / 10), x) for s in range(5, 125, 5)}
-        curve = {s: math.log10(error) for s, error in errors.items()}
-        draw(log_dir / "gradcheck" / name, "gradcheck/log10_error", curve)
-        best = min(errors, key=errors.get)
-        smallest[name] = errors[best]
-        print(f"   difference in {name}   error {errors[60]:.0e} at e = 1e-06   "
-              f"smallest {errors[best]:.0e} at e = {10 ** (-best / 10):.0e}")  # fmt: skip
-    return {"passes": passes, "smallest": smallest}
+# --- 7. freeze layers --------------------------------------------------------------------------
 
 
 def freeze(layer):
-    """No gradient from now on, and none left from before: an optimizer would go on along it."""
+    """From now on no parameter of `layer` requires a gradient, and its .grad is None. Exercise.
+
+    A .grad that is left from before would still be followed by an optimizer.
+    """
     for p in layer.parameters():
         p.requires_grad_(False)
         p.grad = None
 
 
-def fine_tune(bn_mode, steps):
+def fine_tune(mode, steps):
     """Train around two frozen layers: net before, net after, optimizer, running mean's way."""
-    frozen = nn.Linear(16, 16), nn.BatchNorm1d(16).train(bn_mode == "train")
+    frozen = nn.Linear(16, 16), nn.BatchNorm1d(16).train(mode == "train")
     net = nn.Sequential(nn.Linear(8, 16), *frozen, nn.ReLU(), nn.Linear(16, 3))
     freeze(net[1:3])
     before, moved = copy.deepcopy(net), {}
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
-    x, y = torch.randn(64, 8) + 1, torch.randint(3, (64,))
-    for step in range(steps):
+    x, y = torch.randn(64, 8), torch.randint(3, (64,))
+    for step in range(1, steps + 1):
         optimizer.zero_grad()
         F.cross_entropy(net(x), y).backward()
         optimizer.step()
@@ -304,38 +328,57 @@ def fine_tune(bn_mode, steps):
     return before, net, optimizer, moved
 
 
-def show_freezing(log_dir, seed, steps=50):
-    print(f"6. layers 1 and 2 frozen, {steps} steps of AdamW with weight decay over all parameters")
+def show_freezing(log_dir, steps=50):
+    print(f"7. Layers 1 and 2 frozen, {steps} steps of AdamW over all: what still changes?")
+    print("   layer           elements   changed   with .grad   with optimizer state")
     moved, rows = {}, {}
-    for bn_mode in ("eval", "train"):
-        torch.manual_seed(seed)
-        before, net, optimizer, curve = fine_tune(bn_mode, steps)
-        draw(log_dir / "freeze" / f"bn_{bn_mode}", "freeze/running_mean_moved", curve)
-        moved[bn_mode] = curve[steps - 1]
+    for mode in ("eval", "train"):
+        before, net, optimizer, curve = fine_tune(mode, steps)
+        draw(log_dir / "freeze" / mode, "freeze/running_mean_moved", curve)
+        same = torch.randn(32, 16)
+        old, new = (model[1:3].eval()(same) for model in (before, net))
+        moved[mode] = curve[steps], (new - old).abs().max().item()
     for i in (0, 1, 2, 4):
         old, new = (parameters_to_vector(model[i].parameters()) for model in (before, net))
-        gradients = sum(p.grad is not None for p in net[i].parameters())
-        states = sum(p in optimizer.state for p in net[i].parameters())
-        rows[i] = (old != new).sum().item(), gradients, states
-        print(f"   {i} {type(net[i]).__name__:<12} elements changed {rows[i][0]:3d} of "
-              f"{len(old):3d}   gradients {gradients}   optimizer states {states}")  # fmt: skip
-    print(f"   running mean moved, eval mode {moved['eval']:.2f}   train mode {moved['train']:.2f}")
-    assert rows[1] == rows[2] == (0, 0, 0) and moved["eval"] == 0
+        graded = sum(p.numel() for p in net[i].parameters() if p.grad is not None)
+        states = sum(p.numel() for p in net[i].parameters() if p in optimizer.state)
+        row = rows[i] = len(old), (old != new).sum().item(), graded, states
+        kind = type(net[i]).__name__
+        print(f"   {i} {kind:<12} {row[0]:9d} {row[1]:9d} {row[2]:12d} {row[3]:22d}")
+    kept = [str(i) for i in rows if rows[i][1:] == (0, 0, 0)]
+    print(f"   -> frozen: layers {' and '.join(kept)}; layer 0 below them still gets a gradient")
+    print("   mode of the frozen BatchNorm   running mean moved   output for one input moved")
+    for mode, (mean, output) in moved.items():
+        print(f"   {mode:<28} {mean:20.2f}   {output:26.2f}")
+    still = [mode for mode in moved if moved[mode] == (0, 0)]
+    print(f"   -> its output stays in mode {', '.join(still)}: after net.train(), call its .eval()")
     return {"rows": rows, "moved": moved}
 
 
-def main(seed=0, log_dir=LOG_DIR, steps=120, draws=20):
+# --- the run -----------------------------------------------------------------------------------
+
+
+def draw(log_dir, tag, curve):
+    """Write a dict {step: value} as one curve."""
+    with SummaryWriter(log_dir, purge_step=0) as writer:
+        for step, value in curve.items():
+            writer.add_scalar(tag, value, step)
+
+
+def main(seed=0, log_dir=LOG_DIR, draws=20):
     torch.manual_seed(seed)
-    return {
+    measured = {
+        "everyday": show_everyday(),
         "divisors": show_divisors(log_dir),
-        "normalization": show_normalization(log_dir),
+        "layers": show_layers(log_dir),
         "cosines": show_clipping(),
-        "recurrent": show_recurrent(log_dir, seed, steps),
-        "gradcheck": show_gradcheck(log_dir, draws),
-        "freezing": show_freezing(log_dir, seed),
+        "recurrent": show_recurrent(log_dir),
+        "gradcheck": show_gradcheck(draws),
+        "freezing": show_freezing(log_dir),
     }
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # several times faster for networks this small
     guard(main)

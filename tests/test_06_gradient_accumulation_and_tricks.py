@@ -1,5 +1,8 @@
 import copy
 import math
+import types
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,23 +10,27 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
+F64 = torch.float64
+
 
 @pytest.fixture
 def lesson(load):
     return load("06_gradient_accumulation_and_tricks.py")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def edited(lesson, old, new):
+    """The lesson after a reader's edit: `old`, which it holds once, is `new`."""
+    source = Path(lesson.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    module = types.ModuleType("edited")
+    module.__file__ = lesson.__file__
+    exec(compile(source.replace(old, new), lesson.__file__, "exec"), module.__dict__)
+    return module
 
 
 def data(N, seed=0):
     torch.manual_seed(seed)
-    return torch.randn(N, 8, dtype=torch.float64), torch.randint(3, (N,))
+    return torch.randn(N, 8, dtype=F64), torch.randint(3, (N,))
 
 
 def one_gradient(model, x, y):
@@ -32,16 +39,55 @@ def one_gradient(model, x, y):
     )
 
 
-@pytest.mark.parametrize("name", ["sum_by_N", "mean_by_k", "mean"])
-def test_an_accumulated_gradient_is_the_weighted_sum_over_single_examples(lesson, name):
+def lines_after(title, out, count):
+    """The `count` lines below the head of the table whose title starts so, as lists of words."""
+    lines = out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(title))
+    return [line.split() for line in lines[start + 1 : start + 1 + count]]
+
+
+# --- accumulate --------------------------------------------------------------------------------
+
+
+def test_the_loop_steps_every_k_batches_along_clipped_sums(lesson, capsys):
+    measured = lesson.show_everyday()
+    w, sums, rows = 0.0, 0.0, []
+    for i, (x, y) in enumerate([(1, 2), (2, 4)] * 2, 1):
+        loss, clipped = (w * x - y) ** 2, math.nan
+        sums += 2 * (w * x - y) * x / 2
+        before = sums
+        if i % 2 == 0:
+            clipped = max(-6, min(6, sums))
+            w, sums = w - 0.1 * clipped, 0.0
+        rows.append((loss, before, clipped, w))
+    assert [row[3] for row in rows] == pytest.approx([0, 0.6, 0.6, 1.2])
+    torch.testing.assert_close(
+        torch.tensor(measured["rows"]), torch.tensor(rows), rtol=1e-5, atol=1e-5, equal_nan=True
+    )
+    assert measured["checked"] is True and measured["frozen"] == [True, False]
+    out = capsys.readouterr().out
+    assert lines_after("1.", out, 3)[2] == ["2", "2.0", "4.0", "16.00", "-10.00", "-6.00", "0.600"]
+    assert lines_after("1.", out, 2)[1] == ["1", "1.0", "2.0", "4.00", "-2.00", "-", "0.000"]
+    assert "-> 2 steps for 4 batches: w moves after each sum of 2 gradients" in out
+    assert "gradcheck(torch.sin, (x,)) is True" in out and "[True, False]" in out
+
+
+def test_the_loop_may_be_told_to_step_at_every_batch(lesson, capsys):
+    rows = lesson.show_everyday(k=1)["rows"]
+    assert [row[3] for row in rows] == pytest.approx([0.4, 1.0, 1.2, 1.8])
+    assert "-> 4 steps for 4 batches" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rule", ["sum / N", "mean / k", "mean"])
+def test_an_accumulated_gradient_is_the_weighted_sum_over_single_examples(lesson, rule):
     x, y = data(11)
     model = lesson.mlp()
     singles = [one_gradient(model, x[i : i + 1], y[i : i + 1]) for i in range(11)]
     sizes = torch.tensor([4] * 8 + [3] * 3).double()  # of the part that an example is in
-    weights = {"sum_by_N": sizes * 0 + 1 / 11, "mean_by_k": 1 / (3 * sizes), "mean": 1 / sizes}
-    expected = (weights[name][:, None] * torch.stack(singles)).sum(0)
-    measured = lesson.accumulated_gradient(model, x, y, 4, name)
-    torch.testing.assert_close(measured, expected)
+    weights = {"sum / N": sizes * 0 + 1 / 11, "mean / k": 1 / (3 * sizes), "mean": 1 / sizes}
+    expected = (weights[rule][:, None] * torch.stack(singles)).sum(0)
+    for _ in range(2):  # what is left in .grad from before does not count
+        torch.testing.assert_close(lesson.accumulated_gradient(model, x, y, 4, rule), expected)
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 22, 23, 99])
@@ -50,25 +96,62 @@ def test_parts_of_any_size_give_the_batch(lesson, size):
     assert lesson.accumulation_error(lesson.mlp(), x, y, size) < 1e-14
 
 
+def test_the_error_is_the_relative_distance(lesson):
+    x, y = data(24)
+    assert lesson.accumulation_error(lesson.mlp(), x, y, 8, "mean") == pytest.approx(2)  # 3 g - g
+
+
 def test_a_k_fold_gradient_makes_k_fold_steps_of_sgd_and_the_same_steps_of_adam(lesson):
     x, y = data(24)
     moved = {}
     for optimizer in (torch.optim.SGD, torch.optim.Adam):
-        for divisor in ("mean_by_k", "mean"):
+        for rule in ("mean / k", "mean"):
             torch.manual_seed(1)
             model = lesson.mlp()
             start = parameters_to_vector(model.parameters()).detach()
             stepper = optimizer(model.parameters(), lr=1e-5)
             for _ in range(10):
-                lesson.accumulated_gradient(model, x, y, 8, divisor)
+                lesson.accumulated_gradient(model, x, y, 8, rule)
                 stepper.step()
-            moved[optimizer, divisor] = parameters_to_vector(model.parameters()).detach() - start
+            moved[optimizer, rule] = parameters_to_vector(model.parameters()).detach() - start
     sgd, adam = (
-        (moved[o, "mean"].norm() / moved[o, "mean_by_k"].norm()).item()
+        (moved[o, "mean"].norm() / moved[o, "mean / k"].norm()).item()
         for o in (torch.optim.SGD, torch.optim.Adam)
     )
     assert sgd == pytest.approx(3, rel=1e-2)
     assert adam == pytest.approx(1, rel=1e-3)
+
+
+def test_divisors_print_weights_and_errors(lesson, tmp_path, capsys):
+    torch.manual_seed(0)
+    errors = lesson.show_divisors(tmp_path, size=5, k=3, last=4)
+    out = capsys.readouterr().out
+    for rule, (full, last) in {
+        "sum / N": ("1.00", "1.00"),
+        "mean / k": ("0.93", "1.17"),  # 14 / 15, 14 / 12
+        "mean": ("2.80", "3.50"),
+    }.items():
+        row = next(line for line in out.splitlines() if line.startswith(f"   {rule}  "))
+        numbers = row.removeprefix(f"   {rule}").split()
+        assert numbers == [full, last, f"{errors[rule][4]:.1e}", f"{errors[rule][5]:.1e}"]
+    assert "-> exact for every size of the last part: sum / N\n" in out
+
+
+def test_try_n_is_the_number_of_labels_that_are_left(lesson, tmp_path, capsys, monkeypatch):
+    line = "    x, y = torch.randn(k * size, 8).double(), torch.randint(3, (k * size,))\n"
+    copied = edited(lesson, line, line + "    y[::3] = -100\n")
+    torch.manual_seed(0)
+    copied.show_divisors(tmp_path / "try")
+    assert "last part: none\n" in capsys.readouterr().out
+
+    x, y = data(50)
+    y[::3] = -100
+    left = (y != -100).sum().item()
+    monkeypatch.setattr(lesson, "divisor", lambda rule, n, N, k: left)
+    assert lesson.accumulation_error(lesson.mlp(), x, y, 16) < 1e-14
+
+
+# --- layers ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("copies", [2, 5])
@@ -86,21 +169,47 @@ def test_batch_norm_refuses_a_part_of_one_example(lesson):
         lesson.accumulation_error(lesson.mlp(nn.BatchNorm1d(16)), x, y, 4)
 
 
-@pytest.mark.parametrize("c", [0.03, 1.7, 1e3])
-@pytest.mark.parametrize("name", ["norm", "value"])
-def test_clipping_is_torchs(lesson, name, c):
+def test_every_layer_that_is_tried_does_what_its_name_says(lesson):
     torch.manual_seed(0)
-    gradients = [torch.randn(shape, dtype=torch.float64) for shape in [(3, 5), (7,), ()]]
+    layers, x = lesson.middle_layers(), 5 * torch.randn(400, 16) + 2
+    assert list(layers) == ["BatchNorm_train", "BatchNorm_eval", "LayerNorm", "Dropout_train"]
+    by_batch, by_past, by_example, dropped = (layer(x) for layer in layers.values())
+    normal = (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(by_batch, normal)
+    past = layers["BatchNorm_eval"]
+    assert past.running_mean.abs().mean() > 0.05 and past.running_var.mean() > 1.5
+    torch.testing.assert_close(by_past, (x - past.running_mean) / (past.running_var + 1e-5).sqrt())
+    torch.testing.assert_close(by_example, F.layer_norm(x, (16,)))
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], x[kept] / 0.8)
+    assert 0.75 < kept.double().mean() < 0.85
+
+
+# --- clip --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("c", [0.03, 1.7, 1e3])
+def test_clipping_is_torchs(lesson, c):
+    torch.manual_seed(0)
+    gradients = [torch.randn(shape, dtype=F64) for shape in [(3, 5), (7,), ()]]
     parameters = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
     for p, g in zip(parameters, gradients, strict=True):
         p.grad = g.clone()
     unclipped = [g.clone() for g in gradients]
-    ours = getattr(lesson, f"clip_{name}_")(gradients, c)
-    theirs = getattr(nn.utils, f"clip_grad_{name}_")(parameters, c)
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(gradients, [p.grad for p in parameters])
+    ours = lesson.clip_norm_(gradients, c)
+    torch.testing.assert_close(ours, nn.utils.clip_grad_norm_(parameters, c))
+    grads = [p.grad for p in parameters]
+    torch.testing.assert_close(gradients, grads, rtol=1e-10, atol=0)  # the 1e-6 is 2e-7 of |g|
     same = [torch.equal(a, b) for a, b in zip(gradients, unclipped, strict=True)]
     assert all(same) == (c == 1e3)
+
+
+def test_clipping_by_value_is_a_clamp_of_each_element():
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(50))
+    p.grad = g = torch.randn(50)
+    nn.utils.clip_grad_value_([p], 0.4)
+    assert torch.equal(p.grad, g.clamp(-0.4, 0.4))
 
 
 @pytest.mark.parametrize(("g", "c"), [(1.0, 0.0), (1.0, -1.0), (math.inf, 1.0), (math.nan, 1.0)])
@@ -120,41 +229,122 @@ def test_torch_makes_nan_of_an_infinite_gradient_unless_told_to_refuse():
     assert p.grad[0].isnan()
 
 
+@pytest.mark.parametrize("c", [1.0, 2.0])
+def test_the_clipped_rows(lesson, capsys, c):
+    rows = lesson.show_clipping(c)
+    by_hand, by_norm, by_value = rows.values()
+    g = torch.tensor([3.0, -4.0, 0.5])
+    for row in (by_hand, by_norm):
+        assert row == pytest.approx([*(g * c / g.norm()).tolist(), c, 1], rel=1e-5)
+    cut = g.clamp(-c, c)
+    turned = ((g @ cut) / (g.norm() * cut.norm())).item()
+    assert by_value == pytest.approx([*cut.tolist(), cut.norm().item(), turned], rel=1e-5)
+    out = capsys.readouterr().out
+    assert "-> it stays with clip_norm_, by hand and with nn.utils.clip_grad_norm_\n" in out
+
+
+# --- the recurrent net -------------------------------------------------------------------------
+
+
 def test_the_recurrence_written_out(lesson):
     torch.manual_seed(0)
-    x, h, W, u, v = (torch.randn(s).double() for s in [(4, 3), (5,), (5, 5), (5,), (5,)])
-    last = W @ W @ (W @ h) + torch.stack([W @ W @ u * a + W @ u * b + u * c for a, b, c in x])
-    torch.testing.assert_close(lesson.recurrent(x, h, W, u, v), last @ v)
+    W, a = torch.randn(5, 5, dtype=F64), torch.randn(5, dtype=F64)
+    torch.testing.assert_close(lesson.recur(W, a, 3), W @ (W @ (W @ a)))
 
 
 @pytest.mark.parametrize("rho", [0.7, 1.0, 1.3])
 @pytest.mark.parametrize("T", [1, 13])
-def test_the_gradient_grows_by_rho_a_time_step(lesson, rho, T):
+def test_the_gradient_grows_by_rho_per_time_step(lesson, rho, T):
     torch.manual_seed(0)
-    h = torch.randn(6, requires_grad=True)
-    weights = lesson.random_weights(6, rho)
-    lesson.recurrent(torch.randn(1, T), h, *weights).backward()
-    torch.testing.assert_close(h.grad.norm() / weights[2].norm(), torch.tensor(rho**T))
+    W, a = rho * nn.init.orthogonal_(torch.empty(6, 6)), torch.randn(6, requires_grad=True)
+    v = torch.randn(6)
+    (g,) = torch.autograd.grad(lesson.recur(W, a, T) @ v, a)
+    torch.testing.assert_close(g.norm(), rho**T * v.norm())
 
 
-def test_the_cube_is_torchs_where_its_slope_is_three(lesson):
+@pytest.mark.parametrize(("lr", "c", "T"), [(1e-3, 1.0, 20), (0.02, 0.5, 3), (1e-4, math.inf, 5)])
+def test_descent_is_the_clipped_formula(lesson, lr, c, T):
+    w, path = 1.3, [1.3]
+    for _ in range(60):
+        g = 2 * (w**T - 1) * T * w ** (T - 1)
+        w -= lr * max(-c, min(c, g))
+        path.append(w)
+    assert lesson.descend(lr, c, 60, T) == pytest.approx(path, rel=1e-3)
+
+
+def test_of_the_recurrent_runs_only_the_clipped_one_arrives(lesson, tmp_path, capsys, events):
+    paths = lesson.show_recurrent(tmp_path)
+    assert len(paths["unclipped"]) == 3 and math.isnan(paths["unclipped"][-1])  # bursts
+    assert paths["unclipped_1e-6"][-1] < 0.5  # thrown to where w^20 has no slope
+    assert paths["unclipped_1e-7"][-1] > 1.05  # still far
+    assert [len(path) for path in list(paths.values())[1:]] == [501] * 3
+    assert paths["clipped"][-1] == pytest.approx(1, abs=1e-4)
+    assert max(abs(b - a) for a, b in pairwise(paths["clipped"])) < 1.001e-3  # lr c
+    out = capsys.readouterr().out
+    assert "-> of these runs arrives: clipped\n" in out
+    rows = {row[0]: row[1:] for row in lines_after("5.", out, 5)[1:]}
+    assert rows["unclipped"] == ["1e-03", "inf", "1105.500", "2", "nan"]
+    assert rows["unclipped_1e-6"] == ["1e-06", "inf", "1.106", "500", "0.194"]
+    assert rows["clipped"] == ["1e-03", "1", "0.001", "500", "1.000"]
+    for name, path in paths.items():
+        curve = {e.step: e.value for e in events(tmp_path / "clip" / name).Scalars("clip/w")}
+        assert curve == pytest.approx({i: w for i, w in enumerate(path) if abs(w) < 2})
+        assert len(curve) == {"unclipped": 1}.get(name, 501)
+
+
+# --- gradcheck ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.3])
+def test_the_cube_keeps_its_values_and_has_the_gradient_it_is_told(lesson, wrong):
     torch.manual_seed(0)
-    x = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(lesson.Cube.apply(x, 2), x**3)
-    weights = torch.randn(5, dtype=torch.float64)
-    theirs = torch.autograd.grad((x**3) @ weights, x)
-    torch.testing.assert_close(torch.autograd.grad(lesson.Cube.apply(x, 3) @ weights, x), theirs)
+    x, weights = torch.randn(2, 5, dtype=F64).requires_grad_().unbind()
+    y = lesson.cube(x, wrong)
+    assert torch.equal(y, x**3)
+    (g,) = torch.autograd.grad(y @ weights, x)
+    torch.testing.assert_close(g, (1 + wrong) * 3 * x**2 * weights)
 
 
-def test_the_central_difference_is_off_by_e_squared_until_rounding_takes_over(lesson):
+def test_the_central_difference_is_a_slope(lesson):
+    x = torch.tensor([0.3, 2.0, -1.0], dtype=F64)
+    torch.testing.assert_close(lesson.central_difference(torch.sin, x, 1e-5), x.cos())
+    torch.testing.assert_close(lesson.central_difference(torch.square, x, 7.0), 2 * x)  # exact
+
+
+def test_the_central_difference_is_off_by_h_squared_until_rounding_takes_over(lesson):
+    def error(dtype, h):
+        t = x.to(dtype)
+        slope = lesson.central_difference(lesson.cube, t, h)
+        return (slope - 3 * t.double() ** 2).abs().max().item()
+
     torch.manual_seed(0)
     x = torch.randn(50)
-    for dtype, es in {torch.float64: (0.1, 1e-2, 1e-3), torch.float32: (0.1,)}.items():
-        for e in es:
-            assert lesson.difference_error(dtype, e, x) == pytest.approx(e**2, rel=2e-2)
-    for dtype, e in {torch.float64: 1e-9, torch.float32: 1e-5}.items():
+    for dtype, steps in {F64: (0.1, 1e-2, 1e-3), torch.float32: (0.1,)}.items():
+        for h in steps:
+            assert error(dtype, h) == pytest.approx(h**2, rel=2e-2)  # f''' / 6 is 1
+    for dtype, h in {F64: 1e-9, torch.float32: 1e-5}.items():
         u, largest = torch.finfo(dtype).eps / 2, x.abs().max().item() ** 3
-        assert 0.1 < lesson.difference_error(dtype, e, x) / (u * largest / e) < 10
+        assert 0.1 < error(dtype, h) / (u * largest / h) < 10
+
+
+@pytest.mark.parametrize("seed", range(100, 103))
+def test_gradcheck_tells_right_from_wrong_in_float64(lesson, capsys, seed):
+    torch.manual_seed(seed)
+    slopes, passes = lesson.show_gradcheck(draws=6)
+    assert passes["float64"] == passes["float32, eps=5e-3, atol=1e-4"] == [6, 0]
+    assert max(passes["float32"]) <= 1 and min(passes["float32, rtol=0.1"]) >= 4
+    assert slopes["3 x^2"].tolist() == [3, 12, 27]
+    assert (slopes["float64"] - slopes["3 x^2"]).abs().max() < 1e-6
+    assert (slopes["float32"] - slopes["3 x^2"]).abs().min() > 0.04
+    out = capsys.readouterr().out
+    told = [name for name, (right, wrong) in passes.items() if (right, wrong) == (6, 0)]
+    assert f"-> it tells them apart at all inputs with: {'; '.join(told)}\n" in out
+    for name, (right, wrong) in passes.items():
+        assert f"   {name:<30} {right:6d}  {wrong:6d}\n" in out
+    assert "   3 x^2              3.000000  12.000000  27.000000\n" in out
+
+
+# --- freeze ------------------------------------------------------------------------------------
 
 
 def test_a_gradient_left_behind_moves_frozen_weights_unless_freeze_clears_it(lesson):
@@ -167,62 +357,76 @@ def test_a_gradient_left_behind_moves_frozen_weights_unless_freeze_clears_it(les
         q.grad, r.grad = p.grad.clone(), p.grad.clone()
     stale.requires_grad_(False)
     lesson.freeze(frozen)
+    assert not any(p.requires_grad for p in frozen.parameters())
     for m in (stale, frozen):
         torch.optim.AdamW(m.parameters(), lr=0.1).step()
     assert not torch.equal(parameters_to_vector(stale.parameters()), start)
     assert torch.equal(parameters_to_vector(frozen.parameters()), start)
 
 
-def test_frozen_weights_alone_do_not_fix_the_output_of_batch_norm(lesson):
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_frozen_weights_alone_do_not_fix_the_output_of_batch_norm(lesson, mode):
     torch.manual_seed(0)
-    h = torch.randn(32, 16)
-    for mode in ("train", "eval"):
-        before, net, _, _ = lesson.fine_tune(mode, steps=10)
-        old, new = (model[1:3].eval()(h) for model in (before, net))
-        assert torch.equal(old, new) == (mode == "eval")
+    a = torch.randn(32, 16)
+    before, net, _, moved = lesson.fine_tune(mode, steps=10)
+    old, new = (model[1:3].eval()(a) for model in (before, net))
+    assert torch.equal(old, new) == (mode == "eval")
+    assert list(moved) == list(range(1, 11))
+    assert moved[10] == net[2].running_mean.norm().item()  # it starts at 0
 
 
-def test_try_n_is_the_number_of_labels_that_are_left(lesson, monkeypatch):
-    x, y = data(50)
-    y[::3] = -100
-    model = lesson.mlp()
-    assert lesson.accumulation_error(model, x, y, 16) > 0.3
-    left = (y != -100).sum().item()
-    monkeypatch.setitem(lesson.DIVISORS, "sum_by_N", lambda n, N, k: left)
-    assert lesson.accumulation_error(model, x, y, 16) < 1e-14
+def test_what_is_printed_of_freezing_is_measured(lesson, tmp_path, capsys, events):
+    torch.manual_seed(3)
+    measured = lesson.show_freezing(tmp_path, steps=7)
+    rows = {0: (144, 144, 144, 144), 1: (272, 0, 0, 0), 2: (32, 0, 0, 0), 4: (51, 51, 51, 51)}
+    assert measured["rows"] == rows
+    out = capsys.readouterr().out
+    printed = lines_after("7.", out, 5)[1:]
+    assert [[int(n) for n in (row[0], *row[2:])] for row in printed] == [
+        [i, *rows[i]] for i in rows
+    ]
+    assert [row[1] for row in printed] == ["Linear", "Linear", "BatchNorm1d", "Linear"]
+    assert "-> frozen: layers 1 and 2;" in out and "-> its output stays in mode eval:" in out
+    assert measured["moved"]["eval"] == (0, 0)
+    mean, output = measured["moved"]["train"]
+    assert mean > 0.1 and output > 0.1
+    assert ["train", f"{mean:.2f}", f"{output:.2f}"] in lines_after("7.", out, 9)
+    for mode in ("eval", "train"):
+        curve = events(tmp_path / "freeze" / mode).Scalars("freeze/running_mean_moved")
+        assert [e.step for e in curve] == list(range(1, 8))
+        assert curve[-1].value == pytest.approx(measured["moved"][mode][0])
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_main(lesson, tmp_path, events, seed):
-    measured = lesson.main(seed=seed, log_dir=tmp_path, steps=60, draws=5)
+# --- the run -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 100])
+def test_main(lesson, tmp_path, events, capsys, seed):
+    measured = lesson.main(seed=seed, log_dir=tmp_path, draws=5)
+    out = capsys.readouterr().out
 
     errors = measured["divisors"]
-    assert errors["sum_by_N"][2] < 1e-14 < 0.2 < errors["mean_by_k"][2] < errors["mean"][2]
+    assert max(errors["sum / N"].values()) < 1e-14 < 0.2 < errors["mean / k"][2]
+    assert errors["mean / k"][2] < errors["mean"][2] and errors["mean / k"][16] < 1e-14
     assert errors["mean"][16] == pytest.approx(3)  # a gradient 4 times too long
-    batch_norm = list(measured["normalization"]["BatchNorm"].values())
-    assert batch_norm[0] < 1e-14 < 0.02 < batch_norm[1] < batch_norm[3] < batch_norm[4]
+    for run, rule in {"sum_by_N": "sum / N", "mean_by_k": "mean / k", "mean": "mean"}.items():
+        curve = events(tmp_path / "accumulate" / run).Scalars("accumulate/error")
+        assert [e.step for e in curve] == list(range(1, 17))
+        assert [e.value for e in curve] == pytest.approx(list(errors[rule].values()), rel=1e-6)
 
-    assert measured["cosines"]["norm"] == pytest.approx(1)
-    assert measured["cosines"]["value"] < 0.97
-    nets = measured["recurrent"]
-    assert nets["growth"] == pytest.approx(1.15**20, rel=1e-4)
-    assert nets["unclipped"]["finite"] <= 3
-    for clipped in ("norm_1", "value_0.1"):
-        assert nets[clipped]["finite"] == 60
-        assert nets[clipped]["loss"] < min(0.9, 0.7 * nets["unclipped_slow"]["loss"])
-    assert nets["value_0.1"]["longest"] < 0.1001 * math.sqrt(16 * 16 + 16 + 16)
-
-    passes = list(measured["gradcheck"]["passes"].values())
-    assert passes[0] == (5, 0) and passes[3] == (5, 0)  # float64, and float32 with the best e
-    assert max(passes[1]) <= 1 and min(passes[2]) >= 4  # float32 rejects all, or accepts all
-    assert measured["gradcheck"]["smallest"]["float64"] < 1e-8
-    assert measured["gradcheck"]["smallest"]["float32"] > 1e-5
-
-    rows = measured["freezing"]["rows"]
-    assert rows[0] == (144, 2, 2) and rows[4] == (51, 2, 2) and rows[1] == rows[2] == (0, 0, 0)
-    assert measured["freezing"]["moved"]["train"] > 0.3
-
-    curve = events(tmp_path / "recurrent" / "norm_1").Scalars("recurrent/log10_loss")
-    assert len(curve) == 60 and curve[-1].value < curve[0].value - 1
-    sweep = events(tmp_path / "accumulate" / "mean_by_k").Scalars("accumulate/error")
-    assert [e.step for e in sweep] == list(range(1, 17))
+    layers = measured["layers"]
+    mixed = list(layers["BatchNorm_train"].values())
+    assert mixed[0] < 1e-14 < 0.02 < min(mixed[1:]) and mixed[4] > 0.3
+    assert max(*layers["BatchNorm_eval"].values(), *layers["LayerNorm"].values()) < 1e-14
+    assert min(layers["Dropout_train"].values()) > 0.1
+    for name, row in layers.items():
+        curve = events(tmp_path / "layers" / name).Scalars("layers/error")
+        assert [e.step for e in curve] == [1, 2, 4, 8, 16]
+        assert [e.value for e in curve] == pytest.approx(list(row.values()), rel=1e-6)
+        assert f"   {name:<18}" + "".join(f"{e:9.0e}" for e in row.values()) in out
+    assert "-> exact at every k: BatchNorm_eval, LayerNorm\n" in out
+    assert "same twice for one batch (k = 1): Dropout_train, drawn anew\n" in out
+    assert "last part: sum / N\n" in out and f"--logdir {tmp_path} " in out
+    assert {p.parent.name for p in tmp_path.rglob("*tfevents*")} == {
+        "sum_by_N", "mean_by_k", "mean", *layers, *measured["recurrent"], "eval", "train"
+    }  # fmt: skip
