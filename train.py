@@ -83,10 +83,10 @@ def make_optimizer(model, lr, total_steps):
     """SGD with momentum; its learning rate rises to `lr` over 30 % of the steps, then falls."""
     optimizer = torch.optim.SGD(
         model.parameters(),
-        lr,  # 0.1 for batches of 64: twice as large soon diverges, half as large learns more slowly
-        momentum=0.9,  # a mean over some ten steps: the gradient of one batch is noisy
+        lr,  # the peak of the schedule
+        momentum=0.9,  # a running mean over some ten steps: the gradient of one batch is noisy
         nesterov=True,
-        weight_decay=5e-4,  # pulls weights to 0, so that images are not learned by heart
+        weight_decay=5e-4,  # each step takes lr * 5e-4 of every weight away: none grows for nothing
     )
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=total_steps, cycle_momentum=False
