@@ -1,9 +1,10 @@
-"""Pictures for TensorBoard: grids and rows with captions, the confusion matrix, and the graph."""
+"""Pictures for TensorBoard: grids and rows with captions, heat, the confusion matrix, the graph."""
 
 import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -48,6 +49,16 @@ def caption_row(title, images, captions, height=None):
         pen.text((x, top + picture.height + 1), "\n".join(lines), "black", font, spacing=2)
         x += step
     return np.asarray(row).transpose(2, 0, 1)
+
+
+def heat_over(grey, heat):
+    """Heat (N, h, w) of any size in red over grey pictures (N, H, W) in [0, 1]: (N, 3, H, W).
+
+    The hottest place of each picture is pure red; where there is no heat the grey stays.
+    """
+    red = heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-9)
+    red = F.interpolate(red[:, None], grey.shape[1:], mode="bilinear")  # (N, 1, H, W)
+    return grey[:, None] * (1 - red) + red * torch.tensor([1.0, 0, 0]).view(3, 1, 1)
 
 
 def prediction_grid(images, labels, predictions, classes, count=64):
