@@ -1,6 +1,24 @@
+import io
+import multiprocessing
+import re
+import time
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from support.data import open_images
+from support.pictures import caption_grid
+
+starts_workers = pytest.mark.filterwarnings(
+    "ignore:.*fork:DeprecationWarning", "ignore:This DataLoader will create:UserWarning"
+)  # the second on a machine with one core
 
 
 @pytest.fixture
@@ -8,56 +26,349 @@ def lesson(load):
     return load("dataloader.py")
 
 
-@pytest.fixture
-def numbered(lesson):
-    return lesson.Numbered(TensorDataset(torch.arange(23) * 10, torch.zeros(23)))
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
-def test_numbered_items_know_their_place(numbered):
-    x, _, index = numbered[7]
-    assert (x, index, len(numbered)) == (70, 7, 23)
+def order_of(loader):
+    return torch.cat(list(loader)).tolist()
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 23, 50])
-def test_an_epoch_is_a_permutation(lesson, numbered, batch_size):
-    order = lesson.epoch_indices(lesson.seeded_loader(numbered, 3, batch_size=batch_size))
-    assert sorted(order.tolist()) == list(range(23))
-    assert order.tolist() != list(range(23))
-
-
-def test_only_the_seed_decides_the_order(lesson, numbered):
-    def order(seed):
-        return lesson.epoch_indices(lesson.seeded_loader(numbered, seed, batch_size=5)).tolist()
-
-    torch.manual_seed(0)
-    first = order(1)
-    torch.manual_seed(99)
-    assert order(1) == first != order(2)
-
-
-def test_try_drop_last_drops_other_images_each_epoch(lesson, numbered):
-    loader = lesson.seeded_loader(numbered, 0, batch_size=5, drop_last=True)
-    missing = [set(range(23)) - set(lesson.epoch_indices(loader).tolist()) for _ in range(5)]
-    assert all(len(m) == 3 for m in missing) and len(set(map(frozenset, missing))) > 1
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_worker_brings_the_same_batches(lesson, numbered):
-    orders = [
-        lesson.epoch_indices(lesson.seeded_loader(numbered, 0, batch_size=4, num_workers=n))
-        for n in (0, 1)
+@pytest.mark.parametrize("N", [1, 2, 7, 40])
+def test_the_order_is_a_permutation_behind_one_draw(lesson, N):
+    order = lesson.draw_order(N, generator(3))
+    assert order.tolist() == [
+        int(i) for i in DataLoader(range(N), None, True, generator=generator(3))
     ]
-    assert torch.equal(*orders)
+    assert sorted(order.tolist()) == list(range(N)) and order.dtype == torch.int64
+    g, theory = generator(3), generator(3)
+    lesson.draw_order(N, g)
+    torch.empty((), dtype=torch.int64).random_(generator=theory)
+    torch.randperm(N, generator=theory)
+    assert torch.equal(g.get_state(), theory.get_state())
+
+
+def test_items_are_stacked_in_their_order(lesson):
+    items = [(torch.full((3, 2, 5), 0.5 * i), 7 - i) for i in range(4)]
+    images, labels = lesson.stack_items(items)
+    assert images.shape == (4, 3, 2, 5) and images.dtype == torch.float32
+    assert images[:, 1, 1, 4].tolist() == [0, 0.5, 1, 1.5]
+    assert labels.tolist() == [7, 6, 5, 4] and labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 4, 23, 50])
+def test_by_hand_is_what_the_loader_brings(lesson, batch_size, drop_last):
+    dataset = [(torch.rand(3, 4, 6), i % 5) for i in range(23)]
+    by_hand = lesson.batches_by_hand(dataset, batch_size, generator(1), drop_last)
+    loader = DataLoader(dataset, batch_size, True, drop_last=drop_last, generator=generator(1))
+    assert len(by_hand) == len(loader) == lesson.count_batches(23, batch_size, drop_last)
+    for pair, twin in zip(by_hand, loader, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(pair, twin, strict=True))
+
+
+def test_batches_by_hand_are_whole_without_being_asked(lesson):
+    dataset = [(torch.zeros(3, 1, 1), i) for i in range(5)]
+    assert [len(y) for _, y in lesson.batches_by_hand(dataset, 3, generator())] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("N", "B", "whole", "dropped"),
+    [(2000, 64, 32, 31), (64, 64, 1, 1), (65, 64, 2, 1), (3, 4, 1, 0)],
+)
+def test_counts(lesson, N, B, whole, dropped):
+    assert lesson.count_batches(N, B, False) == whole
+    assert lesson.count_batches(N, B, True) == dropped
+
+
+@pytest.mark.parametrize(("K", "B"), [(2, 3), (3, 4), (5, 1)])
+def test_classes_by_chance_are_the_mean_over_all_batches(lesson, K, B):
+    numbers = [len(set(batch)) for batch in product(range(K), repeat=B)]
+    assert lesson.classes_by_chance(K, B) == pytest.approx(sum(numbers) / len(numbers))
+
+
+def test_only_the_seed_decides_the_order(lesson):
+    torch.manual_seed(0)
+    first = order_of(lesson.seeded_loader(range(23), 5, 1))
+    torch.manual_seed(99)
+    assert order_of(lesson.seeded_loader(range(23), 5, 1)) == first
+    assert order_of(lesson.seeded_loader(range(23), 5, 2)) != first != list(range(23))
+    assert order_of(lesson.seeded_loader(range(23), 4, 1)) == first  # batches do not matter
+    assert [len(b) for b in lesson.seeded_loader(range(23), 5, 1, drop_last=True)] == [5] * 4
+
+
+def test_the_table_of_seeds_names_equal_orders_and_what_is_left_out(lesson, capsys):
+    orders = lesson.show_seeds(50, 16, seed=4)
+    a, after, b, c, d = orders.values()
+    assert a == b and len({*map(tuple, (a, after, c, d))}) == 4
+    assert c == order_of(lesson.seeded_loader(range(50), 16, 5))
+    assert d == list(range(48))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[2:6]] == ["none"] * 4
+    assert lines[2].startswith(f"   a: seed 4                  {str(a[:5])[1:-1]} ")
+    assert lines[5].startswith("   c: seed 5 ")
+    assert re.fullmatch(
+        r"   d: drop_last, in order +0, 1, 2, 3, 4 +3 +3   2: 48, 49 \.\.\.", lines[6]
+    )
+    assert lines[7] == "   -> 4 of 5 bring every item once; equal orders: a: seed 4 and b: seed 4"
+
+
+def edited(lesson, old, new):
+    """The lesson with one change in its source, as a reader makes it on a copy."""
+    source = Path(lesson.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    copy = ModuleType("copy")
+    copy.__file__ = lesson.__file__
+    exec(compile(source.replace(old, new), lesson.__file__, "exec"), vars(copy))
+    return copy
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_try_drop_last_leaves_out_others_in_each_epoch(lesson, images_root, tmp_path, capsys, seed):
+    call = "return DataLoader(dataset, batch_size, shuffle=True, generator=g"
+    lesson = edited(lesson, call, f"{call}, drop_last=True")
+    orders = lesson.main(seed, tmp_path, images_root, count=50, batch_size=16, workers=0)["orders"]
+    missing = [set(range(50)) - set(order) for order in [*orders.values()][:2]]
+    assert all(len(m) == 50 % 16 for m in missing) and missing[0] != missing[1]
+    assert "-> 0 of 5 bring every item once" in capsys.readouterr().out
+    seen, shuffled = set(), lesson.seeded_loader(range(50), 16, seed)
+    for _ in range(5):
+        seen |= set(order_of(shuffled))
+    assert seen == set(range(50))
+
+
+# --- workers -----------------------------------------------------------------------------------
+
+
+def test_timed_items_wait_and_know_their_place(lesson, monkeypatch):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    dataset = lesson.Timed(TensorDataset(torch.arange(23) * 10), 0.25)
+    torch.manual_seed(5)
+    x, index, draw = dataset[7]
+    torch.manual_seed(5)
+    assert (x, index, len(dataset), waits, draw) == (70, 7, 23, [0.25], torch.rand(()))
+
+
+def test_a_timed_epoch_reports_places_draws_and_seconds(lesson, monkeypatch):
+    dataset = lesson.Timed(TensorDataset(torch.arange(7)), 0.0)
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    torch.manual_seed(2)
+    places, draws, seconds = lesson.timed_epoch(DataLoader(dataset, 3))
+    torch.manual_seed(2)
+    torch.empty((), dtype=torch.int64).random_()  # for the seeds of workers
+    assert places.tolist() == list(range(7)) and seconds == 2.5
+    assert draws.tolist() == [torch.rand(()).item() for _ in range(7)]
+
+
+@starts_workers
+def test_workers_keep_the_order_and_draw_their_own_numbers(lesson):
+    dataset = lesson.Timed(TensorDataset(torch.arange(23)), 0.0)
+    places, draws = [], []
+    for workers in (0, 2, 2):
+        torch.manual_seed(0)
+        loader = lesson.seeded_loader(dataset, 4, 0, num_workers=workers)
+        place, draw, _ = lesson.timed_epoch(loader)
+        places.append(place.tolist())
+        draws.append(draw.tolist())
+    assert places[0] == places[1] == places[2]
+    assert draws[0] != draws[1] == draws[2]
+
+
+class OneSlow(Dataset):
+    """Item 0 waits until item 3 was read, which comes from the other worker's second batch."""
+
+    def __init__(self):
+        self.read = multiprocessing.get_context().Event()
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 0:
+            assert self.read.wait(60)
+            time.sleep(0.2)
+        if index == 3:
+            self.read.set()
+        return index
+
+
+@starts_workers
+def test_only_in_order_false_gives_up_the_order():
+    orders = [
+        order_of(DataLoader(OneSlow(), batch_size=1, num_workers=2, in_order=in_order))
+        for in_order in (True, False)
+    ]
+    assert orders[0] == [0, 1, 2, 3]
+    assert sorted(orders[1]) == [0, 1, 2, 3] and orders[1].index(1) < orders[1].index(0)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), RuntimeError("Caught\n  No space left")]
+)
+def test_workers_without_shared_memory_end_in_one_line(lesson, error):
+    line = r"^workers cannot .*No space.*/dev/shm.*workers=0\Z"  # a dot is no line break
+    with pytest.raises(lesson.DataError, match=line), lesson.sharing_memory():
+        raise error
+    with pytest.raises(KeyError), lesson.sharing_memory():
+        raise KeyError("another error")
+
+
+def test_a_system_without_semaphores_is_seen_before_the_loader(lesson, monkeypatch):
+    def refuse():
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(torch.multiprocessing, "Lock", refuse)
+    with pytest.raises(lesson.DataError, match="Read-only"), lesson.sharing_memory():
+        pytest.fail("the loader was made")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [((1.0, 3.0, 0.9), "faster"), ((1.0, 0.5, 1.2), "slower"), ((2.0, 3.0, 2.0), "slower")],
+)
+def test_workers_are_called_slower_when_they_were(
+    lesson, images_root, monkeypatch, capsys, seconds, words
+):
+    times, loaders = iter(seconds * 2), []
+
+    def timed_epoch(loader):
+        loaders.append((loader.num_workers, len(loader.dataset), loader.dataset.wait))
+        assert loader.persistent_workers == (loader.num_workers > 0)
+        return torch.arange(5), torch.arange(5) + (loader.num_workers > 0), next(times)
+
+    monkeypatch.setattr(lesson, "timed_epoch", timed_epoch)
+    measured = lesson.show_workers(open_images(images_root, train=False), 60, 4, 0, 2)
+    assert loaders == [(0, 60, 0)] + [(2, 60, 0)] * 2 + [(0, 16, 0.005)] + [(2, 16, 0.005)] * 2
+    ratios = seconds[1] / seconds[0], seconds[2] / seconds[0]
+    row = {"times": ratios, "order": True, "numbers": False}
+    assert measured == {"in memory": row, "waited for 5 ms": row}
+    out = capsys.readouterr().out
+    assert f"60   {ratios[0]:7.2f}   {ratios[1]:7.2f}          yes                    no" in out
+    assert len(out.splitlines()) == 7 and out.startswith("5. Do 2 workers pay?")
+    for name in measured:
+        assert f"-> once started, workers were {words} than none here, for items {name}" in out
+
+
+@starts_workers
+def test_one_worker_goes_through_the_table(lesson, images_root, capsys):
+    dataset = open_images(images_root, train=False, transform=np.array)
+    measured = lesson.show_workers(dataset, 40, 4, 0, 1)
+    assert all(row["order"] and not row["numbers"] for row in measured.values())
+    assert all(ratio > 0 for row in measured.values() for ratio in row["times"])
+    assert capsys.readouterr().out.startswith("5. Do 1 workers pay?")
+
+
+# --- pinned memory -----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a CUDA GPU")
+def test_pinned_batches_are_copied_from_pinned_memory(lesson, capsys):
+    assert 0 < lesson.show_pinned() < 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[2:4]] == [["False", "False"], ["True", "True"]]
+
+
+class Pinned:
+    """A batch that notes its copies."""
+
+    def __init__(self, pinned, calls):
+        self.pinned, self.calls = pinned, calls
+
+    def is_pinned(self):
+        return self.pinned
+
+    def to(self, device, non_blocking):
+        self.calls.append((self.pinned, device, non_blocking))
+
+
+def test_copies_are_timed_after_one_to_warm_up(lesson, monkeypatch, capsys):
+    calls, clock = [], iter([0, 1, 5, 10, 11, 13])
+
+    def loader(dataset, batch_size, pin_memory):
+        assert dataset.tensors[0].nbytes == 64 * 2**20 and len(dataset) == batch_size
+        return [(Pinned(pin_memory, calls),)]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(lesson, "DataLoader", loader)
+    assert lesson.show_pinned() == 0.5
+    a, b = (False, "cuda", True), (True, "cuda", True)
+    assert calls == [a, "wait", *[a] * 10, "wait", b, "wait", *[b] * 10, "wait"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[2:4]] == [
+        ["False"] * 2 + ["1.00"],
+        ["True"] * 2 + ["0.50"],
+    ]
+    assert len(lines) == 5 and lines[-1].startswith("   -> pinned, 0.50 of the time")
+
+
+def test_without_a_gpu_pinning_is_skipped_in_a_line(lesson, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert lesson.show_pinned() is None
+    assert "skipped: it needs a CUDA GPU" in capsys.readouterr().out
+
+
+# --- main --------------------------------------------------------------------------------------
+
+
+def pixels(event):
+    return np.asarray(Image.open(io.BytesIO(event.encoded_image_string))).transpose(2, 0, 1)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_main_counts_batches_and_logs_two_epochs(lesson, images_root, tmp_path, seed, events):
+def test_main_prints_and_logs_what_it_measures(
+    lesson, images_root, tmp_path, capsys, seed, events, monkeypatch
+):
+    monkeypatch.setattr(lesson, "show_pinned", lambda: None)
     measured = lesson.main(
         seed=seed, log_dir=tmp_path, root=images_root, count=100, batch_size=16, workers=0
     )
-    assert measured["lengths"] == {False: (7, 4), True: (6, 16)}
-    assert measured["fixed"] < 10
-    tags = {"epoch_0/batch", "epoch_1/batch"}
-    assert set(events(tmp_path / "shuffled").Tags()["images"]) == tags
-    pictures = [events(tmp_path / "in_order").Images(tag) for tag in sorted(tags)]
-    assert pictures[0][2].encoded_image_string == pictures[1][2].encoded_image_string
+    assert measured["sizes"] == [4, 4, 2] and measured["difference"] == 0
+    assert measured["workers"] is None
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert [line[:2] for line in lines if line[0] != " "][1:-1] == ["1.", "2.", "3.", "4."]
+    assert len(lines) == 27 and sum("   -> " in line for line in lines) == 4
+    assert (
+        "-> 3 batches; 4 + 4 + 2 = 10 images" in out
+        and "-> the largest difference of all is 0" in out
+    )
+    assert (
+        f"-> 4 of 5 bring every item once; equal orders: a: seed {seed} and b: seed {seed}" in out
+    )
+    assert "chance gives 8.1" in out and out.splitlines()[-1].startswith("look: tensorboard")
+
+    dataset = open_images(images_root, train=False)
+    first_ten = lesson.seeded_loader(dataset.targets[:10], 4, seed)
+    for labels in first_ten:  # in section 1 and, twice a line, in section 2
+        assert out.count(str(labels.tolist())) == 3
+
+    shown = [sorted(range(100), key=lambda i: dataset.targets[i]), None]
+    shown[1] = [shown[0][i] for i in order_of(lesson.seeded_loader(range(100), 16, seed))]
+    for run, order in zip(("in_order", "shuffled"), shown, strict=True):
+        classes = [len({dataset.targets[i] for i in order[j : j + 16]}) for j in range(0, 100, 16)]
+        loaded = events(tmp_path / run)
+        points = [(e.step, e.value) for e in loaded.Scalars("batch/classes")]
+        assert points == list(enumerate(classes))
+        mean = measured["classes"][run]
+        assert mean == pytest.approx(sum(classes) / 7)
+        assert f"{min(classes):3d}   {mean:5.2f}   {max(classes):5d}" in out
+        pictures = loaded.Images("batch/first")
+        assert [e.step for e in pictures] == [0, 1]
+        assert (pixels(pictures[0]) == pixels(pictures[1])).all() == (run == "in_order")
+        if run == "in_order":
+            images = torch.from_numpy(dataset.data[order[:16]]).permute(0, 3, 1, 2)
+            names = [f"{i} {dataset.classes[dataset.targets[i]]}" for i in order[:16]]
+            assert (pixels(pictures[0]) == caption_grid(images, names)).all()
+    assert measured["classes"]["in_order"] < 3 < 7 < measured["classes"]["shuffled"]
+    assert f"-> shuffled, a batch holds {measured['classes']['shuffled']:.1f} classes" in out
+
+
+def test_sorted_classes_are_taken_whole(lesson, images_root, tmp_path):
+    fake = SimpleNamespace(targets=[1, 0, 1, 0], classes=["a", "b"],
+                           data=open_images(images_root, train=False).data[:4])  # fmt: skip
+    assert lesson.show_shuffling(fake, 4, 2, 0, tmp_path)["in_order"] == 1
+    assert Counter(fake.targets) == {0: 2, 1: 2}
