@@ -1,4 +1,4 @@
-"""README.md and README_CN.md tell the same: lessons, commands, numbers, links that exist."""
+"""README.md and README_CN.md tell the same, and what they say of the files is so."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,14 @@ READMES = {
     name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_CN.md")
 }
 ROW = re.compile(r"^\| \[(?P<name>[^\]]+)\]\((?P<path>[^)]+)\) \|(?P<rest>.+)\|$", re.MULTILINE)
+INDEX = re.compile(
+    r"^\| (?P<question>[^|]+) \| \[(?P<name>[^\]]+)\]\((?P<path>[^)]+)\) \| (?P<section>\d+) "
+    r"\| `(?P<code>[^`|]+)` \|$",
+    re.MULTILINE,
+)
 NUMBER = re.compile(r"\d[\d,.]*\d|\d")
+
+each = pytest.mark.parametrize("name", READMES)
 
 
 def rows(text):
@@ -29,17 +36,86 @@ def inline_commands(text):
     ]
 
 
-@pytest.mark.parametrize("name", READMES)
+def anchors(text):
+    """The names that GitHub gives to the headings: lower case, no punctuation, - for a space."""
+    bare = re.sub(r"^```\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", bare, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def section(source, number):
+    """What stands under the banner of a section; the whole source where only a title is printed."""
+    banner = rf"^# --- {number}\. .*?(?=^# --- |\Z)"
+    if found := re.search(banner, source, re.MULTILINE | re.DOTALL):
+        return found[0]
+    return source if f'"{number}. ' in source else ""
+
+
+# --- each of the two ---------------------------------------------------------------------------
+
+
+@each
 def test_every_lesson_in_the_tree_has_a_row_in_learning_order(name, load):
     assert list(rows(READMES[name])) == load("run_all.py").lessons()
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_every_row_names_its_file_and_has_three_more_cells(name):
+@each
+def test_every_row_names_its_file_and_has_four_more_cells_of_at_most_160_characters(name):
     for match in ROW.finditer(READMES[name]):
         assert match["name"] == match["path"].rpartition("/")[2]
         cells = [cell.strip() for cell in match["rest"].split("|")]
-        assert len(cells) == 3 and all(cells), match["path"]
+        assert len(cells) == 4 and all(cells), match["path"]
+        assert max(map(len, cells)) <= 160, match["path"]
+        assert re.fullmatch(r"\d+|–", cells[-1]), match["path"]
+
+
+@each
+def test_no_cell_of_any_table_is_longer_than_160_characters(name):
+    for line in re.findall(r"^ *\|.*\|$", READMES[name], re.MULTILINE):
+        assert all(len(cell.strip()) <= 160 for cell in line.split("|")), line
+
+
+@each
+def test_the_index_names_twenty_sections_that_are_there_and_what_to_look_for_in_them(name):
+    found = list(INDEX.finditer(READMES[name]))
+    assert len(found) == 20 and len({match["question"] for match in found}) == 20
+    for match in found:
+        source = (ROOT / match["path"]).read_text(encoding="utf-8")
+        assert match["name"] == match["path"].rpartition("/")[2]
+        assert match["code"] in section(source, match["section"]), match["question"]
+
+
+@each
+def test_links_anchors_and_pictures_exist(name):
+    for target in re.findall(r"\]\(([^)]+)\)", READMES[name]):
+        path, _, anchor = target.partition("#")
+        if target.startswith("#"):
+            assert anchor in anchors(READMES[name]), target
+        else:
+            outside = path.startswith(("https://", "../../actions/"))  # GitHub's own pages
+            assert outside or (ROOT / path).is_file(), target
+
+
+@each
+def test_the_contents_name_every_heading(name):
+    contents = READMES[name].split("\n## ")[1]
+    linked = set(re.findall(r"\]\(#([^)]+)\)", contents))
+    assert linked == anchors("\n## ".join(["", *READMES[name].split("\n## ")[2:]]))
+
+
+@each
+def test_every_picture_is_small_is_shown_and_has_words_under_it(name):
+    shown = set(re.findall(r"^!\[[^\]]+\]\(assets/([^)]+)\)$", READMES[name], re.MULTILINE))
+    assert shown == {path.name for path in (ROOT / "assets").iterdir()}
+    for picture in shown:
+        path = ROOT / "assets" / picture
+        assert path.stat().st_size <= 60_000
+        assert path.read_bytes().startswith(b"\x89PNG")
+    captions = re.findall(r"\(assets/[^)]+\)\n\n\*[^*]+\*$", READMES[name], re.MULTILINE)
+    assert len(captions) == len(shown) - 1  # the one on top stands over the first sentence
+
+
+# --- both alike --------------------------------------------------------------------------------
 
 
 def test_both_have_the_same_commands():
@@ -55,19 +131,24 @@ def test_both_have_the_same_numbers_in_every_row():
         assert numbers[0] == numbers[1], path
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_links_and_pictures_exist(name):
-    for target in re.findall(r"\]\(([^)#]+)\)", READMES[name]):
-        assert target.startswith("http") or (ROOT / target).is_file(), target
+def test_both_ask_for_the_same_sections():
+    english, chinese = (
+        [match.group("path", "section", "code") for match in INDEX.finditer(text)]
+        for text in READMES.values()
+    )
+    assert english == chinese
 
 
-def test_both_have_the_same_pictures_headings_and_numbers():
+def test_both_have_the_same_pictures_headings_tables_and_numbers():
     english, chinese = READMES["README.md"], READMES["README_CN.md"].partition("## 术语对照")[0]
     english = english.partition("## Licence")[0]
-    for pattern in (r"!\[", r"^#{2,3} ", r"^\|"):
+    for pattern in (r"!\[", r"^#{2,3} ", r"^ *\|", r"^ *(?:-|\d\.) "):
         counts = [len(re.findall(pattern, text, re.MULTILINE)) for text in (english, chinese)]
         assert counts[0] == counts[1], pattern
     assert sorted(NUMBER.findall(english)) == sorted(NUMBER.findall(chinese))
+
+
+# --- what they say of the project --------------------------------------------------------------
 
 
 def test_the_workflow_and_ci_run_the_readmes_own_commands():
@@ -75,3 +156,54 @@ def test_the_workflow_and_ci_run_the_readmes_own_commands():
     assert tests in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
     assert all(f"run: {half}" in workflow for half in tests.split(" && "))
+
+
+@each
+def test_what_they_say_of_shapes_10_is_so(name):
+    from inspect import signature
+
+    from support.drawings import CLASSES, SIZE, write_shapes10
+
+    sizes = signature(write_shapes10).parameters
+    text = re.search(r"^Shapes-10 .+?\n\n", READMES[name], re.MULTILINE | re.DOTALL)[0]
+    for number in (sizes["train"].default, sizes["test"].default):
+        assert f"{number:,}" in text and f"{number // len(CLASSES):,}" in text
+    assert f"{SIZE}×{SIZE}" in text
+    if name == "README.md":
+        assert f"*Shapes-10: {', '.join(CLASSES)}.*" in READMES[name]
+
+
+@each
+def test_scripts_and_options_that_they_name_exist(name):
+    blocks = " ".join(code_blocks(READMES[name])) + " ".join(inline_commands(READMES[name]))
+    for script in re.findall(r"python ([\w/]+\.py)", blocks):
+        if script != "file.py":
+            assert (ROOT / script).is_file(), script
+    for script, options in re.findall(
+        r"python ([\w/]+\.py)((?: (?:--[\w-]+)(?: [\w.]+)?)+)", READMES[name]
+    ):
+        source = (ROOT / script).read_text(encoding="utf-8")
+        if script.startswith("train"):
+            source += (ROOT / "support" / "options.py").read_text(encoding="utf-8")
+        for option in re.findall(r"--[\w-]+", options):
+            assert f'"{option}"' in source, (script, option)
+
+
+@each
+def test_counts_and_statuses_are_those_of_the_project(name, load):
+    text = READMES[name]
+    assert re.search(rf"^{len(load('run_all.py').lessons())} ", text, re.MULTILINE)
+    statuses = re.findall(r"^\| (\d+) \| [^|]+ \|$", text, re.MULTILINE)
+    assert statuses == ["0", "1", "2", "130"]
+    source = (ROOT / "support" / "files.py").read_text(encoding="utf-8")
+    assert all(f"quit_with({status}" in source for status in (1, 130))
+    wheels = set(re.findall(r"`(cu\d+)`", text))
+    assert wheels <= set(load("Console.py").WHEELS.values()) and len(wheels) == 3
+
+
+@each
+def test_the_total_time_is_that_of_the_rows(name):
+    seconds = [cells.rpartition("|")[2].strip() for cells in rows(READMES[name]).values()]
+    total = sum(int(cell) for cell in seconds if cell.isdigit()) / 60
+    minutes = int(re.search(r"(\d+) (?:minutes|分钟)", READMES[name])[1])
+    assert abs(total - minutes) < 1.5
