@@ -17,20 +17,20 @@ def test_a_row_keeps_each_size_and_writes_below_it():
     colour[0] = 200
     row = pictures.caption_row("title", [grey, colour], ["one", "two\nlines"])
     assert row.dtype == "uint8" and len(row) == 3
-    assert (row[:, 27:47, 10:40] == 255).all()  # 2.0 is cut to 1
+    assert (row[:, 30:50, 10:40] == 255).all()  # 2.0 is cut to 1
     left = 10 + 30 + 10
-    assert (row[0, 27:67, left : left + 5] == 200).all()
-    assert (row[1:, 27:67, left : left + 5] == 0).all() and row[1, 27:67, left + 6].min() == 255
-    assert row[0, 47:64, 10:40].min() < 128 and row[1, 68:, left:].min() < 128  # ink
-    assert row[:, :27].min() < 128 and row[:, :27].shape[2] == row.shape[2]
+    assert (row[0, 30:70, left : left + 5] == 200).all()
+    assert (row[1:, 30:70, left : left + 5] == 0).all() and row[1, 30:70, left + 6].min() == 255
+    assert row[0, 50:70, 10:40].min() < 128 and row[1, 72:, left:].min() < 128  # ink
+    assert row[:, :30].min() < 128 and row[:, :30].shape[2] == row.shape[2]
 
 
 def test_a_row_of_one_height_keeps_the_aspect():
     image = torch.tensor([[[0.0, 1.0]]])
     row = pictures.caption_row("", [image], [""], height=8)
-    assert (row[:, 27:35, 10:18] == 0).all() and (row[:, 27:35, 18:26] == 255).all()
+    assert (row[:, 30:38, 10:18] == 0).all() and (row[:, 30:38, 18:26] == 255).all()
     half = pictures.caption_row("", [torch.full((1, 2, 2), 0.5)], [""])
-    assert (half[:, 27:29, 10:12] == 128).all()
+    assert (half[:, 30:32, 10:12] == 128).all()
 
 
 def test_confusion_counts_truth_by_row():
