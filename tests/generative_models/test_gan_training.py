@@ -225,9 +225,9 @@ def covered(lesson, log_dir, seed, gans, steps, **kwargs):
 
 @pytest.mark.parametrize("loss", ["ns", "wgan"])
 def test_the_penalty_keeps_the_modes_that_are_lost_without_it(lesson, tmp_path, loss):
-    kept = covered(lesson, tmp_path / "kept", 3, 3, 180, loss=loss, penalty=1.0, **QUICK)
-    lost = covered(lesson, tmp_path / "lost", 3, 3, 80, loss=loss, **QUICK)
-    assert min(kept) >= 7 and sum(lost) <= 16
+    kept = covered(lesson, tmp_path / "kept", 3, 4, 180, loss=loss, penalty=1.0, **QUICK)
+    lost = covered(lesson, tmp_path / "lost", 3, 4, 80, loss=loss, **QUICK)
+    assert sum(kept) >= 28 > 24 >= sum(lost)  # of 32; six seeds: 31 or more against 18 or less
 
 
 @pytest.mark.parametrize("name", ["slow_d_ns", "slow_d_wgan_penalty"])
