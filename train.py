@@ -1,21 +1,22 @@
 """For each batch: forward, loss, zero_grad, backward, step; after each epoch: evaluate, save.
 
-This is the whole loop that trains a classifier, to copy and to change. Validation images choose the
-best epoch, so only test images, used once at the end, tell how good that choice is. A run that was
-stopped, even by SIGKILL, goes on with --resume and ends with the same weights, bit for bit (on a
-CPU, with as many threads), since a checkpoint holds all that decides what comes next.
+Validation images choose the best epoch; test images, which nothing has used before, then measure
+it. A run that was stopped, even by SIGKILL, goes on with `python train.py --resume` and ends with
+the same weights, bit for bit (on one CPU with one PyTorch): a checkpoint holds weights, momentum,
+schedule and random streams.
 
-    loss = -mean of log p[y]        p  softmax(model(x)): the predicted probability of each class
-    v <- 0.9 v + gradient           x  images (B, 3, 32, 32)      y  their true classes (B,)
-    w <- w - lr * v                 w  a weight      v  its momentum      lr  learning rate
+    loss = -mean of log p[y]           p  softmax(model(x)): the predicted probability of each class
+    g = gradient + 5e-4 w              x  images (B, 3, 32, 32)        y  their true classes (B,)
+    v <- 0.9 v + g                     w  a weight        v  its momentum, 0 at the start
+    w <- w - lr (g + 0.9 v)            lr the learning rate
 
-Needs          model.py, nn_optim.py, dataloader.py
-Checked here   every loss is finite; accuracy on validation images each epoch, on test images once
-TensorBoard    train/loss, optim/lr by step; val/loss, val/accuracy, perf/images_per_second by the
-               last step of an epoch; the pictures test/predictions, test/confusion; graph; hparams
-Try            --run-name a; copy checkpoints/train/a/epoch_002.pth to checkpoints/train/b/; take
-               the optimizer out of `parts` in main; --resume checkpoints/train/b: a's weights?
-Answer         No: without the momentum the next steps go elsewhere, and then every weight differs
+Needs          model.py, nn_optim.py, dataloader.py. To copy: this file, model.py and support/
+Checked here   every loss is finite; accuracy on validation images each epoch, on test images last
+TensorBoard    train/loss, optim/lr every tenth step; val/loss, val/accuracy, images/s each epoch;
+               pictures test/predictions (the truth behind "?" where wrong), test/confusion; hparams
+Try            --run-name a; copy checkpoints/train/a/epoch_002.pth to checkpoints/train/b/; leave
+               "optimizer" out of what main restores; --resume checkpoints/train/b: a's val loss?
+Answer         No: the momentum is lost, and the learning rate of one step: every weight differs
 Source         Nesterov: Sutskever et al. 2013, section 2; one cycle: Smith, Topin arXiv:1708.07120
 """
 
@@ -26,7 +27,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
-os.environ.setdefault("GOMP_SPINCOUNT", "0")  # a thread that waits leaves its core to others
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # waiting threads leave their core to other programs
 
 import torch
 import torch.nn.functional as F
@@ -58,9 +59,9 @@ def train_epoch(model, batches, optimizer, scheduler, device):
         optimizer.zero_grad()  # or this step's gradients would add to those of the last one
         loss.backward()
         optimizer.step()
-        losses.append(loss.detach())  # keeps no graph; .item() would make a GPU wait
+        losses.append(loss.detach())  # keeps no graph; .item() would wait for a GPU each time
         rates.append(scheduler.get_last_lr()[0])
-        scheduler.step()  # this schedule counts steps, others count epochs
+        scheduler.step()  # OneCycleLR after every batch; some schedulers after every epoch
     return torch.stack(losses).cpu(), rates
 
 
@@ -84,9 +85,9 @@ def make_optimizer(model, lr, total_steps):
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr,  # the peak of the schedule
-        momentum=0.9,  # a running mean over some ten steps: the gradient of one batch is noisy
+        momentum=0.9,  # gradients of some ten steps add up: what is noise in them averages out
         nesterov=True,
-        weight_decay=5e-4,  # each step takes lr * 5e-4 of every weight away: none grows for nothing
+        weight_decay=5e-4,  # pulls every weight towards 0: only what lowers the loss stays large
     )
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=total_steps, cycle_momentum=False
@@ -94,7 +95,7 @@ def make_optimizer(model, lr, total_steps):
 
 
 def make_loader(images, labels, stats, batch_size=500, train=False):
-    """Batches (x, y), normalised; for training shuffled, augmented, the incomplete last one cut."""
+    """Normalised batches (x, y); for training shuffled, augmented, without a smaller last one."""
     if train and batch_size > len(images):
         raise DataError(f"--batch-size {batch_size} is more than the {len(images)} training images")
 
@@ -102,12 +103,12 @@ def make_loader(images, labels, stats, batch_size=500, train=False):
         x, y = batch
         return normalize(augment(x) if train else x, *stats), y
 
-    # Whole batches are taken by a list of places, which is fast. For a Dataset of your own, whose
-    # items are single images, write DataLoader(dataset, batch_size, shuffle=train, drop_last=train)
+    # Your own Dataset, whose items are finished pairs (float image, class), needs no more than
+    # DataLoader(dataset, batch_size, shuffle=train, drop_last=train); lists of indices are faster
     dataset = TensorDataset(images, labels)
     order = RandomSampler(dataset) if train else range(len(dataset))
-    places = BatchSampler(order, batch_size, drop_last=train)
-    return DataLoader(dataset, batch_size=None, sampler=places, collate_fn=prepare)
+    indices = BatchSampler(order, batch_size, drop_last=train)
+    return DataLoader(dataset, batch_size=None, sampler=indices, collate_fn=prepare)
 
 
 # --- a whole run -------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def main(
     seed=0, log_dir=LOG_DIR, checkpoint_dir=CHECKPOINT_DIR, root=DATASET2, epochs=5, batch_size=64,
     lr=0.1, limit=None, device="cpu", run_name=None, resume=None, predict=(),
 ):  # fmt: skip
-    """Train anew; or go on from the checkpoint file `resume`; or name what the files show."""
+    """Train anew; or go on from the file `resume`; or predict the class of each file `predict`."""
     if predict:
         return show_predictions(predict, resume or checkpoints.find("", checkpoint_dir, best=True))
     device = pick_device(device)
@@ -134,17 +135,16 @@ def main(
         loader = make_loader(*splits["train"], stats, options["batch_size"], train=True)
         val_loader = make_loader(*splits["val"], stats)
         epochs, steps = options["epochs"], len(loader)
-        # model, optimizer, and what they were before
-        model = Moli().to(device, memory_format=torch.channels_last)  # convolutions like it
+        # model, optimizer, and with --resume their saved states
+        model = Moli(len(classes)).to(device, memory_format=torch.channels_last)  # faster here
         optimizer, scheduler = make_optimizer(model, options["lr"], epochs * steps)
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-        data = checkpoints.fingerprint(train_set, splits)
-        fixed = {"options": options, "data": data, "stats": stats, "classes": classes}
+        fixed = checkpoints.what_is_fixed(options, train_set, splits, stats, device)
         if resume:
-            checkpoints.restore(old, parts, data)
+            checkpoints.restore(old, fixed, model=model, optimizer=optimizer, scheduler=scheduler)
         else:
-            checkpoints.save_epoch(folder, parts, old | fixed)
-        print(f"run {folder.name}: {done} of {epochs} epochs done, checkpoints in {folder}")
+            checkpoints.save_epoch(folder, parts, fixed, epoch=0, accuracy=0.0, best=0.0)
+        print(f"run {folder.name} on {device}: {done} of {epochs} epochs done, files in {folder}")
         print("epoch   train loss   val loss   val accuracy   images/s", flush=True)
         # epochs
         with SummaryWriter(log_dir / folder.name, purge_step=done * steps + bool(done)) as writer:
@@ -167,11 +167,11 @@ def main(
                 writer.add_scalar("perf/images_per_second", speed, step)
                 writer.flush()
                 best = max(best, accuracy)
-                state = fixed | {"epoch": epoch, "accuracy": accuracy, "best": best}
-                checkpoints.save_epoch(folder, parts, state)
+                checkpoints.save_epoch(folder, parts, fixed, epoch, accuracy, best)
                 row = f"{epoch:5d}   {losses.mean():10.3f}   {val_loss:8.3f}   {accuracy:12.3f}"
                 print(f"{row}   {speed:8,.0f}", flush=True)
-            # test
+            # test, with the best epoch's weights
+            model.load_state_dict(checkpoints.read(checkpoints.best_in(folder))["model"])
             test = make_loader(*splits["test"], stats)
             loss, accuracy, predictions = evaluate(model, test, device)
             checkpoints.check_finite(loss, epochs * steps, "test ")
@@ -182,8 +182,9 @@ def main(
     return {"test_loss": loss, "test_accuracy": accuracy, "confusion": counts, "folder": folder}
 
 
+@torch.no_grad()
 def show_predictions(files, checkpoint):
-    """Print the most probable class of each image file, of any size and mode."""
+    """Print the most probable of the classes for each image file, of any size and mode."""
     state = checkpoints.read(checkpoint)
     model = Moli(len(state["classes"])).eval()
     model.load_state_dict(state["model"])

@@ -18,7 +18,7 @@ from support.files import DataError, write_whole
 
 KEYS = {
     "model", "optimizer", "scheduler", "options", "data", "stats", "classes", "epoch", "accuracy",
-    "best", "random", "threads", "checksum",
+    "best", "random", "machine", "checksum",
 }  # fmt: skip
 DAMAGE = (  # torch.load's answers to damaged bytes
     OSError, RuntimeError, ValueError, EOFError, UnpicklingError, LookupError, TypeError,
@@ -83,6 +83,19 @@ def fingerprint(dataset, splits):
     return f"{type(dataset).__name__} {sum(len(y) for _, y in splits.values())} {crc:08x}"
 
 
+def machine(device):
+    """What rounding depends on besides the program: another one may differ in the last bits."""
+    kind = torch.device(device).type
+    chip = torch.backends.cpu.get_cpu_capability() if kind == "cpu" else kind
+    return f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def what_is_fixed(options, train_set, splits, stats, device):
+    """What no epoch changes: to know the run again, and to name classes without its data."""
+    return {"options": options, "data": fingerprint(train_set, splits), "stats": stats,
+            "classes": train_set.classes, "machine": machine(device)}  # fmt: skip
+
+
 def check_finite(losses, step, of=""):
     """Raise DataError if one of the losses, the last of which is of `step`, is not finite."""
     losses = torch.as_tensor(losses).reshape(-1)
@@ -90,12 +103,14 @@ def check_finite(losses, step, of=""):
     if len(wrong):
         first = int(wrong[0])
         at = step - len(losses) + 1 + first
-        raise DataError(f"the {of}loss is {losses[first]:g} at step {at}: try a smaller --lr")
+        raise DataError(
+            f"the {of}loss is {losses[first]:g} at step {at}: begin anew with a smaller --lr"
+        )
 
 
 def fresh(options):
     """Where a run begins."""
-    return {"options": options, "epoch": 0, "accuracy": 0.0, "best": 0.0}
+    return {"options": options, "epoch": 0, "best": 0.0}
 
 
 # --- to a file and back ------------------------------------------------------------------------
@@ -109,17 +124,19 @@ def save(path, state):
         beside.write_bytes(buffer.getvalue())
 
 
-def save_epoch(folder, parts, state):
+def save_epoch(folder, parts, fixed, epoch, accuracy, best):
     """Write folder/epoch_003.pth, the same as last.pth and, if no epoch was better, as best.pth.
 
-    `parts` are the model, its optimizer and its scheduler. The epoch's own file is what a run goes
-    on from, so that a kill between the writes loses nothing: the best one stands before it.
+    `parts` are the model, its optimizer and its scheduler, `fixed` is what no epoch changes. A run
+    goes on from the epoch's own file, so that a kill between the writes loses nothing: the best one
+    is written before it.
     """
     states = {name: part.state_dict() for name, part in parts.items()}
-    state = {**state, **states, "random": random_state(), "threads": torch.get_num_threads()}
-    if state["accuracy"] == state["best"]:
+    state = {**fixed, **states, "random": random_state(), "epoch": epoch, "accuracy": accuracy,
+             "best": best}  # fmt: skip
+    if accuracy == best:
         save(folder / "best.pth", state)
-    save(folder / f"epoch_{state['epoch']:03d}.pth", state)
+    save(folder / f"epoch_{epoch:03d}.pth", state)
     save(folder / "last.pth", state)
 
 
@@ -141,18 +158,17 @@ def read(path):
     return state
 
 
-def restore(old, parts, data):
+def restore(old, fixed, **parts):
     """Bring `parts` and the random streams to where the state `old` was taken.
 
-    Raises DataError if it is of another model or of other images than `data`; prints a line if the
-    number of threads is another one, since sums are then added in another order.
+    Raises DataError if it is of another model or of other images than `fixed` tells of; prints a
+    line if the machine is another one, as sums are then added in another order.
     """
-    threads = torch.get_num_threads()
-    if old["data"] != data:
-        raise DataError(f"the run was trained on the images {old['data']}, here are {data}")
-    if old["threads"] != threads:
-        print(f"note: the run began with {old['threads']} threads, here are {threads}: "
-              "weights will differ from a run that was never stopped, by rounding")  # fmt: skip
+    if old["data"] != fixed["data"]:
+        raise DataError(f"the run was trained on images {old['data']}, here are {fixed['data']}")
+    if old["machine"] != fixed["machine"]:
+        print(f"note: this was saved with {old['machine']}, here is {fixed['machine']}: weights "
+              "will differ from those of a run that was never stopped, by rounding")  # fmt: skip
     try:
         for name, part in parts.items():
             part.load_state_dict(old[name])
@@ -204,26 +220,37 @@ def find(where, checkpoint_dir, best=False):
     if not last:
         raise DataError(f"no checkpoint in {folder}: begin a run with python train.py")
     newest = max(last, key=lambda path: path.stat().st_mtime_ns)
-    return newest.with_name("best.pth") if best else newest
+    return best_in(newest.parent) if best else newest
+
+
+def best_in(folder):
+    """The best checkpoint in a run's folder; the last one where an epoch was copied there alone."""
+    saved = epochs_in(folder)
+    return folder / "best.pth" if (folder / "best.pth").is_file() else saved[max(saved)]
 
 
 @contextmanager
 def telling_how_to_resume(folder):
-    """Whatever stops the block, its one line then says from which checkpoint of `folder` to go on.
+    """If Ctrl-C, the disk or the data stop the block, their one line names the last checkpoint.
 
-    A folder in which nothing was saved yet is removed again.
+    What a killed run left half written is removed, and a folder in which nothing was saved yet.
     """
+    for half in folder.glob("*.part"):
+        half.unlink(missing_ok=True)
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; {how_to_resume(folder)}") from None
+        how = f'go on with: python train.py --resume "{path}"' if (path := last_in(folder)) else ""
+        raise KeyboardInterrupt(f"stopped; {how or 'nothing was saved yet'}") from None
     except (DataError, OSError) as error:
-        raise DataError(f"{error}; {how_to_resume(folder)}") from error
+        good = f"; the last good checkpoint is {path}" if (path := last_in(folder)) else ""
+        raise DataError(f"{error}{good}") from error
 
 
-def how_to_resume(folder):
+def last_in(folder):
+    """The last epoch's checkpoint; None if there is none, and then the empty folder is removed."""
     if saved := epochs_in(folder):
-        return f'go on with: python train.py --resume "{saved[max(saved)]}"'
+        return saved[max(saved)]
     with suppress(OSError):
         folder.rmdir()
-    return "nothing was saved yet"
+    return None

@@ -49,13 +49,14 @@ def train_options(argv=None, checkpoint_dir=ROOT / "checkpoints" / "train"):
     add("--run-name", type=run_label, help="the name of the run's folders (the time)")
     resume = "go on from a checkpoint or from a run's folder; alone: from the newest run"
     add("--resume", nargs="?", const="", metavar="PATH", help=resume)
-    predict = "name what these images show, by the best checkpoint of the newest run"
+    predict = "the class of these images, by the newest run's best checkpoint (or --resume's)"
     add("--predict", nargs="+", metavar="FILE", help=predict)
     given = vars(parser.parse_args(argv))
     if "resume" in given:
         if "run_name" in given:
             parser.error("--resume goes on under the old name: leave out --run-name")
-        given["resume"] = checkpoints.find(given["resume"], checkpoint_dir)
+        best = "predict" in given
+        given["resume"] = checkpoints.find(given["resume"], checkpoint_dir, best)
         for name, value in checkpoints.read(given["resume"])["options"].items():
             if given.get(name, value) != value:
                 option = "--" + name.replace("_", "-")

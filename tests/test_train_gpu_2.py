@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(lesson, small, monkeypatch, nam
         return loss * float("inf"), *rest
 
     monkeypatch.setattr(lesson, name, poison)
-    with pytest.raises(DataError, match=r"loss is inf at step .: try a smaller --lr"):
+    with pytest.raises(DataError, match=r"loss is inf at step .: begin anew with a smaller --lr"):
         lesson.main(**small)
 
 

@@ -20,26 +20,26 @@ def make_state(seed=0):
     optimizer.step()
     scheduler.step()
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    state = {"options": {"epochs": 3, "limit": None}, "data": "x", "stats": (torch.ones(3),),
-             "classes": ["a", "b"], "epoch": 2, "accuracy": 0.5, "best": 0.5}  # fmt: skip
-    return parts, state
+    fixed = {"options": {"epochs": 3, "limit": None}, "data": "x", "stats": (torch.ones(3),),
+             "classes": ["a", "b"], "machine": checkpoints.machine("cpu")}  # fmt: skip
+    return parts, fixed
 
 
 @pytest.fixture
 def saved(tmp_path):
-    checkpoints.save_epoch(tmp_path, *make_state())
+    checkpoints.save_epoch(tmp_path, *make_state(), 2, 0.5, 0.5)
     return tmp_path / "epoch_002.pth"
 
 
 def test_a_checkpoint_brings_back_weights_momentum_schedule_and_every_random_stream(saved):
-    parts, _ = make_state(seed=1)
-    checkpoints.restore(checkpoints.read(saved), parts, "x")
+    parts, fixed = make_state(seed=1)
+    checkpoints.restore(checkpoints.read(saved), fixed, **parts)
     drawn = torch.rand(3), np.random.rand(3), random.random()
     expected, _ = make_state()
     for name, part in parts.items():
         mine, theirs = part.state_dict(), expected[name].state_dict()
         assert checkpoints.checksum(mine) == checkpoints.checksum(theirs)
-    checkpoints.restore(checkpoints.read(saved), parts, "x")
+    checkpoints.restore(checkpoints.read(saved), fixed, **parts)
     again = torch.rand(3), np.random.rand(3), random.random()
     assert torch.equal(drawn[0], again[0]) and (drawn[1] == again[1]).all() and drawn[2] == again[2]
 
@@ -118,12 +118,11 @@ def test_a_checkpoint_that_lacks_something_is_refused(saved, key):
     ("model", None), ("random", None), ("scheduler", 3),
 ])  # fmt: skip
 def test_values_that_fit_nothing_are_one_line(part, wrong):
-    parts, _ = make_state()
+    parts, fixed = make_state()
     whole = {name: p.state_dict() for name, p in parts.items()}
-    old = {**whole, "random": checkpoints.random_state(), "data": "x",
-           "threads": torch.get_num_threads()} | {part: wrong}  # fmt: skip
+    old = {**fixed, **whole, "random": checkpoints.random_state()} | {part: wrong}
     with pytest.raises(DataError, match="is of another model"):
-        checkpoints.restore(old, parts, "x")
+        checkpoints.restore(old, fixed, **parts)
 
 
 def test_a_write_that_fails_leaves_the_old_checkpoint(saved, monkeypatch):
@@ -133,7 +132,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(saved, monkeypatch):
     before = saved.read_bytes()
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
     with pytest.raises(DataError, match="No space left on device"):
-        checkpoints.save_epoch(saved.parent, *make_state())
+        checkpoints.save_epoch(saved.parent, *make_state(), 2, 0.5, 0.5)
     assert saved.read_bytes() == before
     names = {path.name for path in saved.parent.iterdir()}
     assert names == {"epoch_002.pth", "best.pth", "last.pth"}
@@ -142,9 +141,8 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(saved, monkeypatch):
 def test_the_best_is_written_before_the_epoch_that_a_run_goes_on_from(tmp_path, monkeypatch):
     order, real = [], checkpoints.save
     monkeypatch.setattr(checkpoints, "save", lambda p, s: order.append(p.name) or real(p, s))
-    parts, state = make_state()
-    checkpoints.save_epoch(tmp_path, parts, state)
-    checkpoints.save_epoch(tmp_path, parts, state | {"epoch": 3, "accuracy": 0.4})
+    checkpoints.save_epoch(tmp_path, *make_state(), 2, 0.5, 0.5)
+    checkpoints.save_epoch(tmp_path, *make_state(), 3, 0.4, 0.5)
     assert order == ["best.pth", "epoch_002.pth", "last.pth", "epoch_003.pth", "last.pth"]
 
 
@@ -191,6 +189,8 @@ def test_the_newest_run_is_found_and_in_a_run_the_last_epoch(tmp_path):
         (tmp_path / "new" / stray).write_bytes(b"")
     (tmp_path / "empty").mkdir()
     assert checkpoints.find("", tmp_path).parts[-2:] == ("new", "epoch_1000.pth")
+    assert checkpoints.find("", tmp_path, best=True).parts[-2:] == ("new", "epoch_1000.pth")
+    (tmp_path / "new" / "best.pth").write_bytes(b"")
     assert checkpoints.find("", tmp_path, best=True).parts[-2:] == ("new", "best.pth")
     assert checkpoints.find(tmp_path / "old", tmp_path).name == "epoch_009.pth"
     assert checkpoints.find(tmp_path / "old" / "epoch_009.pth", "").name == "epoch_009.pth"
@@ -207,6 +207,19 @@ def test_the_newest_run_is_found_and_in_a_run_the_last_epoch(tmp_path):
     (float("-inf"), 7, "the loss is -inf at step 7"),
 ])  # fmt: skip
 def test_the_first_loss_that_is_not_finite_is_named(losses, step, words):
-    with pytest.raises(DataError, match=f"{words}: try a smaller --lr"):
+    with pytest.raises(DataError, match=f"{words}: begin anew with a smaller --lr"):
         checkpoints.check_finite(torch.tensor(losses), step)
     checkpoints.check_finite([0.0, 3e38], step)
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    (tmp_path / "epoch_001.pth.77.part").write_bytes(b"half")
+    (tmp_path / "epoch_000.pth").write_bytes(b"whole")
+    with checkpoints.telling_how_to_resume(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == ["epoch_000.pth"]
+
+
+def test_a_machine_is_named_by_what_rounding_depends_on(monkeypatch):
+    here = checkpoints.machine("cpu")
+    assert f"{torch.get_num_threads()} threads, torch {torch.__version__}" in here
+    assert checkpoints.machine(torch.device("cpu")) == here != checkpoints.machine("cuda:1")
