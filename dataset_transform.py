@@ -1,18 +1,26 @@
-"""Without augmentation a transform pipeline changes only the form: undo it and the image is back.
+"""A pipeline turns pictures into normalised tensors; without augmentation every pixel comes back.
 
-    ToImage      PIL (W, H) -> uint8 tensor (3, H, W) in 0..255, the same numbers
-    ToDtype      x / 255 -> float32 in [0, 1]
-    Normalize    (x - mean[c]) / std[c] -> mean 0, std 1 over the data set, channel by channel
+A network takes float tensors of one shape, and by custom each channel has mean 0 and standard
+deviation 1. A Dataset given transform=pipeline applies it to each picture that is read.
+Augmentation (a random crop, a flip) shows a training picture in another version each time; test
+pictures get none. Steps left out or in a wrong order may pass without a word: section 5.
 
-Augmentation (RandomCrop, RandomHorizontalFlip) changes content: each epoch sees another version of
-an image under the same label. It is for training images only. Called on a whole batch, a random v2
-transform draws once for all of it, so a batch is augmented image by image or by code of its own.
+    ToImage      a PIL picture becomes a uint8 tensor (3, H, W), the same numbers in 0..255
+    ToDtype      x / 255, with scale=True: float32 in [0, 1]
+    Normalize    (x - mean[c]) / std[c]      undone by x * std[c] + mean[c]
 
-Checked here   shape, dtype and range after each step; mean 0, std 1 over the set; the inverse; and
-               that a flip on a batch turns all its images or none
-TensorBoard    images/before, images/augmented, images/restored
-Try            mean = std = 0.5 in Normalize: which range results? [-1, 1], whatever the images
-Source         Krizhevsky 2009 (CIFAR-10); torchvision.transforms.v2
+    x  a pixel's value     c  its channel, red, green or blue     mean, std  of all training images
+
+Called on a whole batch, a random transform draws once for all its images, except GaussianNoise. So
+augment image by image, as a Dataset does, or by code of your own.
+
+Needs          read_data.py, Useful_TF.py
+Checked here   by hand = v2; every pixel comes back; mean 0 and std 1 over the set; what draws once
+TensorBoard    transform/steps, one picture after each step; transform/epochs, one row per image;
+               transform/batch, augmented as a whole and one by one: equal and unequal pictures
+Try            in show_draws, add v2.RandomErasing(p=1) to the list: once per batch or per image?
+Answer         Once per batch: the same rectangle is missing in every image
+Source         torchvision.transforms.v2; CIFAR-10: Krizhevsky 2009
 """
 
 import signal
@@ -21,35 +29,213 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 
-from support.data import as_tensors, channel_stats, download_cifar10, open_images, source_line
+from support.data import as_tensors, download_cifar10, open_images, source_line
+from support.data import channel_stats as counted_stats
 from support.files import DATASET2, guard, options_parser
-from support.pictures import caption_grid
+from support.pictures import caption_grid, caption_row
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "dataset_transform"
 
 
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def show_everyday(root):
+    print("1. What does each step of a pipeline make of a picture?")
+    pipeline = v2.Compose(
+        [
+            v2.ToImage(),
+            v2.RandomCrop(32, padding=4),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25]),
+        ]
+    )
+    dataset = open_images(root, transform=pipeline)
+    x, label = dataset[0]  # the picture is read now, and goes through the pipeline now
+    print("   after                  shape         dtype           smallest   largest")
+    image = open_images(root)[0][0]  # the same picture without a transform
+    for step in pipeline.transforms:
+        image = step(image)
+        name, shape = type(step).__name__, tuple(image.shape)
+        print(f"   {name:<20}   {shape!s:<11}   {image.dtype!s:<13}   {image.min():8.2f}   "
+              f"{image.max():7.2f}")  # fmt: skip
+    versions = len(torch.stack([dataset[0][0] for _ in range(10)]).unique(dim=0))
+    print(f"   -> dataset[0] is (tensor {tuple(x.shape)}, label {label}); read ten times, it gave "
+          f"{versions} different tensors")  # fmt: skip
+    return x, image, versions
+
+
+# --- 2. by hand, and back ----------------------------------------------------------------------
+
+
 def pipeline(mean, std, train=True):
-    """The v2 transform from a PIL image to a normalised float32 tensor (3, 32, 32)."""
+    """The transform from a PIL picture to a normalised float32 tensor (3, 32, 32)."""
     augment = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if train else []
     form = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean.tolist(), std.tolist())]
     return v2.Compose([v2.ToImage(), *augment, *form])
 
 
+def normalize_by_hand(picture, mean, std):
+    """A PIL picture of H x W pixels as (3, H, W) float32: (x / 255 - mean[c]) / std[c].
+
+    np.asarray(picture) is (H, W, 3) uint8; mean and std are (3,). Exercise.
+    """
+    x = torch.tensor(np.asarray(picture)).permute(2, 0, 1).float() / 255
+    return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
 def denormalize(x, mean, std):
-    """The inverse of Normalize, for x of shape (..., 3, H, W)."""
+    """The inverse of Normalize, x * std[c] + mean[c], for x (..., 3, H, W). Exercise."""
     return x * std.view(3, 1, 1) + mean.view(3, 1, 1)
 
 
-def trace(image, transform):
-    """The name of each step of `transform`, and what one PIL image is after it."""
-    yield "PIL image", v2.functional.pil_to_tensor(image)
-    for step in transform.transforms:
-        image = step(image)
-        yield type(step).__name__, image
+def show_by_hand(dataset, mean, std, count):
+    print(f"2. Is it plain arithmetic, and does it come back? {count} images, their first pixels")
+    print("   image   red, green, blue       normalised by hand     by v2")
+    form, differences, wrong = pipeline(mean, std, train=False), [], 0
+    for i in range(count):
+        picture = dataset[i][0]
+        x, twin = normalize_by_hand(picture, mean, std), form(picture)
+        before = torch.tensor(np.asarray(picture)).permute(2, 0, 1)
+        back = (denormalize(twin, mean, std) * 255).round().byte()
+        differences.append((x - twin).abs().max().item())
+        wrong += (back != before).sum().item()
+        if i < 3:
+            a, b, c = (" ".join(f"{v:6.3f}" for v in t[:, 0, 0]) for t in (before / 255, x, twin))
+            print(f"   {i:5d}   {a}   {b}   {c}")
+    assert max(differences) < 1e-5 and wrong == 0
+    print(f"   -> v2 differs by at most {max(differences):.0e}; undone, {wrong} values are changed")
+    return max(differences), wrong
+
+
+# --- 3. mean 0, standard deviation 1 -----------------------------------------------------------
+
+
+def channel_stats(images, transform=None):
+    """Mean and standard deviation (3,) of images (N, 3, H, W) after `transform`, by channel.
+
+    The set may not fit into memory as floats, so the sums of x and x^2 grow part by part (2,000
+    images each), in float64; std = sqrt(mean of x^2 - mean^2). Without a transform it is
+    v2.ToDtype(torch.float32, scale=True). Exercise.
+    """
+    transform = transform or v2.ToDtype(torch.float32, scale=True)
+    total, squares = torch.zeros(2, 3, dtype=torch.float64)
+    for part in images.split(2000):
+        x = transform(part).double()
+        total += x.sum((0, 2, 3))
+        squares += x.square().sum((0, 2, 3))
+    mean, square = total / images[:, 0].numel(), squares / images[:, 0].numel()
+    return mean.float(), (square - mean**2).sqrt().float()
+
+
+def show_statistics(images):
+    print(f"3. Normalised by the set's own mean and std, what have its {len(images):,} images?")
+    mean, std = channel_stats(images)
+    counted_mean, counted_std = counted_stats(images)
+    form = v2.Compose(pipeline(mean, std, train=False).transforms[1:])  # images are tensors already
+    after_mean, after_std = channel_stats(images, form)
+    print("   channel    mean     std   mean after   std after")
+    for c, name in enumerate(("red", "green", "blue")):
+        print(f"   {name:<7}   {mean[c]:5.3f}   {std[c]:5.3f}   {after_mean[c].abs():10.3f}   "
+              f"{after_std[c]:9.3f}")  # fmt: skip
+    off = max(after_mean.abs().max().item(), (after_std - 1).abs().max().item())
+    torch.testing.assert_close((mean, std), (counted_mean, counted_std), rtol=0, atol=1e-6)
+    assert off < 1e-4
+    print(f"   -> mean 0 and std 1, off by at most {off:.0e}")
+    return {"mean": mean, "std": std, "off": off}
+
+
+# --- 4. one draw for a whole batch -------------------------------------------------------------
+
+
+def augment_each(images, transform):
+    """`transform` called on each of the images (B, 3, H, W) by itself: (B, 3, H, W). Exercise."""
+    return torch.stack([transform(image) for image in images])
+
+
+def count_different(images):
+    """How many different ones are among images (B, 3, H, W)? Exercise."""
+    return len(images.flatten(1).unique(dim=0))
+
+
+def show_draws(image, copies):
+    print(f"4. One image, {copies} times in a batch: how many different ones after a transform?")
+    print("   transform              called on the batch   called on each image")
+    batch, different = image.expand(copies, -1, -1, -1), {}
+    for transform in [
+        v2.RandomHorizontalFlip(),
+        v2.RandomCrop(32, padding=4),
+        v2.ColorJitter(brightness=0.5),
+        v2.GaussianNoise(),
+    ]:
+        name = type(transform).__name__
+        together, each = transform(batch), augment_each(batch, transform)
+        different[name] = count_different(together), count_different(each)
+        print(f"   {name:<20}   {different[name][0]:19d}   {different[name][1]:20d}")
+    once = [name for name, (number, _) in different.items() if number == 1]
+    print(f"   -> drawn once for a batch: {', '.join(once)}")
+    return different
+
+
+# --- 5. mistakes -------------------------------------------------------------------------------
+
+
+def show_mistakes(images, mean, std):
+    print("5. Which mistakes pass without a word? Mean and std should be about 0 and 1")
+    print("   steps                                         mean      std   error")
+    to_float, to_unit = v2.ToDtype(torch.float32), v2.ToDtype(torch.float32, scale=True)
+    normalize, silent = v2.Normalize(mean.tolist(), std.tolist()), []
+    for name, steps in (
+        ("ToDtype(scale=True), Normalize", [to_unit, normalize]),
+        ("ToDtype without scale=True, Normalize", [to_float, normalize]),
+        ("ToDtype(scale=True), Normalize twice", [to_unit, normalize, normalize]),
+        ("Normalize, ToDtype(scale=True)", [normalize, to_unit]),
+    ):
+        try:
+            x = v2.Compose(steps)(images)
+            result = f"{x.mean():9.2f}   {x.std():6.2f}   none"
+            if x.mean().abs() > 0.5:
+                silent.append(name)
+        except TypeError as error:
+            result = f"{'-':>9}   {'-':>6}   TypeError: {str(error).split('.')[0]}"
+        print(f"   {name:<37}   {result}")
+    print(f"   -> wrong, and silent: {'; '.join(silent)}")
+    return silent
+
+
+# --- the lesson --------------------------------------------------------------------------------
+
+
+def draw(log_dir, dataset, mean, std):
+    """Pictures: one after each step, eight of them in seven epochs, a batch augmented both ways."""
+    to_tensor, *rest = pipeline(mean, std).transforms
+    augment = v2.Compose(rest[:2])
+    steps, words = [to_tensor(dataset[0][0])], ["ToImage"]
+    for step in rest:
+        steps.append(step(steps[-1]))
+        words.append(type(step).__name__)
+    title = "One picture after each step. Normalize: below 0 is black here, above 1 white"
+    row = caption_row(
+        title, [*steps, denormalize(steps[-1], mean, std)], [*words, "denormalize"], height=160
+    )
+    images, captions = [], []
+    for i in range(8):
+        picture, label = dataset[i]
+        images += [to_tensor(picture), *(augment(to_tensor(picture)) for _ in range(7))]
+        captions += [dataset.classes[label], *(f"epoch {epoch}" for epoch in range(7))]
+    batch = steps[0].expand(8, -1, -1, -1)
+    halves = torch.cat([augment(batch), augment_each(batch, augment)])
+    half_words = ["as one batch"] * 8 + ["one by one"] * 8
+    with SummaryWriter(log_dir, purge_step=0) as writer:
+        writer.add_image("transform/steps", row, 0)
+        writer.add_image("transform/epochs", caption_grid(torch.stack(images), captions), 0)
+        writer.add_image("transform/batch", caption_grid(halves, half_words), 0)
 
 
 def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=64, download=False):
@@ -59,56 +245,18 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=64, download=False):
     dataset = open_images(root)
     print(source_line(dataset))
     images, _ = as_tensors(dataset)
-    mean, std = channel_stats(images)
-
-    print("1. one image through the pipeline")
-    for name, x in trace(dataset[0][0], pipeline(mean, std)):
-        print(
-            f"   {name:<22} {tuple(x.shape)!s:<12} {x.dtype!s:<14} {x.min():8.3f} … {x.max():8.3f}"
-        )
-
-    form = pipeline(mean, std, train=False)
-    print("2. normalised with the set's own mean and standard deviation, all images")
-    form_batch = v2.Compose(form.transforms[1:])  # a batch is a tensor already
-    moments = torch.zeros(2, 3, dtype=torch.float64)  # E[x], E[x^2] by channel
-    for batch in images.split(2000):
-        x = form_batch(batch).double()
-        moments += torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
-    moments /= len(images) * 32 * 32
-    moments[1] = (moments[1] - moments[0].square()).sqrt()
-    theory = torch.tensor([[0.0] * 3, [1.0] * 3], dtype=torch.float64)
-    torch.testing.assert_close(moments, theory, rtol=0, atol=1e-4)
-    rows = zip(("mean", "std"), (mean, std), moments, (0, 1), strict=True)
-    for name, before, after, target in rows:
-        off = (after - target).abs().max()
-        print(f"   {name:<5} before {before.numpy().round(3)}   after, off {target} by {off:.0e}")
-
-    print("3. back again, and sample by sample against by the batch")
-    singles = torch.stack([form(dataset[i][0]) for i in range(count)])  # (count, 3, 32, 32)
-    torch.testing.assert_close(singles, form_batch(images[:count]))
-    restored = denormalize(singles, mean, std)
-    error = (restored - images[:count] / 255).abs().max().item()
-    assert error < 1e-6
-    print(f"   largest |restored - original| {error:.1e}   batch = samples: yes")
-
-    print(f"4. RandomHorizontalFlip on a batch of {count}: images turned, in eight calls")
-    flip = v2.RandomHorizontalFlip()
-    same = [(flip(images[:count]) == images[:count]).flatten(1).all(1) for _ in range(8)]
-    turned = [count - int(kept.sum()) for kept in same]
-    assert set(turned) <= {0, count}
-    print(f"   {' '.join(f'{n}' for n in turned)}   one draw for all: 0 or {count}")
-
-    augmented = torch.stack([pipeline(mean, std)(dataset[i][0]) for i in range(count)])
-    names = [dataset.classes[dataset.targets[i]] for i in range(count)]
-    with SummaryWriter(log_dir, purge_step=0) as writer:
-        for tag, x in {
-            "before": images[:count],
-            "augmented": denormalize(augmented, mean, std),
-            "restored": restored,
-        }.items():
-            pixels = x if x.dtype == torch.uint8 else (x * 255).round().clamp(0, 255).byte()
-            writer.add_image(f"images/{tag}", caption_grid(pixels, names), 0)
-    return {"mean": mean.tolist(), "moments": moments.tolist(), "error": error, "turned": turned}
+    everyday = show_everyday(root)
+    mean, std = counted_stats(images)
+    measured = {
+        "everyday": everyday,
+        "by_hand": show_by_hand(dataset, mean, std, count),
+        "statistics": show_statistics(images),
+        "different": show_draws(images[0], count),
+        "silent": show_mistakes(images[:count], mean, std),
+    }
+    draw(log_dir, dataset, mean, std)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 def parse(argv=None):
