@@ -1,9 +1,13 @@
 """Where images lie, real or drawn: opened, checked, and fetched only when asked for."""
 
+import gzip
 import os
 import tarfile
 import tempfile
+import warnings
 import zipfile
+import zlib
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity, download_url
 
 from support.drawings import Shapes10, sample_is_whole, write_hymenoptera_sample
@@ -20,57 +25,91 @@ from support.files import DATASET, DATASET2, DataError
 MEND = "python dataset_transform.py --download"
 INSECTS_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 INSECTS_MD5 = "5f8c32a6554f6acb4d749776e7735e48"
-SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"}
+INSECTS, SAMPLE = "hymenoptera_data", "hymenoptera_sample"
 
 
 # --- CIFAR-10, or Shapes-10 --------------------------------------------------------------------
 
 
 def open_images(root=DATASET2, train=True, transform=None):
-    """CIFAR-10 if it lies under `root`, unpacked or as the archive; else Shapes-10.
+    """CIFAR-10 if it lies under `root` or in data/ beside it, packed or not; else Shapes-10.
 
     Both have data (N, 32, 32, 3) uint8, targets, classes; an item is (transformed image, label).
     Raises DataError, naming the file, if CIFAR-10 is there but damaged.
     """
     root = Path(root)
-    folder = root / CIFAR10.base_folder
-    if not folder.is_dir():
-        if not (root / CIFAR10.filename).is_file():
-            return Shapes10(root, train, transform)
-        unpack_cifar10(root)
-    try:
-        return CIFAR10(root, train, transform)
-    except RuntimeError as error:
-        sums = dict(CIFAR10.train_list + CIFAR10.test_list) | {"batches.meta": CIFAR10.meta["md5"]}
-        broken = [
-            folder / name for name, md5 in sums.items() if not check_integrity(folder / name, md5)
-        ]
-        raise DataError(f"{broken[0]} is missing or damaged: {MEND} mends it") from error
+    folders, refused = cifar10_folders(root), []
+    for folder in folders:
+        with suppress(RuntimeError):  # torchvision's, if a checksum is wrong
+            return open_cifar10(folder, train, transform)
+        refused.append(f"{first_broken(folder)} is missing or damaged: {MEND} mends it")
+    for archive in () if folders else sorted(root.glob("cifar-10-python*")):
+        if archive.suffix in (".gz", ".tgz", ".tar"):  # .tar is what some browsers make of it
+            try:
+                unpack_cifar10(archive)
+                return open_cifar10(root / CIFAR10.base_folder, train, transform)
+            except DataError as error:
+                refused.append(error)
+    if refused:
+        raise DataError(refused[0])
+    return Shapes10(root, train, transform)
+
+
+def cifar10_folders(root):
+    """Where CIFAR-10 seems to lie: `root`/cifar-10-batches-py, then what people make of it."""
+    usual = root / CIFAR10.base_folder
+    places = [top.glob(place) for top in (root, root.parent / "data")
+              for place in ("data_batch_1", "*/data_batch_1", "*/*/data_batch_1")]  # fmt: skip
+    found = [batch.parent for place in places for batch in sorted(place)]
+    return [usual] * usual.is_dir() + [folder for folder in found if folder != usual]
+
+
+def open_cifar10(folder, train, transform):
+    """The CIFAR10 that lies in `folder`, whatever its name. RuntimeError if a checksum is wrong."""
+    dataset = CIFAR10.__new__(CIFAR10)
+    dataset.base_folder = folder.name
+    dataset.__init__(folder.parent, train, transform)
+    return dataset
+
+
+def first_broken(folder):
+    """The first of CIFAR-10's files in `folder` that is missing or has a wrong MD5, or None."""
+    sums = [*CIFAR10.train_list, *CIFAR10.test_list, ("batches.meta", CIFAR10.meta["md5"])]
+    return next((folder / n for n, md5 in sums if not check_integrity(folder / n, md5)), None)
 
 
 def source_line(dataset):
-    """One line: which images these are, and how to get the real ones."""
-    if isinstance(dataset, Shapes10):
-        return f"data: Shapes-10, {len(dataset):,} drawn images; for the real CIFAR-10: {MEND}"
-    return f"data: CIFAR-10, {len(dataset):,} photographs"
+    """One line: which images these are, where the real ones would be seen, how to get them."""
+    if not isinstance(dataset, Shapes10):
+        return f"data: CIFAR-10, {len(dataset):,} photographs"
+    missing = tell_missing(dataset.root / CIFAR10.base_folder, dataset.root, "cifar")
+    return f"data: Shapes-10, {len(dataset):,} drawn images{missing}; for the real CIFAR-10: {MEND}"
 
 
-def unpack_cifar10(root):
-    """Unpack root/cifar-10-python.tar.gz beside it. Raises DataError if its MD5 is wrong."""
-    archive, folder = root / CIFAR10.filename, root / CIFAR10.base_folder
-    if not check_integrity(archive, CIFAR10.tgz_md5):
-        raise DataError(
-            f"{archive} is damaged (MD5 is not {CIFAR10.tgz_md5}): delete it, then {MEND}"
-        )
+def tell_missing(wanted, root, word):
+    """For a line on drawn data: where the real one is not, and what else `root` has of it."""
+    found = sorted(path.name for path in root.glob("*") if word in path.name.lower())
+    found = [name for name in found if name != SAMPLE]
+    return f", as {wanted} is not there" + (f" (but {', '.join(found)})" if found else "")
+
+
+def unpack_cifar10(archive):
+    """Unpack a CIFAR-10 archive beside it. Raises DataError if it is damaged, or another one."""
+    root, folder = archive.parent, archive.parent / CIFAR10.base_folder
     try:
         with tempfile.TemporaryDirectory(dir=root) as beside, tarfile.open(archive) as tar:
             tar.extractall(beside, filter="data")
             fresh = Path(beside) / folder.name
+            if broken := first_broken(fresh):
+                raise EOFError(f"{broken.name} in it is missing or changed")
             if not folder.exists():
                 os.replace(fresh, folder)  # whole or not at all
             else:
                 for file in fresh.iterdir():
                     os.replace(file, folder / file.name)
+    except (EOFError, zlib.error, tarfile.TarError, gzip.BadGzipFile) as error:
+        why = str(error).partition("\n")[0]
+        raise DataError(f"{archive} is damaged ({why}): delete it, then {MEND}") from error
     except OSError as error:
         raise DataError(f"cannot unpack {archive}: {error}") from error
 
@@ -79,7 +118,7 @@ def download_cifar10(root=DATASET2):
     """Put CIFAR-10 at root/cifar-10-batches-py, mending what is damaged there."""
     root = Path(root)
     fetch(CIFAR10.url, root / CIFAR10.filename, CIFAR10.tgz_md5, "163 MiB")
-    unpack_cifar10(root)
+    unpack_cifar10(root / CIFAR10.filename)
 
 
 # --- batches of images -------------------------------------------------------------------------
@@ -144,9 +183,15 @@ def normalize(images, mean, std):
 def hymenoptera(root=DATASET):
     """The folder with train/ and val/ of ants and bees: photographs if there are, else drawn."""
     root = Path(root)
-    if (root / "hymenoptera_data").is_dir():
-        return root / "hymenoptera_data"
-    folder = root / "hymenoptera_sample"
+    usual = root / INSECTS
+    for folder in (usual / INSECTS, usual, root):  # unpacked into itself; as in older courses
+        if any((folder / "train" / name).is_dir() for name in ("ants", "ants_image")):
+            return folder
+    for archive in sorted(root.glob(f"{INSECTS}*.zip")):
+        if check_integrity(archive, INSECTS_MD5):
+            unpack_hymenoptera(archive)
+            return usual
+    folder = root / SAMPLE
     if not sample_is_whole(folder):
         print(f"drawing ants and bees into {folder} (once, under a second)")
         write_hymenoptera_sample(folder)
@@ -154,18 +199,29 @@ def hymenoptera(root=DATASET):
 
 
 def hymenoptera_source(folder):
-    """One line: what `folder` holds, and how to get the photographs."""
-    if folder.name == "hymenoptera_data":
+    """One line: what `folder` holds, where photographs would be seen, how to get them."""
+    if folder.name != SAMPLE:
         return f"data: the hymenoptera_data photographs in {folder}"
-    return (
-        f"data: drawn ants and bees in {folder}; photographs: python generate_labels.py --download"
-    )
+    root = folder.parent
+    missing = tell_missing(root / INSECTS / "train" / "ants", root, "hymenoptera")
+    mend = "python generate_labels.py --download"
+    return f"data: drawn ants and bees in {folder}{missing}; photographs: {mend}"
+
+
+def is_image(path):
+    """Whether a path is data: a file, not hidden, that torchvision's ImageFolder takes, too.
+
+    So neither ._photo.jpg of a Mac, nor a folder a.jpg, nor imageNotFound.gif, which is no insect.
+    """
+    path = Path(path)
+    hidden = path.name.startswith(".")
+    return path.suffix.lower() in IMG_EXTENSIONS and not hidden and path.is_file()
 
 
 def class_folder(folder, kind):
     """`folder`/ants, or `folder`/ants_image as in older copies. Raises DataError without images."""
     for path in (folder / kind, folder / f"{kind}_image"):
-        if path.is_dir() and any(p.suffix.lower() in SUFFIXES for p in path.iterdir()):
+        if path.is_dir() and any(map(is_image, path.iterdir())):
             return path
     raise DataError(
         f"no images in {folder / kind}: put them there, or move {folder.parent} away "
@@ -175,7 +231,7 @@ def class_folder(folder, kind):
 
 def image_files(folder):
     """The images in a folder, sorted by name. Raises DataError if two would share a label file."""
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    files = sorted(filter(is_image, folder.iterdir()))
     stems = [p.stem for p in files]
     if twice := {stem for stem in stems if stems.count(stem) > 1}:
         raise DataError(f"{folder} has two images named {min(twice)}: one label cannot serve both")
@@ -183,13 +239,29 @@ def image_files(folder):
 
 
 def open_rgb(path):
-    """An image file of any mode as an RGB picture. Raises DataError if it cannot be read."""
+    """An image file of any mode as an upright RGB picture. Raises DataError if it cannot be read.
+
+    What is transparent becomes white; greys of more than 8 bits are scaled to 0..255, not cut off.
+    """
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)  # as the camera was held
+            if image.mode.startswith(("I", "F")):
+                image = scale_grey(image)
+            elif image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's own ways to say no
+    except Exception as error:  # Pillow has a dozen ways to say no, a bomb among them
         mend = "replace or delete it, or run python generate_labels.py --download"
         raise DataError(f"{path} is not a readable image: {mend}") from error
+
+
+def scale_grey(image):
+    """A grey picture of 16 or 32 bits with 8: white is the least of 1, 255, 65535 that fits."""
+    x = np.asarray(image, np.float64)
+    white = next((w for w in (1, 255) if x.max() <= w and "16" not in image.mode), 65535)
+    return Image.fromarray((x / white * 255).round().clip(0, 255).astype(np.uint8))
 
 
 def open_square(path, size):
@@ -205,13 +277,19 @@ def first_picture(folder, kind):
 
 def download_hymenoptera(root=DATASET):
     """Put the photographs at root/hymenoptera_data, mending what is missing or damaged there."""
-    archive = Path(root) / "hymenoptera_data.zip"
+    archive = Path(root) / f"{INSECTS}.zip"
     fetch(INSECTS_URL, archive, INSECTS_MD5, "45 MiB")
+    unpack_hymenoptera(archive)
+
+
+def unpack_hymenoptera(archive):
+    """Unpack the photographs beside their zip, over what is there. DataError if it cannot."""
+    root = archive.parent
     try:
         with tempfile.TemporaryDirectory(dir=root) as beside, zipfile.ZipFile(archive) as photos:
             photos.extractall(beside)
-            for source in (Path(beside) / "hymenoptera_data").rglob("*.*"):
-                target = Path(root) / source.relative_to(beside)
+            for source in (Path(beside) / INSECTS).rglob("*.*"):
+                target = root / source.relative_to(beside)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source, target)
     except OSError as error:

@@ -159,7 +159,7 @@ class Shapes10(Dataset):
             arrays = read_shapes10(path, split)
         self.data, labels, self.boxes = arrays
         self.targets = labels.tolist()
-        self.classes, self.transform = list(CLASSES), transform
+        self.root, self.classes, self.transform = Path(root), list(CLASSES), transform
 
     def __len__(self):
         return len(self.data)
