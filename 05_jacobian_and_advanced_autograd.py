@@ -1,32 +1,32 @@
-"""A Jacobian costs m backward or n forward-mode passes; a product H v a few gradients, at any n.
+"""A Jacobian costs one backward pass per output or one forward pass per input: choose by its shape.
 
-    f: R^n -> R^m   J = df/dx of shape (m, n)
-    VJP   u^T J     one backward pass; u = e_i gives row i of J: m passes for J
-    JVP   J v       one forward-mode pass; v = e_j gives column j of J: n passes for J
-    HVP   H v       VJP of the gradient: here 2 gradients' products at any n; H costs 1 + n
-    Newton          x - H^-1 grad f turns the error e into H^-1 T(e, e) / 2 + O(|e|^3), where
-                    T(e, e) = d^2/dt^2 grad f(x* + t e): near x* its exponent about doubles
+f: R^n -> R^m has the Jacobian J (m, n): row i holds the slopes of output i, column j those by input
+j. A loss has one output, so that one backward pass is its whole gradient: networks learn in reverse
+mode. The Hessian H (n, n), the Jacobian of the gradient, holds the curvature of a loss. For a
+million weights it fits into no memory, but its product with a vector v does.
 
-A loss has m = 1: one backward pass is its whole gradient, so networks learn in reverse mode. With
-create_graph=True a gradient is a function like any other: differentiated again, multiplied,
-penalised. Without, a gradient penalty is a constant in the loss: no error, and no effect.
+    VJP   u J    vector-Jacobian product: one backward pass;        u = e_i gives row i of J
+    JVP   J v    Jacobian-vector product: one forward-mode pass;    v = e_j gives column j of J
+    HVP   H v    Hessian-vector product: the VJP of the gradient. It costs as many products of
+                 matrices as 2 gradients, at any n; H itself as 1 + n
 
-Checked here   J by rows, by columns, by torch.func and by hand; passes counted and timed; H is
-               symmetric and the closed form, H v too; both costs, in FLOPs of matrix products;
-               Newton's error against T, gradient descent's factor against 1 - lr lambda_min;
-               a critic's gradient norm a for data shifted by d: max a |d| - weight (a - 1)^2 lies
-               at a = 1 + |d| / (2 weight)
-TensorBoard    jacobian/log2_passes by log2 m: slope 1 against 0; hessian/log2_cost by log2 n, the
-               same; rosenbrock/log10_error by step (all three without smoothing);
-               penalty/grad_norm by step: none and no_create_graph are one line
-Try            main(weight=1): where does the gradient norm settle now? At 1 + 3 / 2 = 2.5
+    n  inputs     m  outputs     u (m,), v (n,)  any vectors     e_i  all 0, but 1 at place i
+
+Needs          02_autograd_basics.py
+Checked here   J by rows, by columns, by jacrev and jacfwd and by hand; passes counted; H v and its
+               cost; Newton's next error; the gradient norm that a gradient penalty leaves
+TensorBoard    jacobian/log2_passes by log2 m: the run reverse rises, forward is level;
+               hessian/log2_cost by log2 n: hessian rises, hvp is level; newton/log10_error by step;
+               penalty/grad_norm by step: the runs none and no_create_graph are one line
+Try            before the last line of show_everyday, add
+               print(hvp(loss, x, torch.tensor([1.0, 0.0]))): which part of H will you see?
+Answer         Column 0, that is [6, 4], and as H is symmetric its row 0 as well; H was never built
 Source         Pearlmutter 1994, Neural Computation 6(1), for H v; Rosenbrock 1960, The Computer
                Journal 3(3); Gulrajani et al. 2017, arXiv:1704.00028, eq. 3, for the penalty
 """
 
 import math
 import signal
-import timeit
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -35,7 +35,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
-from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
@@ -44,14 +43,49 @@ from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "05_jacobian_and_advanced_autograd"
 F64 = torch.float64
-TIGHT = {"rtol": 0, "atol": 1e-12}
 
 
-# --- derivatives -------------------------------------------------------------------------------
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def show_everyday():
+    def f(x):
+        return torch.stack([x[0] * x[1], x[0] ** 2, x[1]])  # R^2 -> R^3
+
+    def loss(x):
+        return x[0] ** 2 * x[1]  # R^2 -> R
+
+    x, u, v = torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, -1.0])
+    J = jacrev(f)(x)  # (3, 2)
+    J_fwd = jacfwd(f)(x)  # (3, 2), the same numbers
+    _, pull_back = vjp(f, x)  # f(x), and a function u -> (u J,)
+    _, Jv = jvp(f, (x,), (v,))  # f(x) and J v, without J
+    H = hessian(loss)(x)  # (2, 2)
+    results = {"J": J, "jacfwd": J_fwd, "uJ": pull_back(u)[0], "Jv": Jv, "H": H}
+
+    print("1. In everyday code: f(x) = (x0 x1, x0^2, x1) at x = (2, 3), and its J")
+    print("   jacrev(f)(x)                by x0    by x1")
+    for name, row in zip(("f0 = x0 x1", "f1 = x0^2", "f2 = x1"), J, strict=True):
+        print(f"   row of {name:<15} {row[0]:9.1f}{row[1]:9.1f}")
+    print(f"   jacfwd(f)(x)     differs by {(J_fwd - J).abs().max():g}")
+    print(f"   vjp: u J, u = (1, 0, 2)  {''.join(f'{t:9.1f}' for t in results['uJ'])}")
+    print(f"   jvp: J v, v = (1, -1)    {''.join(f'{t:9.1f}' for t in Jv)}")
+    print("   hessian of x0^2 x1          by x0    by x1")
+    for name, row in zip(("d/dx0", "d/dx1"), H, strict=True):
+        print(f"   row of its {name:<11} {row[0]:9.1f}{row[1]:9.1f}")
+    print(f"   -> J has {len(J)} rows, one per output, and {J.shape[1]} columns, one per input")
+    return results
+
+
+# --- 2. rows or columns ------------------------------------------------------------------------
 
 
 def jacobian_by_rows(f, x):
-    """J (m, n) of f: (n,) -> (m,), by m vector-Jacobian products e_i^T J; jacrev batches them."""
+    """J (m, n) of f: (n,) -> (m,) at x, by m backward passes.
+
+    Row i is torch.autograd.grad(y, x, e_i, retain_graph=True)[0], where y = f(x) and x requires a
+    gradient. Raises ValueError if y is not a vector. Exercise.
+    """
     x = x.detach().requires_grad_()
     y = f(x)
     if y.dim() != 1:
@@ -61,37 +95,9 @@ def jacobian_by_rows(f, x):
 
 
 def jacobian_by_columns(f, x):
-    """J (m, n) of f: (n,) -> (m,), by n products J e_j, with an evaluation of f in each."""
+    """J (m, n) of f: (n,) -> (m,) at x, by n forward-mode passes: column j is J e_j. Exercise."""
     units = torch.eye(len(x), dtype=x.dtype)
     return torch.stack([jvp(f, (x,), (e,))[1] for e in units], dim=1)
-
-
-def hvp(f, x, v):
-    """H v (n,) of a scalar f, as v^T H, for H is symmetric; H itself is never built."""
-    _, pull_back = vjp(grad(f), x)
-    return pull_back(v)[0]
-
-
-def third(f, x, e):
-    """T(e, e) (n,): the change of H e along e."""
-    return jvp(lambda x: hvp(f, x, e), (x,), (e,))[1]
-
-
-def gradient_norms(critic, x, create_graph=True):
-    """|grad_x D(x)| (B,) of every sample; D must not mix samples, as BatchNorm would."""
-    x = x.detach().requires_grad_()
-    (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=create_graph)  # (B, n)
-    return g.norm(dim=1)
-
-
-def load_forward_mode():
-    """The first JVP loads TorchScript code of PyTorch's own, which warns of its deprecation."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script`")
-        jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
-
-
-# --- functions to differentiate ----------------------------------------------------------------
 
 
 def two_layers(n, m, hidden=16):
@@ -108,19 +114,11 @@ def two_layers(n, m, hidden=16):
     return f, jacobian
 
 
-def rosenbrock(p):
-    x, y = p
-    return (1 - x) ** 2 + 100 * (y - x**2) ** 2
-
-
-# --- passes, work, time ------------------------------------------------------------------------
-
-
 def counted(f, passes):
     """f, noting in the Counter `passes` each evaluation and each pass back through it."""
 
     def g(x):
-        passes["evaluations"] += 1
+        passes["forward"] += 1
         y = f(x)
         if y.requires_grad:
             y.register_hook(lambda _: passes.update(["backward"]))
@@ -137,50 +135,87 @@ def flops(compute, *args):
     return counter.get_total_flops()
 
 
-def seconds(compute, *args):
-    """The shortest of five runs."""
-    return min(timeit.repeat(lambda: compute(*args), number=1, repeat=5))
+def show_modes(log_dir, n, outputs):
+    print(f"2. J of f: R^{n} -> R^m, by rows and by columns: which costs less?")
+    print("       m   backward passes   forward passes   work, rows / columns   J's differ by")
+    counts, work = {}, {}
+    for m in outputs:
+        f, jacobian = two_layers(n, m)
+        x, reverse, forward = torch.randn(n, dtype=F64), Counter(), Counter()
+        by_rows = jacobian_by_rows(counted(f, reverse), x)
+        by_columns = jacobian_by_columns(counted(f, forward), x)
+        ways = by_rows, by_columns, jacrev(f)(x), jacfwd(f)(x)
+        apart = max((J - jacobian(x)).abs().max().item() for J in ways)
+        assert apart < 1e-12
+        counts[m] = reverse["backward"], forward["forward"]
+        work[m] = flops(jacobian_by_rows, f, x) / flops(jacobian_by_columns, f, x)
+        row = f"{counts[m][0]:15d}   {counts[m][1]:14d}   {work[m]:20.2f}"
+        print(f"   {m:5d}   {row}   {apart:13.0e}")
+    for run, way in (("reverse", 0), ("forward", 1)):
+        curve = {math.log2(m): math.log2(counts[m][way]) for m in outputs}
+        draw(log_dir / run, "jacobian/log2_passes", curve)
+    rows = ", ".join(str(m) for m in outputs if work[m] < 1)
+    columns = ", ".join(str(m) for m in outputs if work[m] > 1)
+    print(f"   -> by rows (jacrev) for m = {rows}; by columns (jacfwd) for m = {columns}")
+    return {"counts": counts, "work": work}
 
 
-def compare_modes(n, m):
-    """Reverse passes, forward-mode passes and their ratio of times, for a J (m, n)."""
-    f, jacobian = two_layers(n, m)
-    x, u, v = (torch.randn(size, dtype=F64) for size in (n, m, n))
-    J, reverse, forward = jacobian(x), Counter(), Counter()
-    torch.testing.assert_close(jacobian_by_rows(counted(f, reverse), x), J, **TIGHT)
-    torch.testing.assert_close(jacobian_by_columns(counted(f, forward), x), J, **TIGHT)
-    for library in (jacrev, jacfwd):
-        torch.testing.assert_close(library(f)(x), J, **TIGHT)
-    torch.testing.assert_close(vjp(f, x)[1](u)[0], u @ J, **TIGHT)
-    torch.testing.assert_close(jvp(f, (x,), (v,))[1], J @ v, **TIGHT)
-    assert reverse == {"evaluations": 1, "backward": m} and forward == {"evaluations": n}
-    ratio = seconds(jacobian_by_rows, f, x) / seconds(jacobian_by_columns, f, x)
-    return reverse["backward"], forward["evaluations"], ratio
+# --- 3. H v without H --------------------------------------------------------------------------
 
 
-def compare_hessian(n, build):
-    """Error of H v, costs of H v and of H (None unless `build`) in gradients, for log sum exp."""
+def hvp(f, x, v):
+    """H v (n,) of a scalar f at x (n,), as the VJP of grad(f): H is symmetric. Exercise."""
+    _, pull_back = vjp(grad(f), x)
+    return pull_back(v)[0]
+
+
+def log_sum_exp(n):
+    """f(x) = log sum exp(A x): R^n -> R, and its Hessian by hand as the function v -> H v."""
     A = torch.randn(8, n, dtype=F64) / n**0.5
-    x, v = torch.randn(2, n, dtype=F64)
 
     def f(x):
         return torch.logsumexp(A @ x, 0)
 
-    p = torch.softmax(A @ x, 0)
-    W = torch.diag(p) - torch.outer(p, p)  # H = A^T W A
-    Hv, expected = hvp(f, x, v), A.T @ (W @ (A @ v))
-    torch.testing.assert_close(Hv, expected, **TIGHT)
-    gradient, whole = flops(grad(f), x), None
-    if build:
-        H = jacobian_by_rows(grad(f), x)
-        for same in (H.T, A.T @ W @ A, hessian(f)(x)):
-            torch.testing.assert_close(H, same, **TIGHT)
-        torch.testing.assert_close(Hv, H @ v, **TIGHT)
-        whole = flops(jacobian_by_rows, grad(f), x) / gradient
-    return (Hv - expected).abs().max().item(), flops(hvp, f, x, v) / gradient, whole
+    def times(x, v):
+        p = torch.softmax(A @ x, 0)
+        return A.T @ (p * (A @ v) - p * (p @ (A @ v)))  # H = A^T (diag p - p p^T) A
+
+    return f, times
 
 
-# --- what they are good for --------------------------------------------------------------------
+def show_hvp(log_dir, sizes, large):
+    print("3. H v and H of log sum exp(A x), x in R^n: cost in matrix products of one gradient")
+    print("         n   H v   H, by rows      memory of H   H v by hand differs by")
+    costs = {"hvp": {}, "hessian": {}}
+    for n in (*sizes, large):
+        f, by_hand = log_sum_exp(n)
+        x, v = torch.randn(2, n, dtype=F64)
+        apart = (hvp(f, x, v) - by_hand(x, v)).abs().max().item()
+        assert apart < 1e-12
+        one, whole = flops(grad(f), x), "not built"
+        costs["hvp"][n] = flops(hvp, f, x, v) / one
+        if n != large:
+            H = jacobian_by_rows(grad(f), x)
+            assert (H - hessian(f)(x)).abs().max() < 1e-12
+            costs["hessian"][n] = flops(jacobian_by_rows, grad(f), x) / one
+            whole = f"{costs['hessian'][n]:.0f}"
+        row = f"{costs['hvp'][n]:5.0f}   {whole:>10}   {8 * n**2 / 1e6:11,.3f} MB"
+        print(f"   {n:7,} {row}   {apart:22.0e}")
+    for run, curve in costs.items():
+        logs = {math.log2(n): math.log2(cost) for n, cost in curve.items()}
+        draw(log_dir / run, "hessian/log2_cost", logs)
+    flat = set(costs["hvp"].values())
+    print(f"   -> H v costs {' or '.join(f'{c:.0f}' for c in flat)} gradients at every n")
+    return costs
+
+
+# --- 4. second reading: Newton's method --------------------------------------------------------
+
+
+def rosenbrock(p):
+    """A valley as curved as a banana: least at (1, 1)."""
+    x, y = p
+    return (1 - x) ** 2 + 100 * (y - x**2) ** 2
 
 
 def newton(f, p, steps):
@@ -192,121 +227,119 @@ def newton(f, p, steps):
     return torch.stack(path)
 
 
-def gradient_descent(f, p, lr, steps):
+def descent(f, p, lr, steps):
     """Path (steps + 1, n) of p - lr grad f."""
     path = [p]
     for _ in range(steps):
-        p = p.detach().requires_grad_()
-        p = p - lr * torch.autograd.grad(f(p), p)[0]
-        path.append(p.detach())
+        p = p - lr * grad(f)(p)
+        path.append(p)
     return torch.stack(path)
 
 
-def compare_descents(start, newton_steps, descent_steps, lr):
-    """Errors |p - p*| of both on Rosenbrock's function, step by step, and what theory says."""
+def next_error(f, best, e):
+    """Newton's error after a step from best + e: |H^-1 T| / 2, T = d^2/dt^2 grad f(best + t e)."""
+    T = jvp(lambda p: hvp(f, p, e), (best,), (e,))[1]
+    return (torch.linalg.solve(jacobian_by_rows(grad(f), best), T) / 2).norm().item()
+
+
+def show_newton(log_dir, start=(0.8, 0.6), steps=6, lr=1e-3):
+    print(f"4. Rosenbrock's function from {start}: what does Newton's step x - H^-1 gradient buy?")
+    print("          distance |e| to the minimum")
+    print("   step   gradient descent     Newton   Newton in theory, if the |e| before is small")
     p, best = torch.tensor(start, dtype=F64), torch.ones(2, dtype=F64)
-    H = jacobian_by_rows(grad(rosenbrock), best)
-    e = newton(rosenbrock, p, newton_steps) - best  # (newton_steps + 1, 2)
-    after = [torch.linalg.solve(H, third(rosenbrock, best, d)).norm() / 2 for d in e[:-1]]
-    descent = (gradient_descent(rosenbrock, p, lr, descent_steps) - best).norm(dim=1)
-    return {
-        "newton": e.norm(dim=1).clamp(min=torch.finfo(F64).eps).log10().tolist(),
-        "predicted": torch.stack(after).log10().tolist(),
-        "descent": descent.log10().tolist(),
-        "factor": (descent[-1] / descent[-2]).item(),
-        "factor_theory": 1 - lr * torch.linalg.eigvalsh(H)[0].item(),
-    }
+    slow = (descent(rosenbrock, p, lr, steps) - best).norm(dim=1).tolist()
+    e = newton(rosenbrock, p, steps) - best  # (steps + 1, 2)
+    fast, theory = e.norm(dim=1).tolist(), {}
+    for k in range(steps + 1):
+        if k and 1e-7 < fast[k - 1] < 1e-3:  # small for the law, its square not for float64
+            theory[k] = next_error(rosenbrock, best, e[k - 1])
+        law = f"{theory[k]:.1e}" if k in theory else "-"
+        print(f"   {k:4d}   {slow[k]:16.1e}   {fast[k]:8.1e}   {law:>16}")
+    for run, errors in {"descent": slow, "newton": fast}.items():
+        logs = {k: math.log10(max(error, 1e-16)) for k, error in enumerate(errors)}
+        draw(log_dir / run, "newton/log10_error", logs)
+    off = max((abs(fast[k] / law - 1) for k, law in theory.items()), default=math.nan)
+    left = f"{slow[-1]:.0e}, and {fast[-1]:.0e} by Newton"
+    print(f"   -> left after {steps} steps: {left}, within {off:.0%} of theory")
+    return {"descent": slow, "newton": fast, "theory": theory}
 
 
-def train_critic(seed, weight, create_graph, steps, shift, batch=128):
-    """Widen E D(x + d) - E D(x), |d| = shift: the weights of D, and E |grad_x D| by step."""
-    torch.manual_seed(seed)
-    critic = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1))
-    optimizer = torch.optim.Adam(critic.parameters(), lr=5e-3, betas=(0.5, 0.9))
-    norms = []
+# --- 5. second reading: a gradient inside the loss ---------------------------------------------
+
+
+def gradient_penalty(D, x, create_graph=True):
+    """The mean over the samples x (B, n) of (|dD/dx| - 1)^2, for D: (B, n) -> (B,).
+
+    D must not mix samples (BatchNorm would): then torch.autograd.grad of the sum of D holds the
+    gradient of each in a row. create_graph=True lets autograd differentiate it again. Exercise.
+    """
+    x = x.detach().requires_grad_()
+    (g,) = torch.autograd.grad(D(x).sum(), x, create_graph=create_graph)  # (B, n)
+    return (g.norm(dim=1) - 1).square().mean()
+
+
+def train_critic(weight, create_graph, steps, shift=(3.0, 0.0), lr=0.02):
+    """SGD on D(0) - D(shift) + weight * penalty, where D(x) = a . x: |a| before each step."""
+    a, d = torch.tensor([0.6, 0.8], requires_grad=True), torch.tensor(shift)
+    optimizer, lengths = torch.optim.SGD([a], lr), []
     for _ in range(steps):
-        fake = torch.randn(batch, 2)
-        real = torch.randn(batch, 2) + torch.tensor([shift, 0.0])
-        t = torch.rand(batch, 1)
-        norm = gradient_norms(critic, t * real + (1 - t) * fake, create_graph)  # (B,)
-        penalty = (norm - 1).square().mean()
-        loss = critic(fake).mean() - critic(real).mean() + weight * penalty
+        penalty = gradient_penalty(lambda x: x @ a, torch.rand(4, 1) * d, create_graph)
+        loss = -(d @ a) + weight * penalty
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        norms.append(norm.mean().item())
-    return nn.utils.parameters_to_vector(critic.parameters()), norms
+        lengths.append(a.detach().norm().item())
+    return lengths
+
+
+def show_penalty(log_dir, steps=100, weight=10.0):
+    print("5. Raise D(d) - D(0), where D(x) = a . x: can a penalty hold the slope |dD/dx| = |a|?")
+    print(f"   run               weight   create_graph   |a| after {steps} steps")
+    runs = {"penalty": (weight, True), "none": (0.0, True), "no_create_graph": (weight, False)}
+    lengths = {}
+    for run, (strength, create_graph) in runs.items():
+        lengths[run] = train_critic(strength, create_graph, steps)
+        draw(log_dir / run, "penalty/grad_norm", dict(enumerate(lengths[run], 1)))
+        print(f"   {run:<16} {strength:7.0f}   {create_graph!s:>12}   {lengths[run][-1]:19.4f}")
+    same = "the same as" if lengths["none"] == lengths["no_create_graph"] else "not that of"
+    print(f"   -> without create_graph the penalty is a constant: {same} no penalty, and no error")
+    print(f"   -> theory with it: 1 + |d| / (2 weight) = {1 + 3 / (2 * weight):.4f}")
+    return lengths
 
 
 # --- the run -----------------------------------------------------------------------------------
 
 
-def write_curve(log_dir, tag, points):
-    """One TensorBoard run from {step: value}."""
+def load_forward_mode():
+    """The first JVP loads TorchScript code of PyTorch's own, which warns of its deprecation."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script`")
+        jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
+
+
+def draw(log_dir, tag, curve):
+    """Write a dict {step: value} as one curve."""
     with SummaryWriter(log_dir, purge_step=0) as writer:
-        for step, value in points.items():
+        for step, value in curve.items():
             writer.add_scalar(tag, value, round(step))
 
 
 def main(
-    seed=0,
-    log_dir=LOG_DIR,
-    inputs=32,
-    outputs=(1, 8, 32, 128, 1024),
-    sizes=(16, 64, 256),
+    seed=0, log_dir=LOG_DIR, inputs=32, outputs=(1, 8, 32, 128, 1024), sizes=(16, 64, 256),
     large=2**17,
-    start=(-1.2, 1.0),
-    descent_steps=10_000,
-    critic_steps=300,
-    shift=3.0,
-    weight=10.0,
-):
+):  # fmt: skip
     torch.manual_seed(seed)
     load_forward_mode()
-
-    print(f"1. J of f: R^{inputs} -> R^m by rows and by columns: passes; time rows / columns")
-    modes = {m: compare_modes(inputs, m) for m in outputs}
-    for m, (backward, forward, _) in modes.items():
-        print(f"   m {m:5}   backward {backward:5}   forward-mode {forward:3}")
-    print("   time", "   ".join(f"{modes[m][2]:.2g} (m {m})" for m in outputs))
-    for row, run in enumerate(("reverse", "forward")):
-        points = {math.log2(m): math.log2(modes[m][row]) for m in outputs}
-        write_curve(log_dir / run, "jacobian/log2_passes", points)
-
-    print("2. log sum exp(A x), x in R^n: error of H v; H v and H in gradients, theory 2 and 1 + n")
-    costs = {n: compare_hessian(n, build=n != large) for n in (*sizes, large)}
-    assert all(costs[n][1:] == (2, 1 + n) for n in sizes) and costs[large][1] == 2
-    for n, (error, product, whole) in costs.items():
-        H = f"{whole:.0f}" if whole else f"not built, {8 * n**2 / 1e9:.0f} GB"
-        print(f"   n {n:7,}   error {error:.0e}   H v {product:.0f}   H {H}")
-    for row, run, built in ((1, "hvp", costs), (2, "hessian", sizes)):
-        points = {math.log2(n): math.log2(costs[n][row]) for n in built}
-        write_curve(log_dir / run, "hessian/log2_cost", points)
-
-    print(f"3. Rosenbrock from {start}: log10 |e|, float64 ends at -15.65")
-    paths = compare_descents(start, 7, descent_steps, lr=1e-3)
-    for k, e in enumerate(paths["newton"]):
-        by_T = f"{paths['predicted'][k - 1]:6.2f}" if k else "      "
-        print(f"   step {k:6}   newton {e:6.2f}   by T {by_T}   descent {paths['descent'][k]:5.2f}")
-    print(f"   step {descent_steps:6}   descent {paths['descent'][-1]:5.2f}   "
-          f"factor {paths['factor']:.5f}   theory {paths['factor_theory']:.5f}")  # fmt: skip
-    for name in ("newton", "descent"):
-        write_curve(log_dir / name, "rosenbrock/log10_error", dict(enumerate(paths[name][:8])))
-
-    theory = 1 + shift / (2 * weight)
-    print(f"4. E |grad D| of a critic after {critic_steps} steps, penalised in theory {theory:.3f}")
-    variants = {"penalty": (weight, True), "none": (0, True), "no_create_graph": (weight, False)}
-    weights, norms = {}, {}
-    for name, (strength, create_graph) in variants.items():
-        weights[name], curve = train_critic(seed, strength, create_graph, critic_steps, shift)
-        norms[name] = sum(curve[-50:]) / len(curve[-50:])
-        write_curve(log_dir / name, "penalty/grad_norm", dict(enumerate(curve)))
-        print(f"   {name:<16} {norms[name]:7.3f}")
-    assert torch.equal(weights["none"], weights["no_create_graph"])
-    print("   weights of none and of no_create_graph: equal bit for bit")
-    return {"modes": modes, "costs": costs, "paths": paths, "norms": norms}
+    measured = {
+        "everyday": show_everyday(),
+        "modes": show_modes(log_dir, inputs, outputs),
+        "costs": show_hvp(log_dir, sizes, large),
+        "newton": show_newton(log_dir),
+        "lengths": show_penalty(log_dir),
+    }
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # small networks: faster than on two
     guard(main)
