@@ -1,29 +1,30 @@
 """Hooks read and change a network's values and gradients while its code stays as it is.
 
-    h.register_hook(f)                  f(g) -> None, or the gradient to go on with
-    m.register_forward_pre_hook(f)      f(m, args) -> None, or other args
-    m.register_forward_hook(f)          f(m, args, output) -> None, or another output
-    m.register_full_backward_hook(f)    f(m, grad_input, grad_output) -> None, or another grad_input
+A hook is a function that PyTorch calls when a layer has its output, or a tensor its gradient. What
+the hook returns goes on in its place; None changes nothing. So you see into a network that somebody
+else wrote: print shapes, clip a gradient, find the layer that makes a NaN, ask where in a picture
+a class was seen. A hook that nobody removes stays, runs in every later call and may keep memory.
 
-    CAM         heat = relu(sum_k w_ck A_k)       where y_c = sum_k w_ck mean_ij A_kij + b_c
-    Grad-CAM    heat = relu(sum_k alpha_k A_k)    where alpha_k = mean_ij dy_c/dA_kij
+    a.register_hook(f)                   f(g): g is dL/da, the gradient of the loss L by tensor a
+    m.register_forward_pre_hook(f)       f(m, args): before module m computes m(*args)
+    m.register_forward_hook(f)           f(m, args, output): after it
+    m.register_full_backward_hook(f)     f(m, grad_input, grad_output): dL/dargs and dL/doutput
+    Grad-CAM   heat = relu(sum_k alpha_k A_k),   alpha_k = mean over all places of dz_c/dA_k
 
-So you see into a network that somebody else wrote. Grad-CAM takes the activations A of one layer by
-a hook and shows where in a picture the network saw class c. CAM needs global average pooling over Z
-places and one Linear layer, which Moli gets here for its classifier: there alpha_k = w_ck / Z, and
-the two agree. Grad-CAM goes on where CAM cannot, as at the last convolution. Every heat map has a
-peak, so it meets nulls: a shape at half its size in a random corner of noise, where one fixed guess
-is right at most one time in four; an untrained network; another picture's box.
+Grad-CAM is short for "gradient-weighted class activation map". A_k, channel k of a layer's output,
+says where a pattern was found; alpha_k says how much more of it would raise z_c, the logit of class
+c. So the heat is high where there is what speaks for c. In a picture of two shapes a map that does
+not know c answers "where is c?" rightly for one of them only: Grad-CAM has to beat that half.
 
-Checked here   what tensor hooks see and leave; reversal by hook and by Function; the order of
-               module hooks; what a forgotten one keeps alive; NaN traced to its layer; Grad-CAM
-               against CAM; how many peaks lie in the shape's box
-TensorBoard    leak/hidden_kB, runs forgotten, removed; cam/peak_in_box while Moli learns, runs
-               own_box, another_box; cam/heat with the shapes' boxes, runs untrained, trained
-Try            hook h, not a view of it, in reverse_by_hook: what else turns? The label's gradient
-Source         Ganin & Lempitsky 2015, arXiv:1409.7495 (reversal); Zhou et al. 2016,
-               arXiv:1512.04150 (CAM); Selvaraju et al. 2017, arXiv:1610.02391 (Grad-CAM); Zhang
-               et al. 2016, arXiv:1608.00507 (pointing); Adebayo et al. 2018, arXiv:1810.03292
+Needs          02_autograd_basics.py; for section 6 model.py
+Checked here   what hooks see, change and keep alive; NaN traced to its layer; in which half of a
+               picture Grad-CAM sees a shape, against maps that know no class
+TensorBoard    leak/hidden_kB by call: the run forgotten rises, removed is 0; the picture cam/heat,
+               in the runs untrained and trained: is the heat on the shape that was asked for?
+Try            in reverse_by_hook, take out the line with view_as: whose gradient turns as well?
+Answer         The label's as well: a hook on a itself gets all that comes back to a
+Source         Selvaraju et al. 2017, arXiv:1610.02391 (Grad-CAM); Ganin & Lempitsky 2015,
+               arXiv:1409.7495 (reversal)
 """
 
 import signal
@@ -40,83 +41,77 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from model import Moli
-from support.drawings import Shapes10
+from support.drawings import CLASSES, Shapes10
 from support.files import DATASET2, guard
+from support.pictures import caption_row, heat_over
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "04_hooks"
-CLASSES = 3  # circle, ring, square: learnt in seconds
 
 
-# --- tensor hooks ----------------------------------------------------------------------------
+# --- 1. in everyday code -----------------------------------------------------------------------
 
 
-def look_and_scale(x, scale):
-    """For h = 3x, L = sum(h^2) and a hook that multiplies dL/dh by `scale`: h, dL/dh as an earlier
-    hook saw it and as retain_grad keeps it, and the gradient that reaches x."""
-    seen = []
-    h = 3 * x
-    h.retain_grad()  # without it only leaves get a .grad
-    h.register_hook(lambda g: seen.append(g.clone()))  # append returns None: nothing changes
-    h.register_hook(lambda g: scale * g)
-    h.square().sum().backward()
-    return h.detach(), seen[0], h.grad, x.grad
+def show_everyday():
+    print("1. In everyday code: what is the shape of every layer's output?")
+    print("   layer         output")
+    net = nn.Sequential(nn.Conv2d(3, 8, kernel_size=3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    for name, layer in net.named_children():
+        layer.register_forward_hook(lambda m, args, output, name=name: print(
+            f"   {name}   {type(m).__name__:<8}  {tuple(output.shape)}"))  # fmt: skip
+    net(torch.zeros(5, 3, 8, 8))
+
+    print("   A gradient looked at, clipped, looked at again: a = 3 x, L = sum of a^2, x = (1, 2)")
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    a = 3 * x
+    a.retain_grad()  # without it only leaves, such as x, get a .grad
+    a.register_hook(lambda g: print(f"   dL/da = 2 a            {g.tolist()}"))  # returns None
+    a.register_hook(lambda g: g.clamp(-10, 10))  # returns what goes on
+    a.register_hook(lambda g: print(f"   after clamp(-10, 10)   {g.tolist()}"))
+    a.square().sum().backward()
+    print(f"   a.grad                 {a.grad.tolist()}")
+    print(f"   x.grad = 3 times it    {x.grad.tolist()}")
+    state = "changed" if x.grad.tolist() != (18 * x).tolist() else "as without hooks"
+    print(f"   -> hooks ran in the order of their registration: x.grad is {state}")
+    return a.grad, x.grad
 
 
-class ReverseGradient(torch.autograd.Function):
-    """Forward the identity, backward -lam."""
-
-    @staticmethod
-    def forward(h, lam):
-        return h.view_as(h)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.lam = inputs[1]
-
-    @staticmethod
-    def backward(ctx, g):
-        return -ctx.lam * g, None
+# --- 2. change a gradient on its way -----------------------------------------------------------
 
 
-def reverse_by_hook(h, lam):
-    """The same by a hook on a view of h: whatever else reads h keeps its gradient."""
-    h = h.view_as(h)
-    if h.requires_grad:
-        h.register_hook(lambda g: -lam * g)
-    return h
+def reverse_by_hook(a, lam):
+    """a, but a gradient that comes back through what is returned is multiplied by -lam.
+
+    What else reads a keeps its gradient: the hook sits on a view, a.view_as(a). Where a requires no
+    gradient there is nothing to hook. Exercise.
+    """
+    a = a.view_as(a)
+    if a.requires_grad:
+        a.register_hook(lambda g: -lam * g)
+    return a
 
 
-def shared_gradient(reverse, x, W, label, domain):
-    """dL/dW of two heads' losses on h = tanh(x W), of which the domain head reads reverse(h)."""
-    h = torch.tanh(x @ W)  # (B, n)
-    loss = (h @ label).square().mean() + (reverse(h) @ domain).square().mean()
-    return torch.autograd.grad(loss, W)[0]
+def show_reversal(lam=0.5):
+    print(f"2. Two losses read a = 2 x at x = 1, the second one through reverse_by_hook(a, {lam})")
+    print("   loss           dL/dx   without a hook")
+    x, slopes = torch.tensor(1.0, requires_grad=True), {}
+    a = 2 * x
+    turned = reverse_by_hook(a, lam)
+    for name, loss, by_hand in (("label, a^2", a**2, 8.0), ("domain, 3 a", 3 * turned, 6.0)):
+        slopes[name] = torch.autograd.grad(loss, x, retain_graph=True)[0].item(), by_hand
+        print(f"   {name:<12} {slopes[name][0]:7.1f}   {by_hand:14.1f}")
+    times = [name for name, (g, by_hand) in slopes.items() if g == -lam * by_hand]
+    print(f"   -> multiplied by {-lam}: the gradient of {' and of '.join(times)}")
+    return slopes
 
 
-def check_tensor_hooks(lam=0.7):
-    h, seen, kept, at_x = look_and_scale(torch.randn(5, requires_grad=True), scale=-4)
-    rows = {
-        "seen by a hook: 2 h": (seen, 2 * h),
-        "kept by retain_grad after * -4: -8 h": (kept, -8 * h),
-        "arrived at x: 3 (-8 h)": (at_x, -24 * h),
-    }
-    x, W = torch.randn(8, 6), torch.randn(6, 4, requires_grad=True)
-    label, domain, none = *torch.randn(2, 4), torch.zeros(4)
-    of_label = shared_gradient(torch.clone, x, W, label, none)
-    of_domain = shared_gradient(torch.clone, x, W, none, domain)
-    for name, reverse in {"hook": reverse_by_hook, "Function": ReverseGradient.apply}.items():
-        g = shared_gradient(lambda h, f=reverse: f(h, lam), x, W, label, domain)
-        rows[f"reversed by {name}: g_label - {lam} g_domain"] = (g, of_label - lam * of_domain)
-    for name, (g, theory) in rows.items():
-        torch.testing.assert_close(g, theory)
-        print(f"   {name:<48} {(g - theory).abs().max():.1e}")
-
-
-# --- module hooks ----------------------------------------------------------------------------
+# --- 3. hooks of modules -----------------------------------------------------------------------
 
 
 def record_calls(model, log):
-    """Hooks that note in `log` every pass of a child of `model`. Returns their handles."""
+    """Make each child of `model` append "pre NAME", "forward NAME", "backward NAME" to `log`.
+
+    Returns the handles of the hooks, three for each child; their remove() takes them off. Exercise.
+    """
     handles = []
     for name, layer in model.named_children():
         handles += [
@@ -127,99 +122,98 @@ def record_calls(model, log):
     return handles
 
 
-def check_module_hooks():
-    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(6, 3)
-    log = []
+def show_module_hooks():
+    print("3. Hooks of modules: in which order do they run, and what does a ReLU's see?")
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    x, log = torch.randn(6, 3, requires_grad=True), []
     handles = record_calls(net, log)
-    net(x.requires_grad_()).sum().backward()
+    net(x).sum().backward()
+    noted = len(log)
+    print(f"   {', '.join(log)}")
     for handle in handles:
         handle.remove()
-    forward = [f"{event} {n}" for n in range(3) for event in ("pre", "forward")]
-    assert log == [*forward, "backward 2", "backward 1", "backward 0"]
-    print(f"   order             {', '.join(log)}")
+    net(x).sum().backward()
 
-    h, seen = torch.tensor([-1.0, 2.0], requires_grad=True), []
+    a, seen = torch.tensor([-1.0, 2.0], requires_grad=True), []
     with net[1].register_full_backward_hook(lambda m, gi, go: seen.extend([*go, *gi])):
-        net[1](h).backward(torch.tensor([3.0, 5.0]))
+        net[1](a).backward(torch.tensor([3.0, 5.0]))
     go, gi = (g.tolist() for g in seen)
-    assert (go, gi) == ([3, 5], [0, 5])
-    print(f"   ReLU at -1, 2     grad_output {go}   grad_input {gi}")
-
-    y = net(x)
-    with net[1].register_forward_hook(lambda m, args, h: h * torch.tensor([1, 1, 0, 1])):
-        change = y - net(x)  # (B, 2)
-    torch.testing.assert_close(change, net[:2](x)[:, 2:3] * net[2].weight[:, 2])
-    assert torch.equal(net(x), y) and len(log) == 9  # no hook is left
-    print(f"   h_2 set to 0      output loses h_2 w_2, up to {change.abs().max():.3f}; removed, 0")
+    print(f"   ReLU at {a.tolist()}: grad_output {go}, grad_input {gi}")
+    print(
+        f"   -> {noted} calls in one pass; after remove() {len(log) - noted} more in the next one"
+    )
+    return {"log": log, "relu": (go, gi)}
 
 
-# --- the forgotten hook ----------------------------------------------------------------------
+# --- 4. the forgotten hook ---------------------------------------------------------------------
 
 
 def leak(calls, remove, detach=False, batch=32, width=256):
-    """Read the logits by a hook, `calls` times, and remove it each time or not.
+    """Read the logits by a hook in `calls` calls, and remove the hook after each, or not.
 
     Returns the bytes of hidden activations alive after each call, and how often hooks ran in all.
     """
     model = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
-    x, hidden, alive, runs = torch.randn(batch, 64), [], [], 0
-    model[1].register_forward_hook(lambda module, args, output: hidden.append(weakref.ref(output)))
+    x, hidden, alive, runs = torch.randn(batch, 64), [], [], []
+    model[1].register_forward_hook(lambda m, args, output: hidden.append(weakref.ref(output)))
 
     def read_logits():
         kept = []
 
         def keep(module, args, output):
-            nonlocal runs
-            runs += 1
+            runs.append(1)
             kept.append(output.detach() if detach else output)
 
         handle = model[2].register_forward_hook(keep)
         model(x)
         if remove:
             handle.remove()
-        return kept[0]
 
     for _ in range(calls):
         read_logits()
         alive.append(sum(ref().nbytes for ref in hidden if ref() is not None))
-    return alive, runs
+    return alive, len(runs)
 
 
-def check_leak(log_dir, calls=20):
+def show_leak(log_dir, calls=20):
+    print(f"4. Logits read by a hook in {calls} calls: what does a forgotten hook cost?")
+    print("   hook                  hooks ran   hidden activations kept alive")
     measured = {
         "forgotten": leak(calls, remove=False),
         "forgotten, detached": leak(calls, remove=False, detach=True),
         "removed": leak(calls, remove=True),
     }
-    hidden = 32 * 256 * 4  # batch, width, bytes of a float32
     for name, (alive, runs) in measured.items():
-        assert alive == [n * hidden * (name == "forgotten") for n in range(1, calls + 1)]
-        assert runs == (calls if name == "removed" else calls * (calls + 1) / 2)
-        print(f"   {name:<20} hooks ran {runs:4d} times   hidden kB alive {alive[-1] / 1000:6.1f}")
+        print(f"   {name:<20} {runs:10d}   {alive[-1] / 1000:26.1f} kB")
     for name in ("forgotten", "removed"):
-        with SummaryWriter(log_dir / name, purge_step=0) as writer:
-            for n, alive in enumerate(measured[name][0], 1):
-                writer.add_scalar("leak/hidden_kB", alive / 1000, n)
+        curve = {n: alive / 1000 for n, alive in enumerate(measured[name][0], 1)}
+        draw(log_dir / name, "leak/hidden_kB", curve)
+    leaks = [name for name, (alive, _) in measured.items() if alive[-1]]
+    once = [name for name, (_, runs) in measured.items() if runs == calls]
+    words = f"{', '.join(leaks)}; a hook runs once per call only if {', '.join(once)}"
+    print(f"   -> memory leaks if {words}")
+    return measured
 
 
-# --- NaN -------------------------------------------------------------------------------------
+# --- 5. where does the NaN come from? ----------------------------------------------------------
 
 
-class Root(nn.Module):
-    """sqrt(x); if guarded, 0 where x <= 0: finite, but its gradient there is 0 * NaN."""
+class Layer(nn.Module):
+    """Any function f(x, w) as a layer with one weight, w = 0."""
 
-    def __init__(self, guarded):
+    def __init__(self, f):
         super().__init__()
-        self.guarded = guarded
+        self.f, self.w = f, nn.Parameter(torch.zeros(()))
 
     def forward(self, x):
-        return torch.where(x > 0, x.sqrt(), 0.0) if self.guarded else x.sqrt()
+        return self.f(x, self.w)
 
 
 def find_nan(model, x):
-    """The first child of `model` to make a value or a gradient that is not finite; None if none is.
+    """What is the first to be infinite or NaN as x goes through the children of `model` and back?
 
-    x must require grad: a layer is guilty of the gradient that it hands back to its input.
+    "output of NAME", "gradient of NAME" (what a child hands back to its input), "gradient of
+    NAME.PARAMETER", or None. No hook stays. Exercise.
     """
 
     def check(where, tensor):
@@ -227,15 +221,15 @@ def find_nan(model, x):
             raise FloatingPointError(where)
 
     handles = []
-    for n, layer in model.named_children():
+    for n, m in model.named_children():
         handles += [
-            layer.register_forward_hook(lambda m, args, out, n=n: check(f"output of {n}", out)),
-            layer.register_full_backward_hook(
-                lambda m, gi, go, n=n: check(f"gradient of {n}", gi[0])
-            ),
+            m.register_forward_hook(lambda m, args, out, n=n: check(f"output of {n}", out)),
+            m.register_full_backward_hook(lambda m, gi, go, n=n: check(f"gradient of {n}", gi[0])),
         ]
+    for n, p in model.named_parameters():
+        handles.append(p.register_hook(lambda g, n=n: check(f"gradient of {n}", g)))
     try:
-        model(x).sum().backward()
+        model(x.detach().requires_grad_()).sum().backward()
     except FloatingPointError as error:
         return str(error)
     finally:
@@ -243,183 +237,176 @@ def find_nan(model, x):
             handle.remove()
 
 
-def check_nan(depth=6, width=8):
-    layers = [nn.Linear(width, width) for _ in range(depth)]
-    x = torch.randn(16, width, requires_grad=True)
-    for form, root, what in (
-        ("sqrt(x)", Root(guarded=False), "output"),
-        ("where(x > 0, sqrt(x), 0)", Root(guarded=True), "gradient"),
+def show_nan(depth=6, width=8):
+    print(f"5. A faulty layer put before each of {depth} layers in turn: what do hooks on all say?")
+    print("   faulty layer                 found   last message")
+    layers, found = [nn.Linear(width, width) for _ in range(depth)], {}
+    x = torch.randn(16, width)
+    for form, f, what in (
+        ("sqrt(x)", lambda x, w: x.sqrt(), "output of {}"),
+        (
+            "where(x > 0, sqrt(x), 0)",
+            lambda x, w: torch.where(x > 0, x.sqrt(), 0),
+            "gradient of {}",
+        ),
+        ("x + sqrt(w), w = 0", lambda x, w: x + w.sqrt(), "gradient of {}.w"),
+        ("x + w (no fault)", lambda x, w: x + w, "None"),
     ):
-        found = [find_nan(nn.Sequential(*layers[:n], root, *layers[n:]), x) for n in range(depth)]
-        assert found == [f"{what} of {n}" for n in range(depth)]
-        print(f"   {form:<26} found {depth} of {depth}, by its {what}")
-    assert find_nan(nn.Sequential(*layers), x) is None
-    print(f"   {'no root':<26} found nothing")
+        said = [str(find_nan(nn.Sequential(*layers[:n], Layer(f), *layers[n:]), x))
+                for n in range(depth)]  # fmt: skip
+        found[form] = sum(said[n] == what.format(n) for n in range(depth))
+        print(f"   {form:<26} {found[form]:2d} of {depth}   {said[-1]}")
+    right = f"{sum(found.values())} of {depth * len(found)}"
+    print(f"   -> {right} answers name the faulty layer, or none where there is none")
+    return found
 
 
-# --- Grad-CAM --------------------------------------------------------------------------------
+# --- 6. Grad-CAM: where does the network see class c? ------------------------------------------
 
 
-def grad_cam(model, layer, x, c=None):
-    """Heat (B, h, w) at `layer` for classes c (B,), or else for the predicted ones.
+def make_network():
+    """Moli's three blocks, the mean over all places, one Linear layer: (B, 3, H, W) -> (B, 3)."""
+    mean_and_linear = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3)
+    return nn.Sequential(Moli().features, *mean_and_linear).to(memory_format=torch.channels_last)
 
-    Raises ValueError in training mode, where batch norm mixes the images, and if c is not (B,).
+
+def grad_cam(model, layer, x, c):
+    """Heat (B, h, w) for the classes c (B,), from the output A (B, C, h, w) of `layer`.
+
+    A comes from a forward hook; alpha (B, C) is the mean over all places of dz_c/dA, for which one
+    torch.autograd.grad of the sum of all z_c is enough. Returns relu(sum_k alpha_k A_k), detached.
+    Raises ValueError in training mode (batch norm mixes images) and if c is not (B,). Exercise.
     """
     if model.training:
         raise ValueError("Grad-CAM explains one image at a time: call model.eval() first")
     kept = []
-    with layer.register_forward_hook(lambda module, args, output: kept.append(output)):
-        logits = model(x)  # (B, K)
-    c = logits.argmax(1) if c is None else c
-    if c.shape != logits.shape[:1]:
-        raise ValueError(f"classes {tuple(c.shape)} for logits {tuple(logits.shape)}")
-    (A,) = kept  # (B, C, h, w)
-    (G,) = torch.autograd.grad(logits.gather(1, c[:, None]).sum(), A)
+    with layer.register_forward_hook(lambda m, args, output: kept.append(output)):
+        z = model(x)  # (B, K)
+    if c.shape != z.shape[:1]:
+        raise ValueError(f"classes {tuple(c.shape)} for logits {tuple(z.shape)}")
+    (A,) = kept
+    (G,) = torch.autograd.grad(z.gather(1, c[:, None]).sum(), A)
     alpha = G.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
     return F.relu((alpha * A).sum(1)).detach()
 
 
-def moli_for_cam():
-    """Moli with global average pooling and one Linear layer for its classifier."""
-    model = Moli()
-    model.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
-    return model.to(memory_format=torch.channels_last)
-
-
-def cam(model, x):
-    """Heat (B, 4, 4) of such a Moli for the predicted classes."""
-    A = model.features(x)  # (B, 64, 4, 4)
-    w = model.classifier[2].weight[model.classifier(A).argmax(1)]  # (B, 64)
-    return F.relu(torch.einsum("bk,bkhw->bhw", w, A)).detach()
-
-
-def scale_up(heat, size=32):
-    """(B, h, w) -> (B, size, size)"""
-    return F.interpolate(heat[:, None], size=(size, size), mode="bilinear")[:, 0]
-
-
-def peaks(heat):
-    """The pixel, as (x, y) in (B, 2), where heat (B, h, w), scaled up, is largest."""
-    big = scale_up(heat)
-    place, width = big.flatten(1).argmax(1), big.shape[-1]
-    return torch.stack([place % width, place // width], 1) + 0.5  # its middle
-
-
-def share_inside(points, boxes):
-    """The share of points (B, 2) that lie in their boxes (B, 4)."""
-    if len(points) != len(boxes):
-        raise ValueError(f"{len(points)} points for {len(boxes)} boxes")
-    return ((points >= boxes[:, :2]) & (points <= boxes[:, 2:])).all(1).float().mean().item()
-
-
 def open_shapes(root, train, count):
-    """Up to `count` images (N, 3, 32, 32) of the first classes, their labels and boxes."""
+    """Up to `count` circles, rings, squares (N, 3, 32, 32) of Shapes-10 and their classes (N,)."""
     shapes = Shapes10(root, train)
     labels = torch.tensor(shapes.targets)
-    keep = (labels < CLASSES).nonzero()[:count, 0]
+    keep = (labels < 3).nonzero()[:count, 0]
     x = torch.from_numpy(shapes.data)[keep].permute(0, 3, 1, 2).float() / 255 * 4 - 2
-    return x, labels[keep], torch.from_numpy(shapes.boxes)[keep]
+    return x.contiguous(memory_format=torch.channels_last), labels[keep]
 
 
-def to_corner(images, boxes, corner):
-    """Images (N, 3, 32, 32) at half their size in corner 0 … 3 of noise; their boxes (N, 4)."""
-    N = len(images)
-    pictures = torch.randn(N, 3, 2, 16, 2, 16)
-    pictures[torch.arange(N), :, corner // 2, :, corner % 2] = F.avg_pool2d(images, 2)
-    pictures = pictures.reshape(N, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    shift = 16 * torch.stack([corner % 2, corner // 2], 1)  # (N, 2), as (x, y)
-    return pictures, boxes / 2 + shift.repeat(1, 2)
+def pair_up(x, labels, count):
+    """Pictures (N, 3, 32, 64) of two shapes of different classes, and their classes (N, 2)."""
+    left, right = torch.randint(len(x), (2, 4 * count))
+    differ = (labels[left] != labels[right]).nonzero()[:count, 0]
+    left, right = left[differ], right[differ]
+    pictures = torch.cat([x[left], x[right]], dim=3).contiguous(memory_format=torch.channels_last)
+    return pictures, torch.stack([labels[left], labels[right]], 1)
 
 
-def train(model, images, labels, boxes, epochs, batch, lr=0.01):
-    """Train on images in ever new corners, and yield after each step."""
-    batches = [i for _ in range(epochs) for i in torch.randperm(len(images)).split(batch)]
+def share_found(heats):
+    """How often the half with more heat is the half asked for: heats for the left class, the right.
+
+    Two maps (N, h, w). Maps that do not know the class are equal, and right in one of two: 0.5.
+    """
+    halves = [heat.unflatten(2, (2, -1)).sum((1, 3)) for heat in heats]  # two times (N, 2)
+    on_the_right = [half[:, 1] > half[:, 0] for half in halves]
+    return torch.cat([~on_the_right[0], on_the_right[1]]).float().mean().item()
+
+
+def ask(model, layer, pictures, classes):
+    """Grad-CAM for the left shape's class and for the right one's."""
+    return [grad_cam(model, layer, pictures, c) for c in classes.T]
+
+
+def train(model, x, labels, epochs, batch, lr=0.01):
+    """Train on single shapes, with a learning rate that rises and falls."""
+    batches = [i for _ in range(epochs) for i in torch.randperm(len(x)).split(batch)]
     optimizer = torch.optim.Adam(model.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(batches))
+    model.train()
     for i in tqdm(batches, disable=None, leave=False):
-        x, _ = to_corner(images[i], boxes[i], torch.randint(4, (len(i),)))
-        model.train()
-        loss = F.cross_entropy(model(x), labels[i])
+        loss = F.cross_entropy(model(x[i]), labels[i])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        yield
+    model.eval()
 
 
-def overlay(pictures, heat, boxes, scale=5, columns=4):
-    """Pictures (N, 3, 32, 32) in grey under their heat in red, the boxes in green: (3, H, W)."""
-    grey = F.interpolate(pictures.mean(1, keepdim=True) / 4 + 0.5, scale_factor=scale).clamp(0, 1)
-    red = scale_up(heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-9), grey.shape[-1])[:, None]
-    big = grey * (1 - red) + red * torch.tensor([1.0, 0, 0]).view(3, 1, 1)
-    green = torch.tensor([0, 0.9, 0]).view(3, 1, 1)
-    for picture, box in zip(big, (boxes * scale).long(), strict=True):
-        x0, y0, x1, y1 = box.tolist()
-        picture[:, y0:y1, [x0, x1 - 1]] = green
-        picture[:, [y0, y1 - 1], x0:x1] = green
-    rows = F.pad(big, (4, 4, 4, 4), value=1.0).split(columns)
-    return torch.cat([torch.cat([*row], dim=2) for row in rows], dim=1)
+def heat_pictures(pictures, classes, heats, count=3):
+    """Each picture above its heat for the left class, above its heat for the right class."""
+    grey = (pictures.mean(1) / 4 + 0.5).clamp(0, 1)
+    shown = [heat_over(grey, torch.zeros_like(grey)), *(heat_over(grey, heat) for heat in heats)]
+    words = [
+        f"top: the picture\nmiddle: {CLASSES[left]}?\nbottom: {CLASSES[right]}?"
+        for left, right in classes[:count].tolist()
+    ]
+    title = "Grad-CAM: red speaks for the class that is asked for"
+    return caption_row(title, torch.cat(shown, dim=2)[:count], words, height=192)
 
 
-def check_cam(log_dir, root, images, epochs, batch, tested):
-    data = open_shapes(root, train=True, count=images)
-    test = open_shapes(root, train=False, count=tested)
-    x, labels, boxes = (t.repeat_interleave(4, 0) for t in test)
-    pictures, boxes = to_corner(x, boxes, torch.arange(len(x)) % 4)  # each image in each corner
-    others = boxes[torch.randperm(len(boxes))]
-    model = moli_for_cam()
-    last_conv = model.features[2][0]  # 8 x 8 places
+def show_grad_cam(log_dir, root, images, epochs, batch, asked):
+    print("6. Two shapes side by side: where does Grad-CAM see the circle, the ring, the square?")
+    x, labels = open_shapes(root, train=True, count=images)
+    test_x, test_labels = open_shapes(root, train=False, count=600)
+    pictures, classes = pair_up(test_x, test_labels, asked)
+    absent = (3 - classes.sum(1, keepdim=True)).expand(-1, 2)  # 0 + 1 + 2 = 3
+    model = make_network().eval()
+    blocks, heats = model[0], {"untrained": ask(model, model[0], pictures, classes)}
+    train(model, x, labels, epochs, batch)
+    heats["trained"] = ask(model, blocks, pictures, classes)
+    for run, pair in heats.items():
+        with SummaryWriter(log_dir / run, purge_step=0) as writer:
+            writer.add_image("cam/heat", heat_pictures(pictures, classes, pair), 0)
 
-    heat = {0: grad_cam(model.eval(), last_conv, pictures)}
-    for step, _ in enumerate(train(model, *data, epochs, batch), 1):
-        if step % 20 == 0:
-            heat[step] = grad_cam(model.eval(), last_conv, pictures)
-    heat[step] = grad_cam(model.eval(), last_conv, pictures)
-
-    print("5. Z times Grad-CAM against CAM, under global average pooling")
-    ours, theirs = grad_cam(model, model.features, pictures), cam(model, pictures)
-    Z = ours[0].numel()
-    torch.testing.assert_close(Z * ours, theirs, rtol=1e-4, atol=1e-4)
-    print(f"   largest difference {(Z * ours - theirs).abs().max():.1e} of {theirs.max():.1f}")
-
-    print("6. Grad-CAM at Moli's last convolution: share of peaks in the shape's box")
-    own = {step: share_inside(peaks(h), boxes) for step, h in heat.items()}
-    another = {step: share_inside(peaks(h), others) for step, h in heat.items()}
-    area = ((boxes[:, 2:] - boxes[:, :2]).prod(1) / 32**2).mean().item()
-    accuracy = (model(pictures).argmax(1) == labels).float().mean().item()
-    measured = {
-        "trained": own[step],
-        "untrained": own[0],
-        "another box": another[step],
-        "box area": area,
-        "accuracy": accuracy,
+    accuracy = (model(test_x).argmax(1) == test_labels).float().mean().item()
+    print(f"   classes of single test shapes: {accuracy:.3f} right, chance 0.333")
+    print(f"   map                                share right, of {2 * len(pictures)} questions")
+    blind, left = blocks(pictures).abs().sum(1), torch.tensor([[[1.0, 0.0]]])
+    found = {
+        "Grad-CAM, block 3 (the last)": share_found(heats["trained"]),
+        "Grad-CAM, block 2": share_found(ask(model, blocks[1], pictures, classes)),
+        "Grad-CAM, block 1": share_found(ask(model, blocks[0], pictures, classes)),
+        "Grad-CAM, block 3, untrained": share_found(heats["untrained"]),
+        "Grad-CAM, block 3, absent class": share_found(ask(model, blocks, pictures, absent)),
+        "sum of |A_k|, block 3, no class": share_found([blind, blind]),
+        "always left, no network": share_found([left, left]),
     }
-    print(f"   after {step:3d} steps         {own[step]:.3f}   untrained           {own[0]:.3f}")
-    print(f"   another picture's box   {another[step]:.3f}   area of the boxes   {area:.3f}")
-    print(f"   test accuracy           {accuracy:.3f}   chance              {1 / CLASSES:.3f}")
-
-    for run, curve in {"own_box": own, "another_box": another}.items():
-        with SummaryWriter(log_dir / run, purge_step=0) as writer:
-            for n, share in curve.items():
-                writer.add_scalar("cam/peak_in_box", share, n)
-    show = slice(None, 40, 5)  # eight pictures, two in each corner
-    for run, h in {"untrained": heat[0], "trained": heat[step]}.items():
-        with SummaryWriter(log_dir / run, purge_step=0) as writer:
-            writer.add_image("cam/heat", overlay(pictures[show], h[show], boxes[show]), 0)
-    return measured
+    for name, share in found.items():
+        print(f"   {name:<34} {share:.3f}")
+    best, *_, wrong, no_class, no_network = found.values()
+    nulls = max(wrong, no_class, no_network)
+    print(f"   -> asked for the class, block 3 finds {best:.2f}; for none or another {nulls:.2f}")
+    return {"accuracy": accuracy, "found": found}
 
 
-def main(seed=0, log_dir=LOG_DIR, root=DATASET2, images=2000, epochs=2, batch=32, tested=60):
+# --- the run -----------------------------------------------------------------------------------
+
+
+def draw(log_dir, tag, curve):
+    """Write a dict {step: value} as one curve."""
+    with SummaryWriter(log_dir, purge_step=0) as writer:
+        for step, value in curve.items():
+            writer.add_scalar(tag, value, step)
+
+
+def main(seed=0, log_dir=LOG_DIR, root=DATASET2, images=2000, epochs=2, batch=32, asked=200):
     torch.manual_seed(seed)
-    print("1. gradients at tensor hooks: largest difference from the formula")
-    check_tensor_hooks()
-    print("2. module hooks")
-    check_module_hooks()
-    print("3. logits read by a hook in 20 calls: hidden activations kept alive")
-    check_leak(log_dir)
-    print("4. a root before each of six layers, in turn: what hooks on every layer find")
-    check_nan()
-    return check_cam(log_dir, root, images, epochs, batch, tested)
+    measured = {
+        "everyday": show_everyday(),
+        "reversal": show_reversal(),
+        "modules": show_module_hooks(),
+        "leak": show_leak(log_dir),
+        "nan": show_nan(),
+        "cam": show_grad_cam(log_dir, root, images, epochs, batch, asked),
+    }
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":
