@@ -7,7 +7,8 @@
     python practice.py run nn_linear      run your copy as a program
 
 A name may be any part of a lesson's path that fits no other lesson. Each exercise is judged alone:
-the others are put back as the lesson has them, and the tests that call it are run.
+the others are put back as the lesson has them, and the tests that call it are run, slow ones last
+and no longer than about 20 s.
 """
 
 import difflib
@@ -16,6 +17,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from itertools import accumulate
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,6 +26,7 @@ from support import exercises
 from support.files import ROOT, DataError, guard, options_parser, write_whole
 
 PRACTICE = Path(os.environ.get("NOTES_PRACTICE", ROOT / "practice"))
+SECONDS = 20  # of tests for an exercise: some train for a minute on three seeds
 PATIENCE = 60  # seconds, besides ten times what the lesson's own functions take
 SIGNS = {"solved": "+", "wrong": "!", "unchecked": "?", "your turn": "-", "not started": ""}
 
@@ -87,7 +90,7 @@ def states(lesson, source, progress):
         own = exercises.functions(mine)
     except (SyntaxError, ValueError) as error:  # a zero byte is a ValueError
         text = (getattr(error, "text", "") or "").strip()
-        line = getattr(error, "lineno", 1)
+        line = getattr(error, "lineno", None) or 1
         raise DataError(f"{shown(path)}, line {line}: {error.args[0]}: {text}") from error
     if gone := [name for name in asked if name not in own]:
         raise DataError(
@@ -148,6 +151,14 @@ def start(known, name, again):
     return 0
 
 
+def soon_done(tests):
+    """Of {test: seconds} the first ones, as many as take SECONDS in all; one at least."""
+    ends = accumulate(tests.values())
+    return dict(
+        row for row, end in zip(tests.items(), ends, strict=True) if end < SECONDS or row[1] == end
+    )
+
+
 def check(known, name):
     """A line an exercise, below it why it is wrong. Status 1 while one is open."""
     progress = read_progress()
@@ -167,7 +178,7 @@ def check(known, name):
         calls = exercises.calls_of(todo, progress["calls"], bar)
     tries = {}
     for lesson, exercise, state, _, source in rows:
-        if state == "unchecked" and (tests := calls[lesson][exercise]):
+        if state == "unchecked" and (tests := soon_done(calls[lesson][exercise])):
             limit = PATIENCE + 10 * sum(tests.values())
             one = exercises.attempt(lesson, source, [exercise], list(tests), limit)
             tries[lesson, exercise] = one

@@ -6,6 +6,7 @@ ast, without importing the lesson, and judged by the lesson's tests, which tests
 
 import ast
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ BLANK = 'raise NotImplementedError("your turn")\n'
 # --- sources -----------------------------------------------------------------------------------
 
 
+@functools.cache
 def functions(source):
     """{name or Class.method: syntax tree} of all functions, in the order of the file."""
     found = {}

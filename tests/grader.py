@@ -140,7 +140,9 @@ class Grader:
             record.append([item, time.perf_counter() - begin, self.passed])
             if self.failure and not attempt["record"]:
                 with suppress(Exception):  # what it leaves behind is no concern of the exercise
-                    item.ihook.pytest_runtest_teardown(item=item, nextitem=None)
+                    session._setupstate.teardown_exact(
+                        None
+                    )  # fixtures hold this copy of the lesson
                 break
         faulthandler.cancel_dump_traceback_later()
         return self.failure, [
@@ -230,8 +232,9 @@ def main():
     builtins.practice_call = grader.note
     lessons = {attempt["lesson"]: None for attempt in grader.attempts}
     files = [str(test_file(lesson)) for lesson in lessons]
-    options = ["-p", "no:terminal", "-o", "tmp_path_retention_policy=none", "--rootdir", str(ROOT)]
-    sys.exit(pytest.main([*options, *files], plugins=[grader]))
+    place = Path(grader.attempts[0]["folder"]).parent / "tmp_path"
+    options = ["-p", "no:terminal", f"--basetemp={place}", "-o", "tmp_path_retention_policy=none"]
+    sys.exit(pytest.main([*options, "--rootdir", str(ROOT), *files], plugins=[grader]))
 
 
 if __name__ == "__main__":

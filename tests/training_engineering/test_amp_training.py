@@ -113,6 +113,7 @@ def test_weights_and_their_gradients_stay_float32_under_autocast(lesson):
     batches, _ = lesson.teacher_task(3, B=16)
     losses = lesson.fit(model, batches, torch.bfloat16, lr=0.01)
     assert len(losses) == 3 and torch.get_default_dtype() == before
+    assert losses[0] == pytest.approx(math.log(4), abs=0.5)  # of 4 classes, none of them known
     assert all(w.dtype == w.grad.dtype == torch.float32 for w in model.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(torch.randn(1, 16), model[0].weight).dtype == torch.bfloat16
