@@ -29,13 +29,11 @@ Source         Ho et al. 2020 (DDPM), arXiv:2006.11239, eqs. 4, 7, 14, section 3
 """
 
 import argparse
-import gzip
 import math
 import os
 import signal
 import sys
 import threading
-import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,10 +46,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.datasets import MNIST
+from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
 LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / "generative_models" / "diffusion_basics"
 DATA = Path(__file__).resolve().parents[1] / "data"
+PLACES = ("MNIST/raw", "MNIST", "mnist/raw", "mnist", "raw", "")  # in data/, torchvision's first
 MEND = "python generative_models/vae_basics.py --download"
 F64 = torch.float64
 RADIUS, SIGMA = 2.0, 0.1  # of the ring, of each Gaussian on it
@@ -59,10 +60,6 @@ NO_CLASS = 10
 
 
 # --- digits, as in vae_basics.py ---------------------------------------------------------------
-
-
-class DataError(SystemExit):
-    """Data that cannot be read or fetched: uncaught, it ends a script by its line, status 1."""
 
 
 def draw_digits(n):
@@ -81,35 +78,39 @@ def draw_digits(n):
     return (255 * ((x - ink) / 0.25 + 0.5).clamp(0, 1)).byte().squeeze(1), labels
 
 
-def read_idx(path):
-    """The uint8 tensor in an IDX file, gzipped or not. DataError if it is damaged."""
+def open_digits(root=DATA, train=True, count=8000, download=False):
+    """Images (N, 28, 28) uint8, labels (N,), a line on them: MNIST if it is there, else drawn ones.
+
+    Raises OSError if MNIST is there but damaged, or if it cannot be fetched.
+    """
+    folders = [Path(root, place) for place in PLACES]
+    there = [folder for folder in folders if any(folder.glob("t*-idx?-ubyte*"))]
+    if not there and not download:
+        found = {p.name for f in folders for kind in ("*ubyte*", "*mnist*.*") for p in f.glob(kind)}
+        other = f" (but {', '.join(sorted(found))})" if found else ""
+        missing = f"as {folders[0] / 'train-images-idx3-ubyte'} is not there{other}"
+        line = f"data: {count:,} drawn digits, {missing}; for the real MNIST: {MEND}"
+        return *draw_digits(count), line
+    raw = [*there, folders[0]][0]
+
+    class Found(MNIST):
+        raw_folder = str(raw)
+
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if raw[:3] != b"\0\0\x08":
-            raise ValueError("not an IDX file of bytes")
-        shape = np.frombuffer(raw, ">i4", raw[3], 4)
-        return torch.tensor(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape))
-    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        raise DataError(f"{path} is damaged ({error}): delete it, then {MEND}") from error
-
-
-def open_digits(root=DATA, train=True, count=8000):
-    """Images (N, 28, 28) uint8, labels (N,), a line on them: root/MNIST if there, else `count`."""
-    part, folder = "train" if train else "t10k", Path(root) / "MNIST"
-    files = [p for p in folder.rglob("*-ubyte*") if p.is_file() and p.suffix != ".part"]
-    if not files:
-        return *draw_digits(count), f"data: {count:,} drawn digits; for the real MNIST: {MEND}"
-    found = []
-    for name in (f"{part}-images?idx3-ubyte", f"{part}-labels?idx1-ubyte"):
-        paths = sorted(p for p in files if p.match(f"{name}*"))
-        if not paths:
-            raise DataError(f"{folder / 'raw' / name.replace('?', '-')} is missing: {MEND}")
-        found.append(read_idx(paths[-1]))
-    images, labels = found
-    if images.shape != (len(labels), 28, 28) or labels.max() > 9:
-        shapes = f"images {tuple(images.shape)}, labels {tuple(labels.shape)}"
-        raise DataError(f"{paths[-1].parent} does not hold MNIST but {shapes}: {MEND}")
-    return images, labels.long(), f"data: MNIST, {len(images):,} images"
+        for name, md5 in () if download else MNIST.resources:
+            if not (raw / name).with_suffix("").is_file():
+                if not check_integrity(raw / name, md5):
+                    raise FileNotFoundError(f"{name} is missing or damaged")
+                extract_archive(raw / name)
+        mnist = Found(root, train, download=download)
+        images, labels = mnist.data, mnist.targets
+        if images.shape != (len(labels), 28, 28) or labels.max() > 9:
+            raise ValueError(f"images {tuple(images.shape)}, labels {tuple(labels.shape)}")
+    except Exception as error:  # torchvision has a dozen ways to say no
+        why = " ".join(str(error).split()) or type(error).__name__
+        mend = f"delete the *-ubyte* files there, then {MEND}"
+        raise OSError(f"{raw} holds no whole MNIST ({why}): {mend}") from error
+    return images, labels, f"data: MNIST, {len(images):,} images"
 
 
 # --- the chain ---------------------------------------------------------------------------------
@@ -585,10 +586,10 @@ def show_digits(log_dir, images, labels, steps, each, sample_steps, device, T=10
 
 
 def main(seed=0, log_dir=LOG_DIR, root=DATA, n=20_000, points=2000, ring_steps=3000, steps=600,
-         each=16, sample_steps=40, count=8000):  # fmt: skip
+         each=16, sample_steps=40, count=8000, download=False):  # fmt: skip
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     torch.manual_seed(seed)
-    images, labels, line = open_digits(root, True, count)
+    images, labels, line = open_digits(root, True, count, download)
     print(line)
     show_forward(n)
     show_posterior()
@@ -629,4 +630,4 @@ def guard(main, *flags):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # networks this small are hardly faster on two
-    guard(main)
+    guard(main, "--download")

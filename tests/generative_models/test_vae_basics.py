@@ -1,11 +1,15 @@
 import gzip
+import hashlib
 import math
+import re
+import shutil
 import struct
 
 import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.datasets import MNIST, utils
 
 F64 = torch.float64
 
@@ -37,26 +41,40 @@ def idx(array):
     )  # fmt: skip
 
 
-def write_mnist(root, packed, n=30):
-    """A small MNIST of random pixels at root; its images and labels."""
-    folder = root / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    images, labels = torch.randint(256, (n, 28, 28)).byte(), torch.randint(10, (n,)).byte()
-    for part in ("train", "t10k"):
-        for name, data in {"images-idx3": images, "labels-idx1": labels}.items():
-            raw = idx(data)
-            path = folder / f"{part}-{name}-ubyte{'.gz' * packed}"
-            path.write_bytes(gzip.compress(raw) if packed else raw)
-    return images, labels
+@pytest.fixture
+def write_mnist(lesson, monkeypatch):
+    """write_mnist(folder, packed): a small MNIST of random pixels there; its images and labels."""
+
+    def write(folder, packed, n=30):
+        folder.mkdir(parents=True)
+        images, labels = torch.randint(256, (n, 28, 28)).byte(), torch.randint(10, (n,)).byte()
+        sums = []
+        for name, _ in MNIST.resources:
+            raw = idx(images if "images" in name else labels)
+            path = folder / name
+            path.write_bytes(gzip.compress(raw))
+            md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+            sums.append((name, md5))
+            if not packed:
+                path.unlink()
+                path.with_suffix("").write_bytes(raw)
+        monkeypatch.setattr(MNIST, "resources", sums)
+        return images, labels
+
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody is there
+    return write
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("train", [False, True])
-def test_mnist_is_used_where_it_lies(lesson, tmp_path, packed, train):
-    images, labels = write_mnist(tmp_path, packed)
-    got = lesson.open_digits(tmp_path, train)
-    assert torch.equal(got[0], images) and torch.equal(got[1], labels.long())
-    assert got[2] == "data: MNIST, 30 images"
+@pytest.mark.parametrize("place", ["MNIST/raw", "MNIST", "mnist", "raw", "."])
+def test_mnist_is_used_where_it_lies(lesson, write_mnist, tmp_path, place, packed, train):
+    images, labels = write_mnist(tmp_path / "data" / place, packed)
+    (tmp_path / "data" / place / "._train-images-idx3-ubyte").write_bytes(b"AppleDouble")
+    for _ in range(2):  # the second time it is unpacked
+        got = lesson.open_digits(tmp_path / "data", train)
+        assert torch.equal(got[0], images) and torch.equal(got[1], labels.long())
+        assert got[1].dtype == torch.int64 and got[2] == "data: MNIST, 30 images"
 
 
 def test_without_mnist_ten_digits_are_drawn_and_it_is_said(lesson, tmp_path):
@@ -64,78 +82,84 @@ def test_without_mnist_ten_digits_are_drawn_and_it_is_said(lesson, tmp_path):
     images, labels, line = lesson.open_digits(tmp_path, count=200)
     assert images.shape == (200, 28, 28) and images.dtype == torch.uint8
     assert labels.bincount().tolist() == [20] * 10
-    assert line == f"data: 200 drawn digits; for the real MNIST: {lesson.MEND}"
+    wanted = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    end = f"is not there; for the real MNIST: {lesson.MEND}"
+    assert line == f"data: 200 drawn digits, as {wanted} {end}"
     x, y = images.flatten(1).float(), labels
     near = torch.cdist(x[100:], x[:100]).argmin(1)
     assert (y[:100][near] == y[100:]).double().mean() > 0.4  # the nearest image's digit
 
 
+def test_what_looks_like_mnist_and_is_not_is_named(lesson, tmp_path):
+    (tmp_path / "MNIST").mkdir()
+    for name in ("mnist.npz", "train-images.idx3-ubyte", "MNIST/mnist_test.csv", "other.csv"):
+        (tmp_path / name).write_bytes(b"other")
+    line = lesson.open_digits(tmp_path, count=20)[2]
+    found = "(but mnist.npz, mnist_test.csv, train-images.idx3-ubyte)"
+    assert f"is not there {found}; for the real MNIST" in line and "20 drawn" in line
+
+
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("harm", ["cut", "foreign", "empty"])
-def test_a_damaged_file_is_named_with_the_command_that_mends_it(lesson, tmp_path, packed, harm):
-    write_mnist(tmp_path, packed)
-    path = tmp_path / "MNIST" / "raw" / f"train-labels-idx1-ubyte{'.gz' * packed}"
+@pytest.mark.parametrize("harm", ["cut", "foreign", "empty", "gone"])
+@pytest.mark.parametrize("name", ["train-labels-idx1-ubyte", "train-images-idx3-ubyte"])
+def test_damage_is_one_line_with_the_folder_and_the_mend(
+    lesson, write_mnist, tmp_path, packed, harm, name
+):
+    raw = tmp_path / "MNIST" / "raw"
+    write_mnist(raw, packed)
+    path = raw / f"{name}{'.gz' * packed}"
     whole = path.read_bytes()
-    path.write_bytes({"cut": whole[:-5], "foreign": b"<html>", "empty": b""}[harm])
-    with pytest.raises(lesson.DataError, match="is damaged") as error:
+    path.write_bytes({"cut": whole[:-5], "foreign": b"<html>"}.get(harm, b""))
+    if harm == "gone":
+        path.unlink()
+    with pytest.raises(OSError) as error:
         lesson.main(root=tmp_path, log_dir=tmp_path / "runs", n=5000, draws=1)
     message = str(error.value)
-    assert str(path) in message and lesson.MEND in message and "\n" not in message
-    assert path.exists()
+    assert message.startswith(f"{raw} holds no whole MNIST (") and "\n" not in message
+    assert message.endswith(f"delete the *-ubyte* files there, then {lesson.MEND}")
 
 
-def test_a_missing_file_or_another_set_is_named(lesson, tmp_path):
-    write_mnist(tmp_path, packed=False)
-    path = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
-    whole = path.read_bytes()
-    path.write_bytes(idx(torch.zeros(30, 32, 32).byte()))
-    with pytest.raises(lesson.DataError, match="does not hold MNIST but images"):
+@pytest.mark.parametrize(("images", "labels"), [
+    (torch.zeros(30, 32, 32), torch.zeros(30)), (torch.zeros(30, 28, 28), torch.zeros(29)),
+    (torch.zeros(0, 28, 28), torch.zeros(0)), (torch.zeros(30, 28, 28), torch.zeros(30) + 10),
+    (torch.zeros(30, 784), torch.zeros(30)), (torch.zeros(30, 28, 28), torch.zeros(30, 1)),
+])  # fmt: skip
+def test_another_set_under_its_names_is_refused(lesson, write_mnist, tmp_path, images, labels):
+    raw = tmp_path / "MNIST" / "raw"
+    write_mnist(raw, packed=False)
+    (raw / "t10k-images-idx3-ubyte").write_bytes(idx(images.byte()))
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(idx(labels.byte()))
+    with pytest.raises(OSError, match="holds no whole MNIST"):
         lesson.open_digits(tmp_path, train=False)
-    path.unlink()
-    with pytest.raises(lesson.DataError, match=f"t10k-images-idx3-ubyte is missing: {lesson.MEND}"):
-        lesson.open_digits(tmp_path, train=False)
-    inner = path / "t10k-images.idx3-ubyte"  # as Kaggle's archive names and places it
-    path.mkdir()
-    inner.write_bytes(whole)
-    assert len(lesson.open_digits(tmp_path, train=False)[0]) == 30
+    assert len(lesson.open_digits(tmp_path)[0]) == 30
 
 
-def test_what_an_interrupted_download_leaves_is_no_mnist(lesson, tmp_path):
-    part = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz.part"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(b"half")
-    assert "20 drawn digits" in lesson.open_digits(tmp_path, count=20)[2]
+def test_it_is_fetched_when_asked_and_no_network_is_one_line(
+    lesson, write_mnist, tmp_path, monkeypatch
+):
+    expected, _ = write_mnist(tmp_path / "server", packed=True)
+    with pytest.raises(OSError, match=r"raw holds no whole MNIST \(Error downloading") as no:
+        lesson.open_digits(tmp_path, download=True)
+    assert "127.0.0.1:9" in str(no.value) and "\n" not in str(no.value)
+    (tmp_path / "MNIST" / "raw" / MNIST.resources[1][0]).write_bytes(b"a download that was cut")
+
+    def copy(url, root, filename, md5):
+        assert url == f"{MNIST.mirrors[0]}{filename}"
+        shutil.copy(tmp_path / "server" / filename, root)
+
+    monkeypatch.setattr(utils, "download_url", copy)
+    assert torch.equal(lesson.open_digits(tmp_path, download=True)[0], expected)
+    assert torch.equal(lesson.open_digits(tmp_path)[0], expected)
 
 
-def test_a_download_is_checked_written_beside_and_renamed(lesson, tmp_path, monkeypatch):
-    from torchvision.datasets import MNIST, utils
+def test_main_fetches_first(lesson, monkeypatch, tmp_path):
+    def fetch(root, download):
+        raise ConnectionError(f"{download} {root}")
 
-    name, wrong = MNIST.resources[0][0], []
-
-    def fake(url, root, filename, md5):
-        assert url == MNIST.mirrors[0] + filename.removesuffix(".part")
-        root.mkdir(parents=True, exist_ok=True)
-        (root / filename).write_bytes(filename.encode())
-        if wrong:
-            raise RuntimeError("File not found or corrupted.")
-
-    monkeypatch.setattr(utils, "download_url", fake)
-    lesson.download_mnist(tmp_path)
-    folder = tmp_path / "MNIST" / "raw"
-    assert sorted(p.name for p in folder.iterdir()) == sorted(n for n, _ in MNIST.resources)
-    wrong.append(True)
-    (folder / name).write_bytes(b"old")
-    with pytest.raises(lesson.DataError, match=r"cannot fetch .* put the file at"):
-        lesson.download_mnist(tmp_path)
-    assert (folder / name).read_bytes() == b"old"
-    assert not any(p.suffix == ".part" for p in folder.iterdir())
-
-
-def test_bad_options_end_with_status_2(lesson):
-    with pytest.raises(SystemExit) as error:
-        lesson.parse(["--epochs", "3"])
-    assert error.value.code == 2
-    assert lesson.parse(["--download"]).download
+    runs = tmp_path / "runs"
+    monkeypatch.setattr(lesson, "open_digits", fetch)
+    with pytest.raises(ConnectionError, match=f"True {re.escape(str(tmp_path))}"):
+        lesson.main(root=tmp_path, log_dir=runs, download=True)
 
 
 # --- KL, gradients, the linear model -----------------------------------------------------------
@@ -347,6 +371,6 @@ def test_main_writes_its_pictures_and_curves(measured, events):
 
 
 def test_the_same_seed_gives_the_same_numbers(lesson, measured, tmp_path):
-    again = lesson.main(seed=2, log_dir=tmp_path, root=tmp_path, n=20_000, draws=2, steps=70,
+    again = lesson.main(seed=2, log_dir=tmp_path, root=measured[1], n=20_000, draws=2, steps=70,
                         betas=(256, 8, 1), count=1000, test=300)  # fmt: skip
     assert again == measured[0][2]
