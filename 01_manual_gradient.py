@@ -1,22 +1,27 @@
-"""The largest curvature alone bounds the learning rate: descent needs lr < 2 / lambda_max.
+"""Two derivatives written by hand are all that gradient descent needs to fit a line.
 
-    r = w x + b - y        L = mean(r^2)                 the data: y = 2x + 1, x = -3 … 1
-    dL/dw = sum(dL/dr * dr/dw) = mean(2 r x)             dL/dr = 2 r / N,  dr/dw = x
-    dL/db = sum(dL/dr * dr/db) = mean(2 r)               dr/db = 1
-    H = 2 [[mean x^2, mean x], [mean x, 1]]              gradient = H e,  e = (w - 2, b - 1)
+Training lowers a loss L, one number that says how wrong the model is. Its gradient holds the
+derivative of L by each parameter, and a step against the gradient lowers L while the step is short.
+With too large a learning rate each step goes too far and L grows: one can say so before the run.
 
-A step turns e into e - lr H e: the part of the error along each eigenvector of H is multiplied by
-1 - lr lambda. For 0 < lr < 2 / lambda_max all these factors lie in (-1, 1) and every start ends at
-the minimum; beyond, the sharpest one is below -1 and that part grows, changing sides each step.
-Networks trained on the whole batch often sharpen by themselves until lambda_max is about 2 / lr.
+    L = mean(r^2),  r = w x + b - y                     r  by how much w x + b misses y, (N,)
+    dL/dw = mean(2 r x)         dL/db = mean(2 r)       the gradient, by the chain rule
+    w <- w - lr * dL/dw         b <- b - lr * dL/db     one step of gradient descent
+    w and b reach the minimum from every start if 0 < lr < 2 / lam_max, and only then
 
-Checked here   gradient by hand = central differences (exact on a parabola, even for h = 1) =
-               autograd; H = autograd's; path = (I - lr H)^t e_0; both factors of three runs
-TensorBoard    train/log10_loss: two lines fall, just_above rises; surface/path: the
-               first 20 steps over the contours of L, one picture a run
-Try            lr = 2 / lambda_max exactly: does the loss fall to 0? No: in the end w and b jump
-               between two points, and L stays at lambda_max c^2 / 2, c the error's sharp part
-Source         LeCun et al. 1998, Efficient BackProp, section 5; Cohen et al. 2021, arXiv:2103.00065
+    x, y   the N data points, here y = 2x + 1     w, b   parameters     lr   learning rate
+    H      Hessian: the second derivatives of L, a matrix (2, 2); how the gradient changes
+    lam    eigenvalue of H: how much L curves along one direction, its eigenvector. H has two,
+           a flat and a steep one; lam_max belongs to the steep one
+
+Needs          00_interactive_playground.py
+Checked here   gradient by hand = central differences = autograd; along each direction a step
+               multiplies the error by 1 - lr lam; the bound, for four learning rates
+TensorBoard    train/log10_loss by step, a run for each lr: three fall, just_above rises;
+               surface/path: the first 20 steps of each run, over a map of L
+Try            in show_learning_rates, put `limit` for `1.02 * limit`: does L fall to 0?
+Answer         No: L stays at 5.3, as w and b end by jumping between the same two points
+Source         LeCun et al. 1998, Efficient BackProp, section 5
 """
 
 import signal
@@ -33,7 +38,32 @@ from torch.utils.tensorboard import SummaryWriter
 from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "01_manual_gradient"
-TRUTH = torch.tensor([2.0, 1.0], dtype=torch.float64)  # w, b
+TRUTH = torch.tensor([2.0, 1.0], dtype=torch.float64)  # w and b of the line y = 2x + 1
+
+
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def show_everyday():
+    print("1. How do w and b find the line y = 2x + 1 through (1, 3) and (2, 5)?")
+    print("   step        w        b   r at each point   L = mean(r^2)     dL/dw    dL/db")
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])
+    w, b, lr, losses = torch.tensor(0.0), torch.tensor(0.0), 0.1, []
+    for step in range(4):
+        r = w * x + b - y
+        L = r.square().mean()
+        dL_dw, dL_db = (2 * r * x).mean(), (2 * r).mean()
+        print(f"   {step:4}   {w:6.3f}   {b:6.3f}   {r[0]:6.3f}, {r[1]:6.3f}   {L:13.4f}", end="")
+        print(f"   {dL_dw:7.3f}  {dL_db:7.3f}")
+        w = w - lr * dL_dw
+        b = b - lr * dL_db
+        losses.append(L.item())
+    print(f"   -> w = w - lr * dL/dw and b = b - lr * dL/db, three times at lr {lr}, bring L from "
+          f"{losses[0]:.1f} to {losses[-1]:.3f}")  # fmt: skip
+    return losses
+
+
+# --- 2. the gradient by hand -------------------------------------------------------------------
 
 
 def make_data(n=20):
@@ -43,52 +73,141 @@ def make_data(n=20):
 
 
 def loss(w, b, x, y):
-    """Mean squared error over the last dimension; w and b are numbers or (…, 1)."""
+    """Mean squared error over the last dimension; w and b are numbers or (..., 1)."""
     return (w * x + b - y).square().mean(-1)
 
 
 def gradient(w, b, x, y):
-    """(dL/dw, dL/db) by the chain rule."""
+    """dL/dw = sum(dL/dr * dr/dw) and dL/db = sum(dL/dr * dr/db), stacked: (2,).
+
+    w and b are numbers, x and y (N,). r = w x + b - y, so dL/dr = 2 r / N, dr/dw = x, dr/db = 1.
+    Exercise.
+    """
     r = w * x + b - y  # (N,)
     dL_dr = 2 * r / len(x)
-    dr_dw, dr_db = x, torch.ones_like(x)
-    return torch.stack([(dL_dr * dr_dw).sum(), (dL_dr * dr_db).sum()])  # (2,)
-
-
-def descend(x, y, lr, steps):
-    """The path (steps + 1, 2) of (w, b) from (0, 0). Raises ValueError unless x and y are (N,)."""
-    if x.dim() != 1 or x.shape != y.shape:
-        raise ValueError(f"x and y must be (N,), not {tuple(x.shape)} and {tuple(y.shape)}")
-    path = [torch.zeros(2, dtype=x.dtype)]
-    for _ in range(steps):
-        w, b = path[-1]
-        path.append(path[-1] - lr * gradient(w, b, x, y))
-    return torch.stack(path)
+    return torch.stack([(dL_dr * x).sum(), (dL_dr * 1).sum()])
 
 
 def central_difference(f, p, h):
-    """The gradient (n,) of f at p (n,), one coordinate at a time."""
-    return torch.stack([(f(p + h * unit) - f(p - h * unit)) / (2 * h)
-                        for unit in torch.eye(len(p), dtype=p.dtype)])  # fmt: skip
+    """The gradient (n,) of f: (n,) -> number at p, without a derivative.
+
+    Entry i is (f(p + h u) - f(p - h u)) / 2h, where u (n,) is 1 at i and 0 elsewhere. Exercise.
+    """
+    return torch.stack([(f(p + h * u) - f(p - h * u)) / (2 * h) for u in torch.eye(len(p)).to(p)])
+
+
+def show_gradient(x, y):
+    p = TRUTH + 3 * torch.randn(2, dtype=x.dtype)  # somewhere
+    by_hand = gradient(*p, x, y)
+    by_difference = central_difference(lambda q: loss(*q, x, y), p, h=1.0)
+    w, b = p.clone().requires_grad_()
+    by_autograd = torch.stack(torch.autograd.grad(loss(w, b, x, y), (w, b)))
+    print(f"2. Is the gradient by hand right? At w = {w:.3f}, b = {b:.3f}, on {len(x)} points")
+    print("             by hand   central differences    autograd")
+    for i, name in enumerate(("dL/dw", "dL/db")):
+        print(f"   {name}   {by_hand[i]:9.5f}   {by_difference[i]:19.5f}   {by_autograd[i]:9.5f}")
+    apart = (torch.stack([by_difference, by_autograd]) - by_hand).abs().max().item()
+    print(f"   -> they agree to {apart:.0e}: on a parabola differences are exact, even for h = 1")
+    assert apart < 1e-11
+    return {"by_hand": by_hand.tolist(), "apart": apart}
+
+
+# --- 3. what a step does to the error ----------------------------------------------------------
+
+
+def descend(x, y, lr, steps):
+    """The path (steps + 1, 2) of p = (w, b): (0, 0), then p after each p = p - lr * gradient.
+
+    Raises ValueError unless x and y are both (N,): others would broadcast in silence. Exercise.
+    """
+    if x.dim() != 1 or x.shape != y.shape:
+        raise ValueError(f"x and y must be (N,), not {tuple(x.shape)} and {tuple(y.shape)}")
+    p = torch.zeros(2, dtype=x.dtype)
+    path = [p]
+    for _ in range(steps):
+        p = p - lr * gradient(*p, x, y)
+        path.append(p)
+    return torch.stack(path)
 
 
 def hessian(x):
-    """The second derivatives (2, 2) of the loss by (w, b): the same at every point."""
+    """H = 2 [[mean x^2, mean x], [mean x, 1]], (2, 2), for x (N,): the same at every (w, b).
+
+    Row 0 holds the derivatives of dL/dw by w and by b, row 1 those of dL/db. Exercise.
+    """
     mean, square = x.mean().item(), x.square().mean().item()
     return 2 * torch.tensor([[square, mean], [mean, 1]], dtype=x.dtype)
 
 
-def predicted_path(H, lr, steps):
-    """The path (steps + 1, 2) that e_t = (I - lr H)^t e_0 foretells."""
-    step = torch.eye(2, dtype=H.dtype) - lr * H
-    e_0 = -TRUTH  # the start is (0, 0)
-    return torch.stack([TRUTH + torch.linalg.matrix_power(step, t) @ e_0 for t in range(steps + 1)])
+def directions_of(H):
+    """lam (2,), rising, and the eigenvectors, the columns of (2, 2), with their w part positive."""
+    lam, vectors = torch.linalg.eigh(H)
+    return lam, vectors * vectors[0].sign()
 
 
-def error_factors(path, directions, steps=10):
-    """What each of the first steps multiplies the error by along each direction, (steps, 2)."""
-    parts = (path[: steps + 1] - TRUTH) @ directions  # (steps + 1, 2)
+def error_factors(path, directions):
+    """(steps, 2): the error's parts after each step of a path (steps + 1, 2), over those before it.
+
+    The error is path - TRUTH; a part, its product with a column of `directions` (2, 2). Exercise.
+    """
+    parts = (path - TRUTH) @ directions  # (steps + 1, 2)
     return parts[1:] / parts[:-1]
+
+
+def show_error(x, y, lr, steps):
+    H, path = hessian(x), descend(x, y, lr, steps)
+    lam, directions = directions_of(H)
+    # L is a parabola, so gradient = H error; a step turns error into error - lr H error
+    factors, law = error_factors(path[:11], directions), 1 - lr * lam
+    print(f"3. What does one step at lr {lr:g} do to the error (w - 2, b - 1)?")
+    print(f"   H = [{H[0, 0]:.4f} {H[0, 1]:.4f}; {H[1, 0]:.4f} {H[1, 1]:.4f}]")
+    print("   part    along (w, b)      eigenvalue lam   1 - lr lam   measured: step 1   step 10")
+    for i, name in ((1, "steep"), (0, "flat")):
+        along = "({:.3f}, {:6.3f})".format(*directions[:, i])
+        print(f"   {name:<5}   {along}   {lam[i]:14.4f}   {law[i]:10.4f}   {factors[0, i]:16.4f}   "
+              f"{factors[-1, i]:7.4f}")  # fmt: skip
+    (flat, steep), (w, b) = factors[0], path[-1]
+    print(f"   -> a step leaves {steep:.2f} of the steep part and {flat:.2f} of the flat one; "
+          f"{steps} steps end at w {w:.4f}, b {b:.4f}")  # fmt: skip
+    torch.testing.assert_close(factors, law.expand_as(factors), rtol=1e-7, atol=1e-12)
+    return {"factors": factors[0].tolist(), "fit": path[-1].tolist()}
+
+
+# --- 4. which learning rates converge ----------------------------------------------------------
+
+
+def largest_lr(x):
+    """2 / lam_max, a float: no learning rate from there on converges. Exercise."""
+    return 2 / torch.linalg.eigvalsh(hessian(x))[-1].item()
+
+
+def show_learning_rates(log_dir, x, y, lr, steps):
+    limit, (lam, _) = largest_lr(x), directions_of(hessian(x))
+    rates = {"slow": lr / 5, "fit": lr, "just_below": 0.98 * limit, "just_above": 1.02 * limit}
+    print(f"4. Which learning rates converge? Said before the run: those below {limit:.4f}")
+    print(f"   run             lr   1 - lr lam: steep     flat   L at step 0   at step {steps}   "
+          "to 0? said   seen")  # fmt: skip
+    final_loss, right = {}, 0
+    for run, rate in rates.items():
+        said = "yes" if rate < limit else "no"
+        path = descend(x, y, rate, steps)
+        losses = loss(path[:, :1], path[:, 1:], x, y)  # (steps + 1,)
+        happened = "yes" if losses[-1] < losses[0] / 100 else "no"
+        flat, steep = 1 - rate * lam
+        print(f"   {run:<10}   {rate:.4f}   {steep:17.4f}   {flat:6.4f}   {losses[0]:11.2f}   "
+              f"{losses[-1]:11.1e}   {said:>10}   {happened:>4}")  # fmt: skip
+        right += said == happened
+        final_loss[run] = losses[-1].item()
+        with SummaryWriter(log_dir / run, purge_step=0) as writer:
+            for step, value in enumerate(losses.clamp_min(1e-30).log10()):
+                writer.add_scalar("train/log10_loss", value, step)
+            picture = draw_path(contours(x, y, size=420, reach=4.0), path[:21], rate, reach=4.0)
+            writer.add_image("surface/path", picture, 0, dataformats="HWC")
+    print(f"   -> lr < 2 / lam_max was right about {right} of {len(rates)} learning rates")
+    return {"limit": limit, "final_loss": final_loss, "right": right}
+
+
+# --- pictures ----------------------------------------------------------------------------------
 
 
 def contours(x, y, size, reach):
@@ -97,12 +216,11 @@ def contours(x, y, size, reach):
     w, b = TRUTH[0] + offset, TRUTH[1] + offset.flip(0)
     surface = loss(w[None, :, None], b[:, None, None], x, y)  # (size, size)
     band = (1.5 * surface.clamp_min(0.01).log2()).floor()
-    shade = (band - band.min()) / (band.max() - band.min())  # 0 lowest … 1 highest
-    low, high = torch.tensor([[40.0, 60, 110], [235, 240, 250]])
-    return Image.fromarray((low + shade[..., None] * (high - low)).byte().numpy())
+    shade = (band - band.min()) / (band.max() - band.min())  # 0 lowest ... 1 highest
+    return Image.fromarray((40 + 210 * shade).byte().numpy()).convert("RGB")
 
 
-def draw_path(picture, path, title, reach):
+def draw_path(picture, path, lr, reach):
     """The contours with the points of a path and the joints between them, (size, size, 3)."""
     pen, middle = ImageDraw.Draw(picture), (picture.width - 1) / 2
     w, b = (path - TRUTH).T * middle / reach
@@ -110,62 +228,21 @@ def draw_path(picture, path, title, reach):
     pen.line([tuple(point) for point in points], fill="firebrick", width=2)
     for column, row in points:
         pen.ellipse((column - 3, row - 3, column + 3, row + 3), fill="firebrick")
-    (left, bottom), (right, top) = (TRUTH - reach).tolist(), (TRUTH + reach).tolist()
-    pen.text((8, 8), title, fill="black", font_size=16)
-    frame = f"w {left:g} … {right:g}   b {bottom:g} … {top:g}"
-    pen.text((8, picture.height - 8), frame, fill="black", font_size=16, anchor="ls")
+    words = f"lr {lr:.4f}: first {len(path) - 1} steps from (0, 0)\ndark: L low   light: L high"
+    pen.text((8, 4), words, fill="black", font_size=21)
+    w, b = TRUTH.tolist()
+    frame = f"right: w {w - reach:g} to {w + reach:g}   up: b {b - reach:g} to {b + reach:g}"
+    pen.text((8, picture.height - 8), frame, fill="black", font_size=21, anchor="ls")
     return np.array(picture)
 
 
 def main(seed=0, log_dir=LOG_DIR, lr=0.1, steps=200):
     torch.manual_seed(seed)
     x, y = make_data()
-
-    p = (TRUTH + 3 * torch.randn(2, dtype=x.dtype)).requires_grad_()  # somewhere
-    print(f"1. the gradient at w = {p[0]:.3f}, b = {p[1]:.3f}")
-    by_hand = gradient(*p.detach(), x, y)
-    by_difference = central_difference(lambda q: loss(*q, x, y), p.detach(), h=1.0)
-    loss(*p, x, y).backward()
-    torch.testing.assert_close(by_hand, by_difference, rtol=0, atol=1e-11)
-    torch.testing.assert_close(by_hand, p.grad, rtol=0, atol=1e-11)
-    rows = zip(("dL/dw", "dL/db"), by_hand, by_difference, p.grad, strict=True)
-    for name, hand, difference, auto in rows:
-        print(f"   {name}   by hand {hand:9.5f}   central differences {difference:9.5f}"
-              f"   autograd {auto:9.5f}")  # fmt: skip
-
-    print("2. the Hessian's eigenvalues and the largest stable learning rate")
-    H = hessian(x)
-    by_autograd = torch.autograd.functional.hessian(lambda q: loss(*q, x, y), p.detach())
-    torch.testing.assert_close(H, by_autograd)
-    eigenvalues, directions = torch.linalg.eigh(H)  # rising
-    limit = 2 / eigenvalues[-1].item()
-    print(f"   lambda {eigenvalues[0]:.4f}, {eigenvalues[1]:.4f}   2 / lambda_max {limit:.4f}")
-
-    print(f"3. the fit at lr = {lr:g} against the path that (I - lr H)^t e_0 foretells")
-    fit, theory = descend(x, y, lr, steps), predicted_path(H, lr, steps)
-    torch.testing.assert_close(fit, theory, rtol=0, atol=1e-12)
-    for t in (1, steps // 20, steps // 4, steps):
-        print(f"   step {t:3d}   w {fit[t, 0]:.6f}   theory {theory[t, 0]:.6f}"
-              f"   b {fit[t, 1]:+.6f}   theory {theory[t, 1]:+.6f}")  # fmt: skip
-
-    print(f"4. what a step multiplies the error by (theory 1 - lr lambda); L after {steps} steps")
-    final_loss = {}
-    for run, rate in {"fit": lr, "just_below": 0.98 * limit, "just_above": 1.02 * limit}.items():
-        path = descend(x, y, rate, steps)
-        measured, theory = error_factors(path, directions), 1 - rate * eigenvalues
-        torch.testing.assert_close(measured, theory.expand_as(measured), rtol=1e-7, atol=0)
-        losses = loss(path[:, :1], path[:, 1:], x, y)  # (steps + 1,)
-        final_loss[run] = losses[-1].item()
-        print(f"   {run:<11} lr {rate:.4f}   sharp {measured[-1, 1]:+.4f}   theory {theory[1]:+.4f}"
-              f"   flat {measured[-1, 0]:+.4f}   theory {theory[0]:+.4f}"
-              f"   L {final_loss[run]:.1e}")  # fmt: skip
-        with SummaryWriter(log_dir / run, purge_step=0) as writer:
-            for step, value in enumerate(losses.clamp_min(1e-30).log10()):
-                writer.add_scalar("train/log10_loss", value, step)
-            surface = contours(x, y, size=420, reach=4.0)
-            picture = draw_path(surface, path[:21], f"lr {rate:.4f}, 20 steps", reach=4.0)
-            writer.add_image("surface/path", picture, 0, dataformats="HWC")
-    return {"limit": limit, "fit": fit[-1].tolist(), "final_loss": final_loss}
+    measured = {"everyday": show_everyday(), "gradient": show_gradient(x, y)}
+    measured |= show_error(x, y, lr, steps) | show_learning_rates(log_dir, x, y, lr, steps)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":

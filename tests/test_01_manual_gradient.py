@@ -1,9 +1,11 @@
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 
 
 @pytest.fixture
@@ -18,14 +20,39 @@ def scattered(n, seed):
 
 
 def rates(lesson, x):
-    """The eigenvalues of the Hessian, its eigenvectors, and the limit 2 / lambda_max."""
-    eigenvalues, directions = torch.linalg.eigh(lesson.hessian(x))
-    return eigenvalues, directions, 2 / eigenvalues[-1].item()
+    """The eigenvalues of the Hessian, its eigenvectors, and the limit 2 / lam_max."""
+    lam, directions = torch.linalg.eigh(lesson.hessian(x))
+    return lam, directions, 2 / lam[-1].item()
+
+
+def row(out, name):
+    """The words of the last printed line that begins with `name`."""
+    return [line.split() for line in out.splitlines() if line.split()[:1] == [name]][-1]
 
 
 def test_the_gradient_of_two_points_by_pencil(lesson):
     x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])  # r = -3, -5
     assert lesson.gradient(0.0, 0.0, x, y).tolist() == [-13.0, -8.0]
+
+
+def test_the_everyday_loop_is_the_one_of_pencil_and_of_sgd(lesson, capsys):
+    losses = lesson.show_everyday()
+    model = torch.nn.Linear(1, 1)
+    torch.nn.init.zeros_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    theirs = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        L = F.mse_loss(model(torch.tensor([[1.0], [2.0]])), torch.tensor([[3.0], [5.0]]))
+        L.backward()
+        optimizer.step()
+        theirs.append(L.item())
+    assert losses == pytest.approx(theirs)
+    out = capsys.readouterr().out
+    assert " ".join(row(out, "0")[1:]) == "0.000 0.000 -3.000, -5.000 17.0000 -13.000 -8.000"
+    assert " ".join(row(out, "1")[1:]) == "1.300 0.800 -0.900, -1.600 1.6850 -4.100 -2.500"
+    assert "bring L from 17.0 to 0.019" in out
 
 
 def test_the_data_is_the_line(lesson):
@@ -62,6 +89,7 @@ def test_descend_takes_the_steps_of_sgd(lesson, lr):
     torch.nn.init.zeros_(model.weight)
     torch.nn.init.zeros_(model.bias)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    assert path.shape == (10, 2) and path[0].tolist() == [0, 0]
     for w, b in path[1:]:
         optimizer.zero_grad()
         F.mse_loss(model(x[:, None]).squeeze(1), y).backward()
@@ -70,18 +98,52 @@ def test_descend_takes_the_steps_of_sgd(lesson, lr):
         torch.testing.assert_close(model.bias.item(), b.item(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("lr", [0.02, 0.1, 0.34])
+def test_a_step_multiplies_the_error_by_1_minus_lr_H(lesson, lr):
+    x, y = lesson.make_data(13)
+    path, H = lesson.descend(x, y, lr, steps=60), lesson.hessian(x)
+    step, error = torch.eye(2, dtype=x.dtype) - lr * H, -lesson.TRUTH
+    for t, point in enumerate(path):
+        predicted = lesson.TRUTH + torch.linalg.matrix_power(step, t) @ error
+        torch.testing.assert_close(point, predicted, rtol=0, atol=1e-11)
+
+
+def test_error_factors_by_pencil(lesson):
+    u = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)  # columns
+    parts = torch.tensor([[5.0, 1.0], [10.0, -3.0], [-10.0, 1.5]], dtype=torch.float64)
+    factors = lesson.error_factors(lesson.TRUTH + parts @ u.T, u)
+    torch.testing.assert_close(factors, parts.new_tensor([[2.0, -3.0], [-1.0, -0.5]]))
+
+
+def test_directions_are_flat_then_steep_with_w_rising(lesson):
+    H = torch.tensor([[5.0, 2.0], [2.0, 2.0]], dtype=torch.float64)
+    lam, directions = lesson.directions_of(H)
+    assert lam.tolist() == pytest.approx([1, 6])
+    steep, flat = torch.tensor([2.0, 1.0]) / 5**0.5, torch.tensor([1.0, -2.0]) / 5**0.5
+    torch.testing.assert_close(directions, torch.stack([flat, steep], 1).double())
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_on_other_points_the_limit_is_2_by_their_largest_eigenvalue(lesson, seed):
     x, _ = scattered(9, seed)
     y = 2 * x + 1
-    eigenvalues, directions, limit = rates(lesson, x)
+    lam, directions, limit = rates(lesson, x)
+    assert lesson.largest_lr(x) == pytest.approx(limit)
     below = lesson.descend(x, y, 0.99 * limit, steps=2000)
     above = lesson.descend(x, y, 1.01 * limit, steps=2000)
     torch.testing.assert_close(below[-1], lesson.TRUTH, rtol=0, atol=1e-3)
     assert (above[-1] - lesson.TRUTH).norm() > 1e3
-    factors = lesson.error_factors(above, directions)
-    theory = (1 - 1.01 * limit * eigenvalues).expand(10, 2)
+    factors = lesson.error_factors(above[:11], directions)
+    theory = (1 - 1.01 * limit * lam).expand(10, 2)
     torch.testing.assert_close(factors, theory, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("x", [[1.0], [0.0, 2.0, -2.0], [3.0, 4.0]])
+def test_the_largest_lr_by_pencil(lesson, x):
+    x = torch.tensor(x, dtype=torch.float64)
+    mean, square = x.mean(), x.square().mean()  # lam: roots of a 2 x 2 matrix by its trace and det
+    half, det = square + 1, 4 * (square - mean**2)
+    assert lesson.largest_lr(x) == pytest.approx(2 / (half + (half**2 - det).sqrt()).item())
 
 
 @pytest.mark.parametrize("shapes", [[(5,), (5, 1)], [(5, 1), (5, 1)], [(5,), (4,)], [(), ()]])
@@ -91,15 +153,27 @@ def test_points_of_another_shape_are_refused(lesson, shapes):
         lesson.descend(x, y, 0.1, steps=1)
 
 
-def test_try_at_the_limit_itself_the_loss_stays(lesson):
+def edited(load_from, old, new):
+    """The lesson's namespace after one edit of its source, below the docstring."""
+    code = load_from.read_text(encoding="utf-8").split('"""', 2)[2]
+    assert code.count(old) == 1
+    names = {"__name__": "edited", "__file__": str(load_from)}
+    exec(compile(code.replace(old, new), load_from.name, "exec"), names)
+    return names
+
+
+def test_try_at_the_limit_itself_the_loss_stays(lesson, tmp_path, capsys):
+    path = lesson.LOG_DIR.parents[1] / "01_manual_gradient.py"
+    measured = edited(path, "1.02 * limit", "limit")["main"](log_dir=tmp_path, steps=400)
+    assert measured["right"] == 4
+    assert row(capsys.readouterr().out, "just_above")[-3:] == ["5.3e+00", "no", "no"]
     x, y = lesson.make_data()
-    eigenvalues, directions, limit = rates(lesson, x)
+    lam, directions, limit = rates(lesson, x)
     path = lesson.descend(x, y, limit, steps=400)
     c = (path[0] - lesson.TRUTH) @ directions[:, 1]
+    assert measured["final_loss"]["just_above"] == pytest.approx((lam[1] * c**2 / 2).item())
     torch.testing.assert_close(path[-1], path[-3])
     assert (path[-1] - path[-2]).norm().item() == pytest.approx(2 * abs(c.item()))
-    for w, b in path[-4:]:
-        torch.testing.assert_close(lesson.loss(w, b, x, y), eigenvalues[1] * c**2 / 2)
 
 
 def test_the_picture_is_darkest_at_the_minimum_and_has_b_upwards(lesson):
@@ -107,23 +181,104 @@ def test_the_picture_is_darkest_at_the_minimum_and_has_b_upwards(lesson):
     shades = np.asarray(surface).sum(-1)  # (101, 101)
     assert shades[50, 50] == shades.min() < shades[0, 0] == shades[100, 100]
     assert shades[0, 100] < shades[0, 0]  # mean x = -1: a larger b makes up for a larger w
+    assert np.asarray(surface)[50, 50].tolist() == [40] * 3
+    assert np.asarray(surface)[0, 0].tolist() == [250] * 3
+    assert len(np.unique(shades)) > 10  # bands, 1.5 for each doubling of L
     corner = lesson.TRUTH + torch.tensor([2.0, 4.0])  # b at its largest
-    picture = lesson.draw_path(surface, corner[None], "", reach=4.0)
+    picture = lesson.draw_path(surface, corner[None], 0.1, reach=4.0)
     assert picture.shape == (101, 101, 3)
     assert picture[0, 75].tolist() == picture[1, 75].tolist() == [178, 34, 34]
+    large = lesson.contours(*lesson.make_data(), size=201, reach=4.0)
+    reds = (lesson.draw_path(large, lesson.TRUTH[None], 0.1, reach=4.0) == [178, 34, 34]).all(-1)
+    rows, columns = reds[94:107, 94:107].nonzero()  # a disc of radius 3 at the minimum, (100, 100)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (3, 9, 3, 9)
     assert picture[0, 25].tolist() != [178, 34, 34] != picture[75, 100].tolist()
 
 
+def test_each_run_shows_its_own_first_20_steps(lesson, tmp_path, events, monkeypatch):
+    written, text = [], ImageDraw.ImageDraw.text
+
+    def noted(self, xy, words, *rest, **more):
+        written.append((xy, words))
+        return text(self, xy, words, *rest, **more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
+    lesson.main(log_dir=tmp_path, lr=0.1)
+    x, y = lesson.make_data()
+    limit = rates(lesson, x)[2]
+    runs = {"slow": 0.02, "fit": 0.1, "just_below": 0.98 * limit, "just_above": 1.02 * limit}
+    frame = ((8, 412), "right: w -2 to 6   up: b -3 to 5")
+    assert written == [
+        words
+        for lr in runs.values()
+        for words in (
+            ((8, 4), f"lr {lr:.4f}: first 20 steps from (0, 0)\ndark: L low   light: L high"),
+            frame,
+        )
+    ]
+    for run, lr in runs.items():
+        (image,) = events(tmp_path / run).Images("surface/path")
+        picture = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+        path = lesson.descend(x, y, lr, steps=20)
+        drawn = lesson.draw_path(lesson.contours(x, y, 420, 4.0), path, lr, reach=4.0)
+        assert image.step == 0 and np.array_equal(picture, drawn)
+
+
+def test_the_table_shows_what_descend_did_not_what_theory_says(lesson, capsys, monkeypatch):
+    descend = lesson.descend
+    monkeypatch.setattr(lesson, "descend", lambda x, y, lr, n: descend(x, y, 2 * lr, n))
+    with pytest.raises(AssertionError):
+        lesson.show_error(*lesson.make_data(), 0.05, 100)
+    printed = [float(word) for word in row(capsys.readouterr().out, "steep")[-3:]]
+    assert printed == [0.7021, 0.4042, 0.4042]  # 1 - 0.05 lam, then what steps of 0.1 leave
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_main_fits_below_the_limit_and_diverges_above(lesson, tmp_path, events, seed):
-    measured = lesson.main(seed=seed, log_dir=tmp_path, lr=0.12, steps=150)
+def test_main_fits_below_the_limit_and_diverges_above(lesson, tmp_path, events, capsys, seed):
+    for _ in range(2):  # the second run's events replace the first's
+        measured = lesson.main(seed=seed, log_dir=tmp_path, lr=0.12, steps=150)
     assert measured["limit"] == pytest.approx(0.3357, abs=1e-4)
     assert measured["fit"] == pytest.approx([2, 1], abs=1e-4)
+    assert measured["factors"] == pytest.approx([0.8813, 0.2850], abs=1e-4)
+    assert min(map(abs, measured["gradient"]["by_hand"])) > 1e-3
+    assert measured["gradient"]["apart"] < 1e-11
     final = measured["final_loss"]
-    assert final["fit"] < 1e-9 < final["just_below"] < 1e-3 < 1e3 < final["just_above"]
+    assert final["fit"] < 1e-9 < final["just_below"] < final["slow"] < 0.07
+    assert final["just_above"] > 1e3
+    out = capsys.readouterr().out
+    printed = row(out, "dL/dw")[1:] + row(out, "dL/db")[1:]
+    by_hand = [f"{value:.5f}" for value in measured["gradient"]["by_hand"]]
+    assert printed == [by_hand[0]] * 3 + [by_hand[1]] * 3
+    assert (
+        "-> a step leaves 0.29 of the steep part and 0.88 of the flat one; 150 steps end at w 2"
+        in out
+    )
+    for head in (
+        "1. How do w and b find the line y = 2x + 1 through (1, 3) and (2, 5)?\n",
+        "   step        w        b   r at each point   L = mean(r^2)     dL/dw    dL/db\n",
+        "2. Is the gradient by hand right? At w = ",
+        "             by hand   central differences    autograd\n",
+        "3. What does one step at lr 0.12 do to the error (w - 2, b - 1)?\n",
+        "   H = [4.9474 -2.0000; -2.0000 2.0000]\n",
+        "   part    along (w, b)      eigenvalue lam   1 - lr lam   measured: step 1   step 10\n",
+        "   steep   (0.893, -0.451)           5.9580       0.2850             0.2850    0.2850\n",
+        "   flat    (0.451,  0.893)           0.9894       0.8813             0.8813    0.8813\n",
+        "lr   1 - lr lam: steep     flat   L at step 0   at step 150   to 0? said   seen\n",
+    ):
+        assert head in out
+    assert "4. Which learning rates converge? Said before the run: those below 0.3357\n" in out
+    assert "-> lr < 2 / lam_max was right about 4 of 4 learning rates" in out
+    lam, _, limit = rates(lesson, lesson.make_data()[0])
+    said = {run: " ".join(row(out, run)[1:]) for run in final}
     for run, value in final.items():
+        lr = {"slow": 0.024, "fit": 0.12, "just_below": 0.98 * limit, "just_above": 1.02 * limit}[
+            run
+        ]
+        flat, steep = (1 - lr * lam).tolist()
+        verdict = "no no" if run == "just_above" else "yes yes"
+        assert said[run] == f"{lr:.4f} {steep:.4f} {flat:.4f} 6.89 {value:.1e} {verdict}"
         loaded = events(tmp_path / run)
         curve = [event.value for event in loaded.Scalars("train/log10_loss")]
-        assert len(curve) == 151
+        assert len(curve) == 151 and curve[0] == pytest.approx(math.log10(6.8947), abs=1e-4)
         assert curve[-1] == pytest.approx(math.log10(value), abs=1e-4)
         assert [event.step for event in loaded.Images("surface/path")] == [0]
