@@ -1,16 +1,28 @@
-"""Each transform obeys a small formula, and what looks random repeats with its seed.
+"""Each transform is one small formula on pixels, and what is drawn at random repeats with its seed.
 
-    Normalize    (x - mean) / std, undone by x * std + mean
-    Resize(s)    the short side becomes s, the long one int(s * long / short): the aspect stays
-    Resize(h,w)  exactly (h, w): the aspect goes
-    Compose      f then g = g(f(x))
-    RandomCrop   a window x[:, i:i+h, j:j+w] whose corner is uniform; the seed fixes it
+Transforms stand between the picture file and the network. Resize and crops make one size of many,
+Normalize gives the numbers mean 0 and deviation 1, flips and ColorJitter show the network each
+picture in a new form every time; Compose([f, g]) is g(f(x)). Who knows the formulas can undo them.
+Who forgets to undo Normalize looks at pictures that are half black.
 
-Checked here   all five, on an image; the crop is a true window of it; seeds repeat and differ; the
-               corner is uniform by a chi-square test
-TensorBoard    useful_tf/normalize, resize_short, resize_exact, random_crop (step = draw)
-Try            Resize before or after Normalize: does the order matter? Hardly: both are linear
-Source         torchvision.transforms.v2
+    Normalize       (x - mean) / std, each colour with its own two; undone by x * std + mean
+    Resize(s)       the short side becomes s, the long one int(s * long / short)
+    Resize((h, w))  exactly h by w pixels, whatever the shape was
+    RandomCrop      the window x[:, i:i+h, j:j+w]; every corner (i, j) is equally likely
+    Horizontal flip x.flip(-1), with probability p
+    ColorJitter     f * x + (1 - f) * other, cut to [0, 1]; f is drawn; other is black (brightness),
+                    the mean grey (contrast), or x in grey (saturation)
+
+    x  picture (3, H, W) in [0, 1]     h, w, s  sizes in pixels     i, j  the window's first pixel
+
+Needs          test_Tf.py
+Checked here   every formula against torchvision.transforms.v2; which transforms may change places
+               with Normalize; where in x a crop lies; that a seed repeats it
+TensorBoard    rows of pictures, one step each: useful_tf/normalize, resize, crops, flips, jitter
+               (the three formulas), jitter_drawn (f drawn by four seeds)
+Try            in show_crops, put v2.RandomResizedCrop(64) for v2.RandomCrop(64): where is it found?
+Answer         Nowhere: what it cut out it also resized, so that no window of x has its pixels
+Source         torchvision.transforms.v2, "Getting started with transforms v2"
 """
 
 import signal
@@ -22,24 +34,153 @@ if __name__ == "__main__":
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
 
 from support.data import first_picture, hymenoptera, hymenoptera_source
 from support.files import DATASET, guard
+from support.pictures import caption_row
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "Useful_TF"
 
 
+def log_row(writer, tag, title, images, height=None):
+    """`images` is {the words below an image: the image (3, H, W)}."""
+    writer.add_image(f"useful_tf/{tag}", caption_row(title, images.values(), images, height), 0)
+
+
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def show_everyday():
+    print("1. In everyday code: four grey pixels go through")
+    x = torch.tensor([[[0.0, 0.25, 0.75, 1.0]]])  # (C = 1, H = 1, W = 4)
+    pipeline = v2.Compose([
+        v2.RandomCrop((1, 3)),  # height 1, width 3
+        v2.RandomHorizontalFlip(p=0.5),
+        v2.Normalize(mean=[0.5], std=[0.5]),
+    ])  # fmt: skip
+    drawn = [pipeline(x) for _ in range(8)]
+
+    for name, y in (
+        ("x", x),
+        ("CenterCrop((1, 2))(x)", v2.CenterCrop((1, 2))(x)),
+        ("RandomHorizontalFlip(1)(x)", v2.RandomHorizontalFlip(1)(x)),
+        ("Normalize([0.5], [0.5])(x)", v2.Normalize([0.5], [0.5])(x)),
+        *((f"pipeline(x), call {call}", y) for call, y in enumerate(drawn[:3], 1)),
+    ):
+        print(f"   {name:<28} {'  '.join(f'{v:5.2f}' for v in y.flatten().tolist())}")
+    kinds = len({tuple(y.flatten().tolist()) for y in drawn})
+    print(f"   -> {len(drawn)} calls of the pipeline gave {kinds} of the 4 possible results")
+    return kinds
+
+
+# --- 2. Normalize ------------------------------------------------------------------------------
+
+
 def normalize(x, mean, std):
-    """(3, H, W) -> (3, H, W), each channel with its own mean and std."""
-    mean, std = torch.tensor(mean), torch.tensor(std)
+    """(x - mean) / std for a picture x (3, H, W); mean and std are (3,), one number a colour.
+
+    Exercise.
+    """
     return (x - mean[:, None, None]) / std[:, None, None]
 
 
+def denormalize(x, mean, std):
+    """The way back from normalize: x * std + mean, each colour (first axis) with its own two.
+
+    Exercise.
+    """
+    return x * std[:, None, None] + mean[:, None, None]
+
+
+def show_normalize(writer, x):
+    print("2. Normalize: what becomes of mean and std, and can it be undone?")
+    print("             before            after                                undone,")
+    print("   colour     mean     std      mean     std   smallest   largest   off by")
+    mean, std = x.mean((1, 2)), x.std((1, 2))  # of this picture; usually of a whole data set
+    y = v2.Normalize(mean.tolist(), std.tolist())(x)
+    torch.testing.assert_close(y, normalize(x, mean, std))
+    back = denormalize(y, mean, std)
+    for c, name in enumerate(("red", "green", "blue")):
+        numbers = mean[c], std[c], y[c].mean().abs(), y[c].std(), y[c].min(), y[c].max()
+        row = "{:6.3f}  {:6.3f}    {:6.3f}  {:6.3f}   {:8.3f}  {:8.3f}".format(*numbers)
+        print(f"   {name:<7}   {row}   {(back - x)[c].abs().max():.0e}")
+    error, black = (back - x).abs().max().item(), (y <= 0).float().mean().item()
+    print(f"   -> undone, x is back to within {error:.0e}")
+    print(f"   -> not undone, {black:.0%} of the numbers are 0 or less: a picture shows them black")
+    log_row(writer, "normalize", "Normalize, and the way back", {
+        "x": x,
+        "Normalize: below 0 is\nblack, above 1 white": y,
+        "undone: x again": back,
+    })  # fmt: skip
+    return {"error": error, "black": black}
+
+
+# --- 3. Resize ---------------------------------------------------------------------------------
+
+
 def short_side_size(height, width, short):
-    """(height, width) after Resize(short)."""
+    """(height, width) after Resize(short): the short side is `short`, the other in proportion, cut
+    to a whole number.
+
+    Exercise.
+    """
     if height <= width:
         return short, int(short * width / height)
     return int(short * height / width), short
+
+
+def show_resize(writer, x, s=64):
+    print("3. Resize: is the shape kept?")
+    print("                      height   width   width per height")
+    made = {
+        "x": (x, ""),
+        f"Resize({s})": (v2.Resize(s)(x), "all, in shape"),
+        f"Resize(({s}, {s}))": (v2.Resize((s, s))(x), "all, squeezed"),
+        f"CenterCrop({s})": (v2.CenterCrop(s)(x), "without the rim"),
+    }
+    aspects, row = {}, {}
+    for name, (y, words) in made.items():
+        height, width = y.shape[1:]
+        aspects[name], row[f"{name}\n{height} x {width}\n{words}"] = width / height, y
+        print(f"   {name:<17}   {height:6}   {width:5}   {width / height:16.3f}")
+    assert made[f"Resize({s})"][0].shape[1:] == short_side_size(*x.shape[1:], s)
+    exact, kept = s * max(aspects["x"], 1 / aspects["x"]), max(made[f"Resize({s})"][0].shape)
+    print(f"   -> to keep the shape the long side must be {exact:.2f}: Resize({s}) makes it {kept}")
+    log_row(writer, "resize", "two ways to resize, and a crop", row)
+    return aspects
+
+
+# --- 4. Compose: the order ---------------------------------------------------------------------
+
+
+def show_order(x):
+    print("4. May a transform T change places with Normalize, which is a * x + b?")
+    print("   (a T that moves or averages pixels: T(a * x + b) = a * T(x) + b, and white stays 1)")
+    print("   T                          T of a white picture   furthest apart")
+    norm = v2.Normalize([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
+    apart, white = {}, {}  # furthest apart of the two orders; mean of T(white)
+    for name, T in {
+        "Resize(64)": v2.Resize(64),
+        "CenterCrop(64)": v2.CenterCrop(64),
+        "RandomHorizontalFlip(1)": v2.RandomHorizontalFlip(1),
+        "brightness times 0.7": lambda x: tv.adjust_brightness(x, 0.7),
+    }.items():
+        apart[name] = (v2.Compose([T, norm])(x) - v2.Compose([norm, T])(x)).abs().max().item()
+        white[name] = T(torch.ones_like(x)).mean().item()
+        print(f"   {name:<25}  {white[name]:20.3f}   {apart[name]:14.1e}")
+    free = [name for name, gap in apart.items() if gap < 1e-4]
+    print(f"   -> yes: {', '.join(free)}")
+    print(f"   -> no: {', '.join(name for name in apart if name not in free)}")
+    return apart, white
+
+
+# --- 5. RandomCrop and its seed ----------------------------------------------------------------
+
+
+def seeded(transform, x, seed):
+    torch.manual_seed(seed)
+    return transform(x)
 
 
 def find_window(image, crop):
@@ -50,71 +191,77 @@ def find_window(image, crop):
     return [tuple(corner) for corner in equal.nonzero().tolist()]
 
 
-def corner_counts(draws, side=8, size=5):
-    """How often RandomCrop(size) of a (side, side) image took each possible corner."""
-    grid = torch.arange(side * side).view(1, side, side)  # every pixel tells its own place
-    crop, corners = v2.RandomCrop(size), side - size + 1
-    taken = torch.stack([crop(grid)[0, 0, 0] for _ in range(draws)])
-    return (taken // side * corners + taken % side).bincount(minlength=corners**2)
+def show_crops(writer, x, seed):
+    print("5. RandomCrop(64): where in x is the crop, and does a seed repeat it?")
+    print("   seed    found at (row, column)    the same seed again")
+    crop = v2.RandomCrop(64)
+    corners, repeats, images = {}, {}, {}
+    for s in range(seed, seed + 4):
+        y = seeded(crop, x, s)
+        corners[s], repeats[s] = find_window(x, y), torch.equal(y, seeded(crop, x, s))
+        found = ", ".join(map(str, corners[s])) or "nowhere"
+        images[f"seed {s}:\n{found}"] = y
+        print(f"   {s:4}    {found:<22}    {'the same crop' if repeats[s] else 'another crop'}")
+    found, again = [c[0] for c in corners.values() if len(c) == 1], sum(repeats.values())
+    print(f"   -> {len(found)} of 4 crops are a window of x, in {len(set(found))} places; "
+          f"{again} of 4 came again with their seed")  # fmt: skip
+    log_row(writer, "crops", "x, and RandomCrop(64): which row, column", {"x": x} | images)
+    return corners, repeats
 
 
-def seeded(transform, x, seed):
-    torch.manual_seed(seed)
-    return transform(x)
+# --- 6. flips and colours ----------------------------------------------------------------------
 
 
-def main(seed=0, log_dir=LOG_DIR, root=DATASET, draws=3200):
+def blend(x, other, f):
+    """f * x + (1 - f) * other, cut to [0, 1]: f = 1 is x, f < 1 nearer to `other`, f > 1 beyond x.
+
+    Exercise.
+    """
+    return (f * x + (1 - f) * other).clamp(0, 1)
+
+
+def show_colours(writer, x, seed):
+    print("6. ColorJitter: is each colour change a blend of x with another picture?")
+    print("   change         f     other picture    furthest from torchvision")
+    weights = torch.tensor([0.2989, 0.587, 0.114])  # how bright red, green and blue look
+    grey = (weights[:, None, None] * x).sum(0, keepdim=True).expand_as(x)  # (3, H, W)
+    errors, images = {}, {"x": x}
+    for name, f, words, other, library in (
+        ("brightness", 1.6, "black", torch.zeros_like(x), tv.adjust_brightness),
+        ("contrast", 0.4, "the mean grey", grey.mean(), tv.adjust_contrast),
+        ("saturation", 0.0, "x in grey", grey, tv.adjust_saturation),
+        ("saturation", 2.5, "x in grey", grey, tv.adjust_saturation),
+    ):
+        y = images[f"{name}\nf = {f}"] = blend(x, other, f)
+        errors[name, f] = (y - library(x, f)).abs().max().item()
+        print(f"   {name:<10}   {f:.1f}     {words:<13}    {errors[name, f]:25.0e}")
+    print(f"   -> yes, to within {max(errors.values()):.0e}")
+    log_row(writer, "jitter", "f * x + (1 - f) * other, cut to [0, 1]", images, 72)
+    flips = {"horizontal": v2.RandomHorizontalFlip(1)(x), "vertical": v2.RandomVerticalFlip(1)(x)}
+    log_row(writer, "flips", "the two flips, with p = 1", {"x": x} | flips)
+    jitter = v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5)
+    drawn = {f"seed {s}": seeded(jitter, x, s) for s in range(seed, seed + 4)}
+    log_row(writer, "jitter_drawn", "x, and ColorJitter(0.5, 0.5, 0.5)", {"x": x} | drawn, 72)
+    return errors
+
+
+def main(seed=0, log_dir=LOG_DIR, root=DATASET):
     torch.manual_seed(seed)
     folder = hymenoptera(root)
     print(hymenoptera_source(folder))
-    picture = first_picture(folder, "bees")
-    x = v2.functional.to_dtype(v2.functional.pil_to_tensor(picture), scale=True)
-    height, width = x.shape[1:]
-
-    print("1. Normalize: mean 0.5, std 0.5 maps [0, 1] to [-1, 1]")
-    mean, std = [0.5, 0.4, 0.3], [0.5, 0.6, 0.7]
-    y = v2.Normalize(mean, std)(x)
-    torch.testing.assert_close(y, normalize(x, mean, std))
-    back = y * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    torch.testing.assert_close(back, x)
-    half = v2.Normalize([0.5] * 3, [0.5] * 3)(x)
-    error = (back - x).abs().max().item()
-    print(f"   range {half.min():.3f} … {half.max():.3f}   back again, error {error:.1e}")
-
-    print(f"2. Resize of (height {height}, width {width})")
-    short, exact = v2.Resize(128)(x), v2.Resize((128, 128))(x)
-    assert short.shape[1:] == short_side_size(height, width, 128)
-    assert exact.shape[1:] == (128, 128)
-    for name, image in {"Resize(128)": short, "Resize((128, 128))": exact}.items():
-        h, w = image.shape[1:]
-        print(f"   {name:<20} {(h, w)!s:<12} aspect {w / h:.3f}   was {width / height:.3f}")
-
-    print("3. Compose([Resize, Normalize]) is the one after the other")
-    both = v2.Compose([v2.Resize(128), v2.Normalize(mean, std)])(x)
-    assert torch.equal(both, v2.Normalize(mean, std)(short))
-    swapped = v2.Resize(128)(y)
-    print(f"   equal bit for bit   other order differs by {(swapped - both).abs().max():.1e}")
-
-    print("4. RandomCrop(64)")
-    crop = v2.RandomCrop(64)
-    crops = [seeded(crop, short, s) for s in range(seed, seed + 4)]
-    assert torch.equal(crops[0], seeded(crop, short, seed))
-    corners = [find_window(short, c) for c in crops]
-    print(f"   corners of four seeds {' '.join(f'{c[0]}' for c in corners)}   same seed, same crop")
-    counts = corner_counts(draws)
-    expected = draws / len(counts)
-    chi2 = ((counts - expected) ** 2 / expected).sum().item()
-    print(
-        f"   chi2 of {draws} corners over {len(counts)} places {chi2:.1f}   mean 15, p .001 at 37.7"
-    )
-
+    x = tv.to_dtype(tv.pil_to_tensor(first_picture(folder, "bees")), scale=True)
+    x = v2.Resize(100)(x)
     with SummaryWriter(log_dir, purge_step=0) as writer:
-        writer.add_image("useful_tf/normalize", (y - y.min()) / (y.max() - y.min()), 0)
-        writer.add_image("useful_tf/resize_short", short, 0)
-        writer.add_image("useful_tf/resize_exact", exact, 0)
-        for step, image in enumerate(crops):
-            writer.add_image("useful_tf/random_crop", image, step)
-    return {"short": tuple(short.shape), "corners": corners, "chi2": chi2}
+        measured = {
+            "kinds": show_everyday(),
+            "normalize": show_normalize(writer, x),
+            "aspects": show_resize(writer, x),
+            "order": show_order(x),
+            "crops": show_crops(writer, x, seed),
+            "colours": show_colours(writer, x, seed),
+        }
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":
