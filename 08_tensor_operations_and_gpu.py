@@ -1,21 +1,26 @@
-"""A tensor is a strided window on flat memory, and reshape copies only where no window will do.
+"""A tensor is flat memory read with strides, so most operations on its shape copy nothing.
 
-    address of x[i, j, ...] = storage_offset + i * stride_0 + j * stride_1 + ...   (in elements)
+Models are made of a few calls: cat, stack, sum(dim=...), @, indexing, broadcasting. Three things go
+wrong in silence. Writing to what shares memory with x changes x. Subtracting (B,) from (B, 1) gives
+(B, B), and a loss still comes out. And a GPU only queues what it is told, so that a clock which
+does not wait for it times the queueing.
 
-Slicing, transposing, expanding and most reshaping only change those numbers: the result is a view,
-and writing to it writes to x. Read by list or mask, x is copied. Broadcasting reads a size 1 as if
-it were n, by a stride of 0; it also subtracts (B,) from (B, 1) to (B, B) without a word, and the
-squared loss of perfect predictions y becomes 2 var(y). Of two dtypes the higher of bool < integer <
-float decides; within it a tensor beats one without axes, and that beats a number: in uint8, 200 +
-100 is 44. A GPU only queues what it is told: a clock that does not wait for it times the queueing.
+    address of x[i, j, ...] = offset + i * stride_0 + j * stride_1 + ...      (counted in elements)
 
-Checked here   arange's length, with its rounding error; promoted dtypes; the address formula; view
-               works = reshape shares memory = an own rule finds strides; what an index writes to;
-               broadcasting and einsum against loops; memory shared with NumPy both ways; what a
-               loop costs; with CUDA: copies, pinned memory, timing
-TensorBoard    memory/...: where each element is read, orange in x's memory, blue in new memory;
-               time/log10_seconds_per_pair by log2 n: the loop stays level, vectorised falls
-Try            x.T.view(24) fails: does x.T.view(6, 2, 2)? Yes: each new axis has one stride
+    offset   where the first element lies      stride_k  how far one step along axis k goes
+    view     a tensor that reads the memory of another one, with strides of its own
+
+Slices, transposes, expand and most reshaping give a view; a list or a mask of indices gives a copy.
+Broadcasting reads an axis of size 1 as if it had n, by a stride of 0. Of two types the higher of
+bool < integer < float wins; within it a tensor beats one without axes, and that beats a number.
+
+Needs          nothing
+Checked here   types; the address formula; where view fails, reshape copies; what writing to a part
+               changes; a loss that broadcasts; einsum and distances against loops; the device
+TensorBoard    memory/views_1, views_2, copies: the address of every element; by log2 n
+               time/log10_seconds_per_pair: the loop stays level, vectorised falls
+Try            in show_views, write (6, 2, 2) in the row ("x.T", x.T, (24,)): does view work now?
+Answer         Yes, with strides (1, 12, 6): one stride for each new axis is enough to read it
 Source         PyTorch docs: "Tensor Views", Tensor.view, "Broadcasting semantics", "Tensor
                Attributes" (type promotion), "CUDA semantics" (asynchronous execution)
 """
@@ -30,46 +35,73 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
 
 from support.files import guard
+from support.pictures import caption_row, number_grid
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "08_tensor_operations_and_gpu"
 
 
-def show_dtypes():
-    print("1. creation: dtype, shape, values")
-    for name, x in {
-        "tensor([1, 2])": torch.tensor([1, 2]),
-        "tensor([1, 2.5])": torch.tensor([1, 2.5]),
-        "full((2, 1), 7)": torch.full((2, 1), 7),
-        "linspace(1, 1.3, 4)": torch.linspace(1, 1.3, 4),
-        "arange(1, 1.3, 0.1)": torch.arange(1, 1.3, 0.1),
-    }.items():
-        values = " ".join(f"{v:g}" for v in x.flatten().tolist())
-        print(f"   {name:<20} {x.dtype!s:<14} {tuple(x.shape)!s:<7} {values}")
-    assert len(x) == math.ceil((1.3 - 1) / 0.1) == 4
-    print(f"   arange's count {len(x)}   theory ceil({(1.3 - 1) / 0.1})")
+# --- 1. in everyday code -----------------------------------------------------------------------
 
-    print("2. promotion: dtype and value of a + b")
+
+def stack(tensors, dim):
+    """torch.stack: each tensor gets a new axis of size 1 at `dim`; along it they are joined.
+
+    Exercise.
+    """
+    return torch.cat([x.unsqueeze(dim) for x in tensors], dim)
+
+
+def show_everyday():
+    print("1. In everyday code: x is [[1, 2, 3], [4, 5, 6]], b is [10, 20, 30]")
+    print("   call                          shape       values")
+    x, b = torch.tensor([[1.0, 2, 3], [4, 5, 6]]), torch.tensor([10.0, 20, 30])
+    results = {
+        "x[:, 1]": x[:, 1],
+        "x + b": x + b,
+        "x.sum(dim=0)": x.sum(dim=0),
+        "x.sum(dim=1)": x.sum(dim=1),
+        "x.mean(dim=1, keepdim=True)": x.mean(dim=1, keepdim=True),
+        "x @ x.T": x @ x.T,
+        "x.unsqueeze(0)": x.unsqueeze(0),
+        "torch.cat([x, x])": torch.cat([x, x]),
+        "torch.stack([x, x])": torch.stack([x, x]),
+    }
+    for call, y in results.items():
+        print(f"   {call:<27}   {tuple(y.shape)!s:<9}   {str(y.int().tolist()).replace(' ', '')}")
+    joined, stacked = results["torch.cat([x, x])"], results["torch.stack([x, x])"]
+    assert torch.equal(stacked, stack([x, x], 0))
+    print(f"   -> cat: {len(x)} rows become {len(joined)}; stack: {x.dim()} axes, {stacked.dim()}")
+    return results
+
+
+# --- 2. types ----------------------------------------------------------------------------------
+
+
+def show_types():
+    print("2. Types: which one has the result?")
+    print("   a               b                      a + b    its type")
     byte, half = torch.tensor([200], dtype=torch.uint8), torch.tensor([0.5], dtype=torch.half)
     double, long = torch.tensor([0.5], dtype=torch.double), torch.tensor([2])
-    for name, c, theory in (
-        ("uint8 200 + number 100", byte + 100, torch.uint8),
-        ("uint8 200 + int64 2, no axes", byte + long[0], torch.uint8),
-        ("float16 0.5 + int64 2", half + long, torch.float16),
-        ("float16 0.5 + float64 0.5", half + double, torch.float64),
-        ("float16 0.5 + float64 0.5, no axes", half + double[0], torch.float16),
+    types = {}
+    for a, b, y in (
+        ("uint8 [200]", "the number 100", byte + 100),
+        ("uint8 [200]", "int64 2, no axes", byte + long[0]),
+        ("uint8 [200]", "int64 [2]", byte + long),
+        ("float16 [0.5]", "int64 [2]", half + long),
+        ("float16 [0.5]", "float64 0.5, no axes", half + double[0]),
+        ("float16 [0.5]", "float64 [0.5]", half + double),
     ):
-        assert c.dtype == theory
-        print(f"   {name:<35} {c.dtype!s:<14} {c.item():g}")
-    assert (byte + 100).item() == (200 + 100) % 256
+        types[a, b] = str(y.dtype).removeprefix("torch.")
+        print(f"   {a:<13}   {b:<20}   {y.item():5g}    {types[a, b]}")
+    print(f"   -> 200 + 100 is {(byte + 100).item()} in uint8, which counts modulo 256")
+    return types
 
 
-# --- memory --------------------------------------------------------------------------------------
+# --- 3. memory ---------------------------------------------------------------------------------
 
 
 def shares_memory(x, y):
@@ -77,7 +109,10 @@ def shares_memory(x, y):
 
 
 def window(shape, strides, offset):
-    """The address of each element, in elements: offset + i * stride_0 + j * stride_1 + ..."""
+    """The address of each element (*shape): offset + i * stride_0 + j * stride_1 + ...
+
+    Exercise.
+    """
     at = torch.tensor(offset)
     for n, stride in zip(shape, strides, strict=True):
         at = at[..., None] + torch.arange(n) * stride  # (...) -> (..., n)
@@ -88,106 +123,142 @@ def addresses(x):
     return window(x.shape, x.stride(), x.storage_offset())
 
 
-def find_strides(at):
-    """The strides of a window with the addresses `at`; None if no window has them."""
-    first = at[(0,) * at.dim()].item()
-    steps = torch.eye(at.dim(), dtype=torch.long)  # one step along each axis
-    strides = [at[tuple(step)].item() - first if n > 1 else 1
-               for step, n in zip(steps, at.shape, strict=True)]  # fmt: skip
-    return strides if torch.equal(window(at.shape, strides, first), at) else None
-
-
-def ways_to_view(x, shape):
-    """Whether x.view works, x.reshape shares memory, and a window reads x in the new shape."""
-    try:
-        works = x.view(shape).shape == shape
-    except RuntimeError:
-        works = False
-    found = find_strides(addresses(x).reshape(shape)) is not None
-    return works, shares_memory(x, x.reshape(shape)), found
-
-
-def address_picture(title, x, ink, cell=36):
-    """A matrix as a picture (3, H, W) uint8 of its addresses, the later the darker."""
-    picture = Image.new("RGB", (8 * cell, (len(x) + 1) * cell), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    pen.text((4, 10), f"{title}   strides {x.stride()}", "black", font)
-    for (i, j), address in np.ndenumerate(addresses(x).numpy()):
-        left, top = j * cell, (i + 1) * cell
-        shade = tuple(255 - (255 - c) * (int(address) + 4) // 28 for c in ink)
-        pen.rectangle((left, top, left + cell - 2, top + cell - 2), shade)
-        pen.text((left + 9, top + 9), str(address), "black", font)
-    return np.asarray(picture).transpose(2, 0, 1)
-
-
 def show_memory(log_dir):
-    print("3. x = arange(24).view(4, 6): the window, and whose memory")
-    x, views = torch.arange(24).view(4, 6), {}
+    print("3. Memory: how is x = torch.arange(24).view(4, 6) read, and which memory?")
+    print("   tensor                 shape    strides   offset   formula   memory")
+    x, views, right = torch.arange(24).view(4, 6), {}, {}
+    tensors = {
+        "x": x,
+        "x[1:, 2:]": x[1:, 2:],
+        "x[:, ::2]": x[:, ::2],
+        "x.T": x.T,
+        "x[:, 1].view(2, 2)": x[:, 1].view(2, 2),
+        "x[0].expand(4, 6)": x[0].expand(4, 6),
+        "x[0].unfold(0, 3, 1)": x[0].unfold(0, 3, 1),
+        "x.T.reshape(4, 6)": x.T.reshape(4, 6),
+        "x.T.contiguous()": x.T.contiguous(),
+        "x[[0, 1]]": x[[0, 1]],
+    }
+    for name, y in tensors.items():
+        memory = torch.empty(0, dtype=y.dtype).set_(y.untyped_storage())  # all of it, (n,)
+        right[name], views[name] = torch.equal(memory[addresses(y)], y), shares_memory(x, y)
+        row = f"{name:<20}   {tuple(y.shape)!s:<6}   {y.stride()!s:<7}   {y.storage_offset():6}"
+        formula, whose = "right" if right[name] else "WRONG", "of x" if views[name] else "new"
+        print(f"   {row}   {formula:<7}   {whose}")
+    print(f"   -> copied: {', '.join(name for name in views if not views[name])}")
+    log_memory(log_dir, tensors, views)
+    return {"views": views, "right": right}
+
+
+def log_memory(log_dir, tensors, views):
+    of_x, new = [n for n in tensors if views[n]], [n for n in tensors if not views[n]]
+    orange, blue = (255, 120, 0), (0, 120, 255)
     with SummaryWriter(log_dir / "memory", purge_step=0) as writer:
-        for name, y in {
-            "x": x,
-            "x[1:, 2:]": x[1:, 2:],
-            "x[:, ::2]": x[:, ::2],
-            "x.T": x.T,
-            "x[:, 1].view(2, 2)": x[:, 1].view(2, 2),
-            "x[0].expand(4, 6)": x[0].expand(4, 6),
-            "x[0].unfold(0, 3, 1)": x[0].unfold(0, 3, 1),
-            "x.T.reshape(4, 6)": x.T.reshape(4, 6),
-            "x.T.contiguous()": x.T.contiguous(),
-            "x[[0, 1]]": x[[0, 1]],
-        }.items():
-            memory = torch.empty(0, dtype=y.dtype).set_(y.untyped_storage())  # all of it, (n,)
-            assert torch.equal(memory[addresses(y)], y)
-            views[name] = shares_memory(x, y)
-            print(f"   {name:<21} {tuple(y.shape)!s:<7} strides {y.stride()!s:<8} "
-                  f"offset {y.storage_offset()}   {'view' if views[name] else 'copy'}")  # fmt: skip
-            picture = address_picture(name, y, (255, 120, 0) if views[name] else (0, 120, 255))
-            writer.add_image(f"memory/{len(views)}", picture, 0)
-
-    print("4. 12 elements: each shape, its axes in each order, viewed in each shape")
-    shapes = [s for s in itertools.product(range(1, 13), repeat=3) if math.prod(s) == 12]
-    ways = [ways_to_view(torch.empty(old).permute(order), new)
-            for old in shapes for order in itertools.permutations(range(3)) for new in shapes
-    ]  # fmt: skip
-    assert all(len(set(way)) == 1 for way in ways)
-    works, shares, found = (sum(column) for column in zip(*ways, strict=True))
-    print(f"   of {len(ways)}: view works {works}   reshape shares memory {shares}   "
-          f"own rule finds strides {found}")  # fmt: skip
-    return {"views": views, "cases": len(ways), "works": works}
+        for tag, title, names, ink in (
+            ("views_1", "orange: addresses in the memory of x", of_x[:4], orange),
+            ("views_2", "orange: addresses in the memory of x", of_x[4:], orange),
+            ("copies", "blue: addresses in new memory", new, blue),
+        ):
+            grids = [number_grid(addresses(tensors[name]), ink, last=23) for name in names]
+            words = [f"{name}\nstrides {tensors[name].stride()}" for name in names]
+            writer.add_image(f"memory/{tag}", caption_row(title, grids, words), 0)
 
 
-def show_indexing():
-    print("5. indexing: how many of 24 ones became 0")
-    a, b, c, d = (torch.ones(4, 6) for _ in range(4))
+# --- 4. when view works ------------------------------------------------------------------------
+
+
+def show_views():
+    print("4. When does view work, and when does reshape copy? x is still (4, 6)")
+    print("   tensor       as          view    its strides   reshape")
+    x, found = torch.arange(24).view(4, 6), []
+    for name, y, shape in (
+        ("x", x, (24,)),
+        ("x[:, ::2]", x[:, ::2], (12,)),
+        ("x[:, :4]", x[:, :4], (4, 2, 2)),
+        ("x[:, :4]", x[:, :4], (16,)),
+        ("x.T", x.T, (24,)),
+    ):
+        try:
+            view, strides = "works", y.view(shape).stride()
+        except RuntimeError:
+            view, strides = "fails", "-"
+        reshape = "views" if shares_memory(y, y.reshape(shape)) else "copies"
+        found.append((name, shape, view, strides, reshape))
+        print(f"   {name:<10}   {shape!s:<9}   {view}   {strides!s:<11}   {reshape}")
+    agree = sum((view == "works") == (reshape == "views") for _, _, view, _, reshape in found)
+    print(f"   -> in {agree} of {len(found)} rows reshape copies where view fails, and only there")
+    return found
+
+
+# --- 5. writing to a part ----------------------------------------------------------------------
+
+
+def show_writing():
+    print("5. Writing: x holds 24 ones. Does writing to a part of it change x?")
+    print("   statement                             written   zeros in x afterwards")
+    a, b, c, d, e, f, g = (torch.ones(4, 6) for _ in range(7))
+    mask = a > 0
     a[:, 0].zero_()
-    b[b > 0].zero_()  # in a copy that nobody keeps
-    c[[0, 1]] = 0
-    d[[0, 1], [2, 3]] = 0  # two elements, no block
-    names = "a[:, 0].zero_()", "b[b > 0].zero_()", "c[[0, 1]] = 0", "d[[0, 1], [2, 3]] = 0"
-    cleared = [int((x == 0).sum()) for x in (a, b, c, d)]
-    for name, count in zip(names, cleared, strict=True):
-        print(f"   {name:<22} {count}")
-    index, once = torch.tensor([0, 0, 1]), torch.zeros(2)
+    b[mask].zero_()
+    c[[0, 1]].zero_()
+    d[mask] = 0
+    e[[0, 1], [2, 3]] = 0
+    f.numpy()[0] = 0
+    torch.tensor(g.numpy()).zero_()
+    zeros = {}
+    for statement, written, x in (
+        ("x[:, 0].zero_()", 4, a),
+        ("x[x > 0].zero_()", int(mask.sum()), b),
+        ("x[[0, 1]].zero_()", 12, c),
+        ("x[x > 0] = 0", int(mask.sum()), d),
+        ("x[[0, 1], [2, 3]] = 0", 2, e),
+        ("x.numpy()[0] = 0", 6, f),
+        ("torch.tensor(x.numpy()).zero_()", 24, g),
+    ):
+        zeros[statement] = written, int((x == 0).sum())
+        print(f"   {statement:<35}   {written:7}   {zeros[statement][1]:4}")
+    print(f"   -> lost in a copy: {', '.join(name for name, (_, n) in zeros.items() if n == 0)}")
+    once, index = torch.zeros(2), torch.tensor([0, 0, 1])
     once[index] += 1
     summed = torch.zeros(2).index_add(0, index, torch.ones(3))
-    print(f"   zeros[[0, 0, 1]] += 1  {once.tolist()}   index_add {summed.tolist()}")
-    return {"cleared": cleared, "once": once.tolist(), "summed": summed.tolist()}
+    print(f"   -> y[[0, 0, 1]] += 1 makes zeros {once.tolist()}, index_add {summed.tolist()}")
+    return {"zeros": zeros, "once": once.tolist(), "summed": summed.tolist()}
 
 
-# --- broadcasting and einsum, from their definitions ---------------------------------------------
+# --- 6. broadcasting ---------------------------------------------------------------------------
 
 
-def loop_add(x, y):
-    """x (N, 1) + y (M,) -> (N, M)."""
-    out = torch.empty(len(x), len(y))
-    for i, (p,) in enumerate(x):
-        for j, q in enumerate(y):
-            out[i, j] = p + q
-    return out
+def show_broadcasting():
+    print(
+        "6. Broadcasting: how do shapes (3, 1) and (4,) become one, and what if (B, 1) meets (B,)?"
+    )
+    print("   tensor   shape    strides as (3, 4)   numbers")
+    x, y = torch.tensor([[0], [10], [20]]), torch.tensor([1, 2, 3, 4])
+    for name, t in {"x": x, "y": y, "x + y": x + y}.items():
+        strides = t.expand(3, 4).stride()
+        print(f"   {name:<6}   {tuple(t.shape)!s:<6}   {strides!s:<17}   {t.tolist()}")
+    truth = torch.randn(64)
+    prediction = truth[:, None]  # all 64 are right, but the shape is (64, 1)
+    loss, theory = (prediction - truth).square().mean().item(), 2 * truth.var(correction=0).item()
+    aligned = (prediction.squeeze(1) - truth).square().mean().item()
+    shape = tuple((prediction - truth).shape)
+    print(f"   -> the squared loss of perfect predictions is {aligned:.4f} if both are (64,)")
+    print(
+        f"   -> (64, 1) minus (64,) is {shape}, and the loss {loss:.4f}: 2 variances, {theory:.4f}"
+    )
+    return {"loss": loss, "theory": theory, "aligned": aligned}
+
+
+# --- 7. einsum ---------------------------------------------------------------------------------
 
 
 def loop_einsum(equation, *operands):
-    """At each place of all letters, the product of the operands, added to where `->` leads."""
+    """torch.einsum by a loop over all places, that is over all values of all letters.
+
+    At each place the operands, each read at its own letters, are multiplied, and the product is
+    added to the output at the letters behind `->`: the other letters are summed over.
+    Raises ValueError where one letter stands for two sizes. Exercise.
+    """
     *inputs, output = equation.replace("->", ",").split(",")
     size = {}
     for letters, x in zip(inputs, operands, strict=True):
@@ -203,53 +274,40 @@ def loop_einsum(equation, *operands):
     return out
 
 
-def show_broadcasting():
-    print("6. broadcasting: x (3, 1) + y (4,) against a loop, and a loss")
-    x, y = torch.randn(3, 1), torch.randn(4)
-    z = x + y
-    assert torch.equal(z, loop_add(x, y))
-    print(f"   {tuple(z.shape)}, read with strides {x.expand(z.shape).stride()} and "
-          f"{y.expand(z.shape).stride()}: equal bit for bit")  # fmt: skip
-    y = torch.randn(64)
-    loss, theory = (y[:, None] - y).square().mean(), 2 * y.var(correction=0)  # (B, B) -> ()
-    torch.testing.assert_close(loss, theory)
-    print(f"   squared loss of y (B, 1) against y (B,) {loss:.4f}   theory 2 var(y) {theory:.4f}")
-
-    print("7. einsum against a loop: largest difference")
+def show_einsum():
+    print("7. einsum: every letter that is not behind -> is summed over")
+    print("   equation          in words                                                 off by")
     size = {"b": 2, "h": 2, "i": 3, "j": 3, "k": 2, "t": 3, "s": 4, "d": 2}
-    for equation in ("i,j->ij", "ij,jk->ik", "ii->", "bi,ij,bj->b", "bhtd,bhsd->bhts"):
+    errors = {}
+    for equation, words in {
+        "i,j->ij": "each number of x times each of y: a table",
+        "ij,jk->ik": "the matrix product A @ B",
+        "ii->": "the sum of the diagonal",
+        "bi,ij,bj->b": "x^T A y for each example b",
+        "bhtd,bhsd->bhts": "attention: in example b, head h, query t times key s",
+    }.items():
         inputs = equation.split("->")[0].split(",")
         operands = [torch.randn([size[c] for c in letters]) for letters in inputs]
-        ours, library = loop_einsum(equation, *operands), torch.einsum(equation, *operands)
-        torch.testing.assert_close(ours, library)
-        print(f"   {equation:<16} {(ours - library).abs().max():.0e}")
-    return {"loss": loss.item(), "theory": theory.item()}
+        gap = loop_einsum(equation, *operands) - torch.einsum(equation, *operands)
+        errors[equation] = gap.abs().max().item()
+        print(f"   {equation:<15}   {words:<52}   {errors[equation]:9.0e}")
+    print(f"   -> torch.einsum is the loop, to within {max(errors.values()):.0e}")
+    return errors
 
 
-# --- NumPy, time, the GPU ------------------------------------------------------------------------
-
-
-def show_numpy():
-    print("8. NumPy: one memory under two names")
-    a, u = np.arange(6.0).reshape(2, 3), torch.zeros(3)
-    t, v = torch.from_numpy(a), u.numpy()
-    a[0, 0], t[1, 2], v[0], u[1] = 10, 20, 30, 40
-    assert (t[0, 0], a[1, 2], u[0], v[1]) == (10, 20, 30, 40)
-    print(f"   from_numpy(a)   array 10 -> tensor {t[0, 0]:g}   tensor 20 -> array {a[1, 2]:g}")
-    print(f"   u.numpy()       array 30 -> tensor {u[0]:g}   tensor 40 -> array {v[1]:g}")
-    part, shared = torch.from_numpy(a[:, ::2].T), {}
-    for name, x in {"from_numpy(a[:, ::2].T)": part, "tensor(a)": torch.tensor(a)}.items():
-        shared[name] = x.data_ptr() == a.ctypes.data
-        print(f"   {name:<24} {x.dtype}   strides {x.stride()}   same memory {shared[name]}")
-    return {"shared": shared}
+# --- 8. time -----------------------------------------------------------------------------------
 
 
 def loop_distances(a, b):
-    """Squared distances (N, M) of points a (N, D) and b (M, D), a Python step a pair."""
+    """Squared distances (N, M) of points a (N, D) and b (M, D): a Python step for each pair."""
     return torch.stack([torch.stack([(p - q).square().sum() for q in b]) for p in a])
 
 
 def distances(a, b):
+    """Squared distances (N, M) of points a (N, D) and b (M, D) in one expression, without a loop.
+
+    Exercise.
+    """
     return (a[:, None] - b).square().sum(-1)  # (N, 1, D) - (M, D) -> (N, M, D) -> (N, M)
 
 
@@ -258,8 +316,9 @@ def seconds(work, *inputs, repeat):
 
 
 def show_time(log_dir, powers):
-    print("9. squared distances of n points to n points, a loop against one expression")
-    ratios = {}
+    print("8. Time: squared distances of n points to n points, by a loop and in one expression")
+    print("   n      furthest apart   timing: the loop takes so many times as long")
+    ratios, errors = {}, {}
     with (
         SummaryWriter(log_dir / "loop", purge_step=0) as loop,
         SummaryWriter(log_dir / "vectorised", purge_step=0) as vectorised,
@@ -267,64 +326,88 @@ def show_time(log_dir, powers):
         for power in range(2, powers + 1):
             n = 2**power
             a, b = torch.randn(n, 3), torch.randn(n, 3)
-            torch.testing.assert_close(loop_distances(a, b), distances(a, b))
+            errors[n] = (loop_distances(a, b) - distances(a, b)).abs().max().item()
             slow = seconds(loop_distances, a, b, repeat=2)
             fast = seconds(distances, a, b, repeat=20)
             loop.add_scalar("time/log10_seconds_per_pair", math.log10(slow / n**2), power)
             vectorised.add_scalar("time/log10_seconds_per_pair", math.log10(fast / n**2), power)
             ratios[n] = slow / fast
-            print(f"   timing, n = {n:<4} the loop takes {ratios[n]:5.0f} times as long")
-    return {"ratios": ratios}
+            print(f"   {n:<4}   {errors[n]:14.0e}   {ratios[n]:6.0f}")
+    print(f"   -> timing: for {n * n} pairs the loop takes {ratios[n]:.0f} times as long")
+    return {"ratios": ratios, "errors": errors}
+
+
+# --- 9. the device -----------------------------------------------------------------------------
+
+
+def show_device():
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    print(f"9. The device: the same lines on whatever is there, which is {device.type}")
+    x, W = torch.tensor([[1.0, 2.0]]), torch.tensor([[10.0], [1.0]])
+    y = x.to(device)
+    z = y @ W.to(device)  # both must be on one device
+    try:
+        z + torch.zeros(1, 1, device="meta")  # a device that keeps shapes and no numbers
+        refused = "nothing"
+    except RuntimeError as error:
+        refused = str(error)
+    print("   call                     device   result")
+    print(f"   y = x.to(device)         {y.device.type:<6}   {y.tolist()}")
+    print(f"   z = y @ W.to(device)     {z.device.type:<6}   {z.tolist()}")
+    print(f"   z + a tensor elsewhere   -        {refused}")
+    print(f"   -> to(device) {'copied nothing, as x is there' if y is x else 'copied x there'}")
+    return {"device": device.type, "copied": y is not x, "z": z.item(), "refused": refused}
 
 
 def cuda_times(work, repeats=10):
-    """Seconds until the calls of `work` returned, until the GPU was done, and by its own events."""
+    """Seconds until so many calls of `work` have returned, and until the GPU has done them."""
     work()  # the first call loads kernels
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
+    torch.cuda.synchronize()  # wait for the GPU
     start = time.perf_counter()
-    first.record()
     for _ in range(repeats):
         work()
-    last.record()
     returned = time.perf_counter() - start
     torch.cuda.synchronize()
-    return returned, time.perf_counter() - start, first.elapsed_time(last) / 1000  # from ms
+    return returned, time.perf_counter() - start
 
 
 def show_cuda(n=4096):
-    print("10. the GPU: copies, pinned memory, time")
     if not torch.cuda.is_available():
-        print("   skipped: no CUDA device here")
+        print(
+            "   skipped, as there is no CUDA: when its calls return, and how fast pinned memory is"
+        )
         return {}
     x = torch.randn(n, n)
-    y, pinned = x.to("cuda"), x.pin_memory()
-    assert torch.equal(y.cpu(), x) and y.to("cuda") is y and pinned.is_pinned()
-    print("   there and back: equal bit for bit   to the device where it is: no copy")
+    y, pinned = x.to("cuda"), x.pin_memory()  # pinned: in memory that the GPU may read itself
     times = {
-        "matmul": cuda_times(lambda: y @ y),
-        "copy": cuda_times(lambda: x.to("cuda")),
-        "pinned copy": cuda_times(lambda: pinned.to("cuda", non_blocking=True)),
+        "y @ y": cuda_times(lambda: y @ y),
+        "x.to('cuda')": cuda_times(lambda: x.to("cuda")),
+        "the same, pinned": cuda_times(lambda: pinned.to("cuda", non_blocking=True)),
     }
-    for name, (returned, done, events) in times.items():
-        print(f"   timing, {name:<12} returned after {returned / done:.3f} of the time   "
-              f"by events {events / done:.3f}")  # fmt: skip
-    faster = times["copy"][1] / times["pinned copy"][1]
-    print(f"   timing, copying from pinned memory is {faster:.1f} times as fast")
-    return {"cuda": times}
+    print("   ten calls          timing: share of the time after which they have returned")
+    for name, (returned, done) in times.items():
+        print(f"   {name:<16}   {returned / done:.3f}")
+    faster = times["x.to('cuda')"][1] / times["the same, pinned"][1]
+    print(f"   -> timing: copying from pinned memory is {faster:.1f} times as fast")
+    return times
 
 
 def main(seed=0, log_dir=LOG_DIR, powers=7):
     torch.manual_seed(seed)
-    show_dtypes()
-    return {
-        **show_memory(log_dir),
-        **show_indexing(),
-        **show_broadcasting(),
-        **show_numpy(),
-        **show_time(log_dir, powers),
-        **show_cuda(),
+    measured = {
+        "everyday": show_everyday(),
+        "types": show_types(),
+        "memory": show_memory(log_dir),
+        "found": show_views(),
+        "writing": show_writing(),
+        "broadcasting": show_broadcasting(),
+        "einsum": show_einsum(),
+        "time": show_time(log_dir, powers),
+        "device": show_device(),
+        "cuda": show_cuda(),
     }
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":

@@ -61,6 +61,22 @@ def heat_over(grey, heat):
     return grey[:, None] * (1 - red) + red * torch.tensor([1.0, 0, 0]).view(3, 1, 1)
 
 
+def number_grid(numbers, ink, last, cell=26):
+    """A matrix of whole numbers in 0..last as uint8 (3, H, W): each in its cell, large ones darker.
+
+    `ink` is the colour (red, green, blue) of the cell of `last`.
+    """
+    picture = Image.new("RGB", (numbers.shape[1] * cell, len(numbers) * cell), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    for i, row in enumerate(numbers.tolist()):
+        for j, number in enumerate(row):
+            left, top, share = j * cell, i * cell, (number + 4) / (last + 4)
+            shade = tuple(round(255 - (255 - c) * share) for c in ink)
+            pen.rectangle((left, top, left + cell - 2, top + cell - 2), shade)
+            pen.text((left + 5, top + 5), str(number), "black", font)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
 def prediction_grid(images, labels, predictions, classes, count=64):
     """The first test images; each caption is the prediction, and the truth where it is wrong."""
     pairs = zip(labels[:count].tolist(), predictions[:count].tolist(), strict=True)

@@ -1,5 +1,8 @@
 import itertools
+import math
 import random
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,6 +16,41 @@ DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.i
 @pytest.fixture
 def lesson(load):
     return load("08_tensor_operations_and_gpu.py")
+
+
+def lines(capsys):
+    return capsys.readouterr().out.splitlines()
+
+
+# --- the plain calls ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_stack_is_cat_along_a_new_axis(lesson, dim):
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 3) for _ in range(4)]
+    assert torch.equal(lesson.stack(tensors, dim), torch.stack(tensors, dim))
+
+
+def test_the_first_table(lesson, capsys):
+    results = {call: y.tolist() for call, y in lesson.show_everyday().items()}
+    assert results == {
+        "x[:, 1]": [2, 5],
+        "x + b": [[11, 22, 33], [14, 25, 36]],
+        "x.sum(dim=0)": [5, 7, 9],
+        "x.sum(dim=1)": [6, 15],
+        "x.mean(dim=1, keepdim=True)": [[2], [5]],
+        "x @ x.T": [[14, 32], [32, 77]],
+        "x.unsqueeze(0)": [[[1, 2, 3], [4, 5, 6]]],
+        "torch.cat([x, x])": [[1, 2, 3], [4, 5, 6], [1, 2, 3], [4, 5, 6]],
+        "torch.stack([x, x])": [[[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 5, 6]]],
+    }
+    out = lines(capsys)
+    assert out[4].split()[-3:] == ["x.sum(dim=0)", "(3,)", "[5,7,9]"]
+    assert out[-1] == "   -> cat: 2 rows become 4; stack: 2 axes, 3"
+
+
+# --- types -------------------------------------------------------------------------------------
 
 
 def strength(value):
@@ -32,9 +70,53 @@ def test_promotion_follows_the_rule_for_all_pairs():
         assert torch.result_type(a, b) == rule, (a, b)
 
 
+def test_the_second_table(lesson, capsys):
+    types = list(lesson.show_types().values())
+    assert types == ["uint8", "uint8", "int64", "float16", "float16", "float64"]
+    out = lines(capsys)
+    assert [line.split()[-2:] for line in out[2:8]] == [
+        [value, dtype] for value, dtype in zip(["44", "202", "202", "2.5", "1", "1"], types,
+                                               strict=True)]  # fmt: skip
+    assert "200 + 100 is 44" in out[-1]
+
+
 @pytest.mark.parametrize(("end", "step"), [(1.3, 0.1), (1.9, 0.3), (7, 2), (1.2, 0.1)])
 def test_arange_has_ceil_of_the_quotient(end, step):
-    assert len(torch.arange(1, end, step)) == -(-(end - 1) // step)
+    x = torch.arange(1, end, step)
+    assert len(x) == -(-(end - 1) // step)
+    if (end, step) == (1.3, 0.1):
+        assert len(x) == 4  # a rounding error reaches the end
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def find_strides(lesson, at):
+    """The strides of a window with the addresses `at`; None if no window has them."""
+    first = at[(0,) * at.dim()].item()
+    steps = torch.eye(at.dim(), dtype=torch.long)  # one step along each axis
+    strides = [at[tuple(step)].item() - first if n > 1 else 1
+               for step, n in zip(steps, at.shape, strict=True)]  # fmt: skip
+    return strides if torch.equal(lesson.window(at.shape, strides, first), at) else None
+
+
+def ways_to_view(lesson, x, shape):
+    """Whether x.view works, x.reshape shares memory, and the strides that read x so, if any."""
+    try:
+        works = x.view(shape).shape == shape
+    except RuntimeError:
+        works = False
+    strides = find_strides(lesson, lesson.addresses(x).reshape(shape))
+    return works, lesson.shares_memory(x, x.reshape(shape)), strides
+
+
+def test_all_ways_to_view_twelve_elements(lesson):
+    shapes = [s for s in itertools.product(range(1, 13), repeat=3) if math.prod(s) == 12]
+    ways = [ways_to_view(lesson, torch.empty(old).permute(order), new)
+            for old in shapes for order in itertools.permutations(range(3)) for new in shapes
+    ]  # fmt: skip
+    assert all(works == shares == (strides is not None) for works, shares, strides in ways)
+    assert (len(ways), sum(works for works, _, _ in ways)) == (1944, 1225)
 
 
 def random_window(rng):
@@ -42,7 +124,7 @@ def random_window(rng):
     sizes, strides = rng.choices((1, 2, 3, 4), k=3), rng.choices((0, 1, 2, 3, 4, 6, 12), k=3)
     if rng.random() < 0.5:
         strides = rng.sample(torch.empty(sizes).stride(), 3)
-    x = torch.arange(100).as_strided(sizes, strides, rng.randrange(5))
+    x = torch.arange(128).as_strided(sizes, strides, rng.randrange(5))  # 4 + 3 * 3 * 12 at most
     shape = [1] * rng.choice((1, 2, 3, 4))
     for factor in (2, 2, 2, 2, 2, 2, 3, 3, 3):
         if x.numel() % (torch.Size(shape).numel() * factor) == 0:
@@ -50,26 +132,27 @@ def random_window(rng):
     return x, tuple(shape)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 1, 2, 108])
 def test_view_works_where_a_window_fits_and_has_its_strides(lesson, seed):
     rng, worked = random.Random(seed), []
     for _ in range(300):
         x, shape = random_window(rng)
-        assert torch.equal(torch.arange(100)[lesson.addresses(x)], x)
-        works, shares, found = lesson.ways_to_view(x, shape)
-        assert works == shares == found
+        assert torch.equal(torch.arange(128)[lesson.addresses(x)], x)
+        works, shares, strides = ways_to_view(lesson, x, shape)
+        assert works == shares == (strides is not None)
         worked.append(works)
         if works:
-            strides = lesson.find_strides(lesson.addresses(x).view(shape))
             assert all(own == theirs or n == 1 for own, theirs, n in
                        zip(strides, x.view(shape).stride(), shape, strict=True))  # fmt: skip
     assert 60 < sum(worked) < 240
 
 
-def test_addresses_without_a_window(lesson):
-    assert lesson.find_strides(torch.tensor([5, 3, 1])) == [-2]
-    assert lesson.find_strides(torch.tensor([0, 1, 3])) is None
-    assert lesson.find_strides(torch.tensor([[0, 1], [2, 4]])) is None
+def test_a_window_counts_from_its_offset(lesson):
+    assert lesson.window((2, 3), (10, 2), 5).tolist() == [[5, 7, 9], [15, 17, 19]]
+    assert lesson.window((), (), 7).tolist() == 7
+    assert find_strides(lesson, torch.tensor([5, 3, 1])) == [-2]
+    assert find_strides(lesson, torch.tensor([0, 1, 3])) is None
+    assert find_strides(lesson, torch.tensor([[0, 1], [2, 4]])) is None
 
 
 def test_shares_memory_is_about_the_storage_not_the_first_element(lesson):
@@ -78,20 +161,107 @@ def test_shares_memory_is_about_the_storage_not_the_first_element(lesson):
     assert not lesson.shares_memory(x, x.clone())
 
 
-def test_try_one_stride_for_each_new_axis(lesson):
-    x = torch.arange(24).view(4, 6)
-    with pytest.raises(RuntimeError, match="view size is not compatible"):
-        x.T.view(24)
-    assert list(x.T.view(6, 2, 2).stride()) == [1, 12, 6]
-    assert lesson.find_strides(lesson.addresses(x.T).reshape(6, 2, 2)) == [1, 12, 6]
-    assert lesson.find_strides(lesson.addresses(x.T).reshape(24)) is None
-
-
 @pytest.mark.parametrize("index", [[0, 1], [0], torch.tensor([2]), torch.ones(4) > 0])
 def test_a_list_or_a_mask_copies_where_a_slice_would_not(lesson, index):
     x = torch.arange(24).view(4, 6)
     assert not lesson.shares_memory(x, x[index])
     assert lesson.shares_memory(x, x[:2])
+
+
+COPIES = ["x.T.reshape(4, 6)", "x.T.contiguous()", "x[[0, 1]]"]
+
+
+def test_the_third_table(lesson, tmp_path, capsys):
+    measured = lesson.show_memory(tmp_path)
+    assert [name for name, view in measured["views"].items() if not view] == COPIES
+    assert all(measured["right"].values()) and len(measured["right"]) == 10
+    out = lines(capsys)
+    assert out[-1] == f"   -> copied: {', '.join(COPIES)}"
+    assert out[3].split()[-8:] == ["(3,", "4)", "(6,", "1)", "8", "right", "of", "x"]
+    assert out[8].split()[-6:] == ["(1,", "1)", "0", "right", "of", "x"]
+    assert [line.split()[-2:] for line in out[9:12]] == [["right", "new"]] * 3
+
+
+def test_a_wrong_address_is_told(lesson, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lesson, "addresses", lambda x: lesson.window(x.shape, x.stride(), 0))
+    right = lesson.show_memory(tmp_path)["right"]
+    assert [name for name, r in right.items() if not r] == ["x[1:, 2:]", "x[:, 1].view(2, 2)"]
+    assert capsys.readouterr().out.count("WRONG") == 2
+
+
+def test_the_pictures_show_addresses_and_whose_memory(lesson, tmp_path, monkeypatch, events):
+    rows, grids = {}, []
+
+    def grid(numbers, ink, last):
+        grids.append((numbers.tolist(), ink, last))
+        return torch.zeros(3, 4, 4, dtype=torch.uint8)
+
+    def row(title, pictures, words):
+        rows[title.split(":")[0], len(rows)] = words
+        return np.zeros((3, 4, 4), np.uint8)
+
+    monkeypatch.setattr(lesson, "number_grid", grid)
+    monkeypatch.setattr(lesson, "caption_row", row)
+    lesson.show_memory(tmp_path)
+    orange, blue = (255, 120, 0), (0, 120, 255)
+    assert [ink for _, ink, _ in grids] == [orange] * 7 + [blue] * 3
+    assert list(rows) == [("orange", 0), ("orange", 1), ("blue", 2)]
+    words = [text for row in rows.values() for text in row]
+    assert [text.split("\n")[0] for text in words[7:]] == COPIES
+    x = torch.arange(24).view(4, 6)
+    assert grids[0][0] == x.tolist() and words[0] == "x\nstrides (6, 1)"
+    assert grids[3][0] == x.T.tolist() and words[3] == "x.T\nstrides (1, 6)"
+    assert grids[5][0] == [list(range(6))] * 4 and words[5].endswith("strides (0, 1)")
+    assert grids[7][0] == x.tolist() and all(last == 23 for _, _, last in grids)
+    tags = events(tmp_path / "memory").Tags()["images"]
+    assert sorted(tags) == ["memory/copies", "memory/views_1", "memory/views_2"]
+
+
+def test_the_fourth_table(lesson, capsys):
+    found = lesson.show_views()
+    assert [row[2:] for row in found] == [
+        ("works", (1,), "views"), ("works", (2,), "views"), ("works", (6, 2, 1), "views"),
+        ("fails", "-", "copies"), ("fails", "-", "copies"),
+    ]  # fmt: skip
+    assert lines(capsys)[-1].startswith("   -> in 5 of 5 rows")
+
+
+def changed(lesson, old, new):
+    """The lesson with one edit: what Try asks for."""
+    head, code = Path(lesson.__file__).read_text(encoding="utf-8").split("import itertools", 1)
+    assert code.count(old) == 1
+    module = ModuleType("changed")
+    module.__file__ = lesson.__file__
+    exec(head + "import itertools" + code.replace(old, new), vars(module))
+    return module
+
+
+def test_try_one_stride_for_each_new_axis(lesson, tmp_path, capsys):
+    edit = changed(lesson, '("x.T", x.T, (24,))', '("x.T", x.T, (6, 2, 2))')
+    measured = edit.main(log_dir=tmp_path, powers=2)
+    assert measured["found"][-1] == ("x.T", (6, 2, 2), "works", (1, 12, 6), "views")
+    assert "x.T          (6, 2, 2)   works   (1, 12, 6)    views" in capsys.readouterr().out
+
+
+# --- writing to a part -------------------------------------------------------------------------
+
+
+def test_the_fifth_table(lesson, capsys):
+    measured = lesson.show_writing()
+    assert measured["zeros"] == {
+        "x[:, 0].zero_()": (4, 4),
+        "x[x > 0].zero_()": (24, 0),
+        "x[[0, 1]].zero_()": (12, 0),
+        "x[x > 0] = 0": (24, 24),
+        "x[[0, 1], [2, 3]] = 0": (2, 2),
+        "x.numpy()[0] = 0": (6, 6),
+        "torch.tensor(x.numpy()).zero_()": (24, 0),
+    }
+    assert measured["once"] == [1, 1] and measured["summed"] == [2, 1]
+    out = lines(capsys)
+    lost = "x[x > 0].zero_(), x[[0, 1]].zero_(), torch.tensor(x.numpy()).zero_()"
+    assert out[-2] == f"   -> lost in a copy: {lost}"
+    assert out[-1].endswith("zeros [1.0, 1.0], index_add [2.0, 1.0]")
 
 
 def test_gather_is_a_loop_over_the_rows():
@@ -102,12 +272,29 @@ def test_gather_is_a_loop_over_the_rows():
     assert torch.equal(logits[torch.arange(5), labels], loop)
 
 
-def test_the_loop_adds_a_column_and_a_row(lesson):
+def test_numpy_and_a_tensor_write_to_one_memory():
+    a, u = np.arange(6.0).reshape(2, 3), torch.zeros(3)
+    t, v = torch.from_numpy(a), u.numpy()
+    a[0, 0], t[1, 2], v[0], u[1] = 10, 20, 30, 40
+    assert (t[0, 0], a[1, 2], u[0], v[1]) == (10, 20, 30, 40)
+
+
+def test_numpy_strides_are_bytes_and_may_be_negative_where_a_tensors_may_not():
+    a = np.arange(12.0, dtype=np.float32).reshape(3, 4)[:, ::2].T
+    t = torch.from_numpy(a)
+    assert t.stride() == tuple(s // 4 for s in a.strides) and t.data_ptr() == a.ctypes.data
+    with pytest.raises(ValueError, match="negative"):
+        torch.from_numpy(a[::-1])
+
+
+# --- broadcasting and einsum -------------------------------------------------------------------
+
+
+def test_a_loop_adds_a_column_and_a_row():
     torch.manual_seed(0)
     x, y = torch.randn(5, 1), torch.randn(2)
-    assert torch.equal(lesson.loop_add(x, y), x + y)
-    with pytest.raises(ValueError, match="too many values"):
-        lesson.loop_add(torch.zeros(5, 2), y)
+    loop = torch.tensor([[p + q for q in y.tolist()] for (p,) in x.tolist()])
+    torch.testing.assert_close(loop, x + y)
 
 
 def test_mse_loss_says_the_word_that_minus_does_not():
@@ -115,6 +302,25 @@ def test_mse_loss_says_the_word_that_minus_does_not():
     assert (p - y).shape == (3, 3)
     with pytest.warns(UserWarning, match="target size"):
         F.mse_loss(p, y)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_sixth_table(lesson, capsys, seed):
+    torch.manual_seed(seed)
+    measured = lesson.show_broadcasting()
+    torch.manual_seed(seed)
+    y = torch.randn(64).double()
+    variance = y.square().mean() - y.mean() ** 2
+    assert measured["theory"] == pytest.approx(2 * variance.item(), rel=1e-5)
+    assert measured["loss"] == pytest.approx(measured["theory"], rel=1e-5)
+    assert measured["loss"] > 0.5 and measured["aligned"] == 0
+    out = lines(capsys)
+    strides = ["(1, 0)", "(0, 1)", "(4, 1)"]
+    assert all(f"   {three}   " in line for three, line in zip(strides, out[2:5], strict=True))
+    assert out[4].endswith("[[1, 2, 3, 4], [11, 12, 13, 14], [21, 22, 23, 24]]")
+    assert "is 0.0000 if both are (64,)" in out[-2]
+    assert f"is (64, 64), and the loss {measured['loss']:.4f}" in out[-1]
+    assert out[-1].endswith(f"2 variances, {measured['theory']:.4f}")
 
 
 @pytest.mark.parametrize(
@@ -134,12 +340,31 @@ def test_einsum_refuses_sizes_that_differ(lesson):
         lesson.loop_einsum("ij,jk->ik", torch.zeros(2, 3), torch.zeros(4, 2))
 
 
-def test_numpy_strides_are_bytes_and_may_be_negative_where_a_tensors_may_not():
-    a = np.arange(12.0, dtype=np.float32).reshape(3, 4)[:, ::2].T
-    t = torch.from_numpy(a)
-    assert t.stride() == tuple(s // 4 for s in a.strides) and t.data_ptr() == a.ctypes.data
-    with pytest.raises(ValueError, match="negative"):
-        torch.from_numpy(a[::-1])
+def test_the_words_say_what_einsum_does(lesson, capsys):
+    torch.manual_seed(0)
+    errors = lesson.show_einsum()
+    assert list(errors) == ["i,j->ij", "ij,jk->ik", "ii->", "bi,ij,bj->b", "bhtd,bhsd->bhts"]
+    assert max(errors.values()) < 1e-6
+    out = lines(capsys)
+    assert [line.split()[-1] for line in out[2:7]] == [f"{e:.0e}" for e in errors.values()]
+    assert out[-1].endswith(f"to within {max(errors.values()):.0e}")
+    x, y, A, q, k = (torch.randn(s) for s in ((2, 3), (2, 4), (3, 4), (2, 5, 3, 4), (2, 5, 6, 4)))
+    torch.testing.assert_close(torch.einsum("i,j->ij", x[0], y[0]), x[0][:, None] * y[0])
+    torch.testing.assert_close(torch.einsum("ij,jk->ik", x, A), x @ A)
+    torch.testing.assert_close(torch.einsum("ii->", A[:, :3]), A[:, :3].diagonal().sum())
+    torch.testing.assert_close(torch.einsum("bi,ij,bj->b", x, A, y), ((x @ A) * y).sum(1))
+    torch.testing.assert_close(torch.einsum("bhtd,bhsd->bhts", q, k), q @ k.transpose(2, 3))
+
+
+def test_a_wrong_einsum_is_told(lesson, capsys, monkeypatch):
+    torch.manual_seed(0)
+    right = lesson.loop_einsum
+    monkeypatch.setattr(lesson, "loop_einsum", lambda *args: 1 + right(*args))
+    assert min(lesson.show_einsum().values()) > 0.9
+    assert lines(capsys)[-1].endswith("to within 1e+00")
+
+
+# --- time --------------------------------------------------------------------------------------
 
 
 def test_distances_are_cdists(lesson):
@@ -150,42 +375,101 @@ def test_distances_are_cdists(lesson):
     torch.testing.assert_close(lesson.loop_distances(a, b), squared)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_main_finds_views_where_windows_fit(lesson, tmp_path, events, seed):
-    measured = lesson.main(seed=seed, log_dir=tmp_path, powers=5)
-    views = list(measured["views"].values())
-    assert views == [True] * 7 + [False] * 3
-    assert (measured["cases"], measured["works"]) == (1944, 1225)
-    assert measured["cleared"] == [4, 0, 12, 2]
-    assert measured["once"] == [1, 1] and measured["summed"] == [2, 1]
-    assert measured["loss"] == pytest.approx(measured["theory"]) and measured["loss"] > 0.5
-    assert list(measured["shared"].values()) == [True, False]
-    assert list(measured["ratios"]) == [4, 8, 16, 32]
-    assert measured["ratios"][32] > 50
-    assert len(events(tmp_path / "memory").Tags()["images"]) == 10
-    for run in ("loop", "vectorised"):
-        assert len(events(tmp_path / run).Scalars("time/log10_seconds_per_pair")) == 4
+def test_seconds_takes_the_fastest_run(lesson, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        lesson.timeit, "repeat",
+        lambda work, number, repeat: [work() or s for s in (5, 2, 3)[:repeat]],
+    )  # fmt: skip
+    assert lesson.seconds(calls.append, 1, repeat=3) == 2 and calls == [1, 1, 1]
 
 
-def test_the_picture_shows_the_addresses_as_shades(lesson):
-    x = torch.arange(24).view(4, 6)
-    picture = lesson.address_picture("x.T", x.T, (255, 120, 0), cell=36)
-    assert picture.shape == (3, 7 * 36, 8 * 36)
-    blue = picture[2, 36 + 2 :: 36, 2 : 4 * 36 : 36].astype(int)  # a corner of each cell (6, 4)
-    order = np.argsort(-blue, axis=None, kind="stable")  # the later the darker
-    assert lesson.addresses(x.T).numpy().ravel()[order].tolist() == list(range(24))
+def test_the_curves_are_seconds_per_pair(lesson, tmp_path, events, capsys, monkeypatch):
+    def seconds(work, a, b, repeat):
+        return 1e-3 * len(a) ** 2 if work is lesson.loop_distances else 1e-3
+
+    monkeypatch.setattr(lesson, "seconds", seconds)
+    measured = lesson.show_time(tmp_path, powers=4)
+    assert measured["ratios"] == pytest.approx({4: 16, 8: 64, 16: 256})
+    assert list(measured["errors"]) == [4, 8, 16] and max(measured["errors"].values()) < 1e-5
+    for run, expected in (
+        ("loop", [-3] * 3),
+        ("vectorised", [-3 - math.log10(4**p) for p in (2, 3, 4)]),
+    ):
+        scalars = events(tmp_path / run).Scalars("time/log10_seconds_per_pair")
+        assert [event.step for event in scalars] == [2, 3, 4]
+        assert [event.value for event in scalars] == pytest.approx(expected)
+    out = lines(capsys)
+    assert [line.split()[0] for line in out[2:5]] == ["4", "8", "16"]
+    assert [line.split()[-1] for line in out[2:5]] == ["16", "64", "256"]
+    assert out[-1] == "   -> timing: for 256 pairs the loop takes 256 times as long"
+
+
+def test_a_wrong_distance_is_told(lesson, tmp_path, capsys, monkeypatch):
+    right = lesson.distances
+    monkeypatch.setattr(lesson, "distances", lambda a, b: 1 + right(a, b))
+    assert min(lesson.show_time(tmp_path, powers=3)["errors"].values()) > 0.9
+
+
+# --- the device --------------------------------------------------------------------------------
+
+
+def test_the_device_that_is_here(lesson, capsys):
+    measured = lesson.show_device()
+    here = torch.accelerator.current_accelerator(check_available=True)
+    assert measured["device"] == (here.type if here else "cpu")
+    assert measured["z"] == 12 and measured["copied"] is bool(here)
+    assert "device" in measured["refused"] and "meta" in measured["refused"]
+    out = lines(capsys)
+    assert out[0].endswith(f"which is {measured['device']}")
+    assert out[2].split()[-3:] == [measured["device"], "[[1.0,", "2.0]]"]
+    assert out[-1].endswith("copied x there" if here else "copied nothing, as x is there")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
 def test_without_cuda_one_line_says_so(lesson, capsys):
     assert lesson.show_cuda() == {}
-    assert "skipped" in capsys.readouterr().out.splitlines()[1]
+    (line,) = lines(capsys)
+    assert "skipped, as there is no CUDA" in line and "return" in line and "pinned" in line
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_returns_before_it_is_done_and_pinned_copies_are_faster(lesson):
-    times = lesson.show_cuda()["cuda"]
-    returned, done, events = times["matmul"]
+def test_cuda_returns_before_it_is_done_and_pinned_copies_are_faster(lesson, capsys):
+    times = lesson.show_cuda()
+    returned, done = times["y @ y"]
     assert returned < 0.5 * done
-    assert events == pytest.approx(done, rel=0.2)
-    assert times["pinned copy"][1] < times["copy"][1]
+    assert times["the same, pinned"][1] < times["x.to('cuda')"][1]
+    assert "pinned memory is" in lines(capsys)[-1]
+    x = torch.randn(4096, 4096)
+    y, pinned = x.to("cuda"), x.pin_memory()
+    assert torch.equal(y.cpu(), x) and y.to("cuda") is y and pinned.is_pinned()
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def between_events():
+        first.record()
+        for _ in range(10):
+            y @ y
+        last.record()
+
+    _, done = lesson.cuda_times(between_events, repeats=1)
+    assert first.elapsed_time(last) / 1000 == pytest.approx(done, rel=0.2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_main(lesson, tmp_path, events, capsys, seed):
+    measured = lesson.main(seed=seed, log_dir=tmp_path, powers=5)
+    assert list(measured["memory"]["views"].values()) == [True] * 7 + [False] * 3
+    assert measured["broadcasting"]["loss"] == pytest.approx(measured["broadcasting"]["theory"])
+    assert max(measured["einsum"].values()) < 1e-5
+    assert list(measured["time"]["ratios"]) == [4, 8, 16, 32]
+    assert measured["time"]["ratios"][32] > 50
+    assert max(measured["time"]["errors"].values()) < 1e-5
+    assert measured["device"]["z"] == 12
+    out = lines(capsys)
+    assert [line[0] for line in out if line[0].isdigit()] == list("123456789")
+    assert out[-1].startswith(f"look: tensorboard --logdir {tmp_path} ")
+    assert len(events(tmp_path / "memory").Tags()["images"]) == 3
+    for image in events(tmp_path / "memory").Images("memory/views_1"):
+        assert image.width > 400 and image.height > 6 * 26
+    for run in ("loop", "vectorised"):
+        assert len(events(tmp_path / run).Scalars("time/log10_seconds_per_pair")) == 4

@@ -33,6 +33,17 @@ def test_a_row_of_one_height_keeps_the_aspect():
     assert (half[:, 30:32, 10:12] == 128).all()
 
 
+def test_numbers_are_darker_the_larger_they_are():
+    numbers = torch.tensor([[5, 0, 3], [9, 1, 7]])
+    picture = pictures.number_grid(numbers, ink=(255, 120, 0), last=9, cell=30)
+    assert picture.shape == (3, 60, 90) and picture.dtype == torch.uint8
+    corners = picture[:, 2::30, 2::30]  # of each cell, beside its number (3, 2, 3)
+    assert (corners[0] == 255).all() and corners[:, 1, 0].tolist() == [255, 120, 0]
+    assert (-corners[2].flatten().int()).argsort().tolist() == numbers.flatten().argsort().tolist()
+    assert (picture[:, :, 29::30] == 255).all() and (picture[:, 29::30] == 255).all()  # the rules
+    assert (picture[0, :29, :29] < 128).any()  # a number in ink
+
+
 def test_confusion_counts_truth_by_row():
     counts = pictures.confusion_matrix(torch.tensor([0, 0, 2, 1]), torch.tensor([0, 1, 2, 1]), 3)
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
