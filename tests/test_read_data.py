@@ -1,6 +1,15 @@
+import io
+import re
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, random_split
+
+from support.pictures import caption_row
 
 
 @pytest.fixture
@@ -9,10 +18,23 @@ def lesson(load):
 
 
 @pytest.fixture
-def train(load, insects_root):
-    folder = insects_root / "hymenoptera_sample"
-    load("generate_labels.py").write_labels(folder)
-    return folder / "train"
+def train(lesson, insects_root):
+    folder = insects_root / "hymenoptera_sample" / "train"
+    lesson.write_missing_labels(folder)
+    return folder
+
+
+def edited(lesson, old, new):
+    """The lesson with one change in its source, as a reader makes it on a copy."""
+    source = Path(lesson.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    copy = ModuleType("copy")
+    copy.__file__ = lesson.__file__
+    exec(compile(source.replace(old, new), lesson.__file__, "exec"), vars(copy))
+    return copy
+
+
+# --- the Dataset -------------------------------------------------------------------------------
 
 
 def test_items_are_the_files_in_order_with_their_labels(lesson, train):
@@ -23,15 +45,28 @@ def test_items_are_the_files_in_order_with_their_labels(lesson, train):
         pixel = file.getpixel((5, 2))
     assert image.shape == (3, height, width) and image.dtype == torch.uint8
     assert tuple(image[:, 2, 5].tolist()) == pixel
-    assert label == 1 and len(bees) == 3
+    assert label == 1 and len(bees) == 3 and lesson.Insects(train, "ants")[0][1] == 0
 
 
-def test_negative_indices_work_and_others_are_refused(lesson, train):
+def test_the_label_is_that_of_the_file_and_not_of_the_folder(lesson, train):
+    (train / "ants_label" / "ants_001.txt").write_text("bees", encoding="utf-8")
+    assert [label for _, label in lesson.Insects(train, "ants")] == [0, 1, 0]
+
+
+def test_negative_places_work_and_others_are_refused(lesson, train):
     ants = lesson.Insects(train, "ants")
-    torch.testing.assert_close(ants[-1][0], ants[2][0])
+    assert torch.equal(ants[-1][0], ants[2][0])
     for index in (3, -4):
-        with pytest.raises(IndexError, match=f"index {index} is outside of 3 images"):
+        with pytest.raises(IndexError):
             ants[index]
+
+
+def test_an_image_is_opened_when_it_is_asked_for(lesson, train):
+    ants = lesson.Insects(train, "ants")
+    (train / "ants" / "ants_001.jpg").write_bytes(b"no image")
+    assert len(ants) == 3 and ants[2][1] == 0
+    with pytest.raises(lesson.DataError, match=r"ants_001\.jpg is not a readable image"):
+        ants[1]
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "1"])
@@ -42,45 +77,222 @@ def test_every_mode_becomes_rgb(lesson, train, mode):
     assert lesson.Insects(train, "ants")[0][0].shape == (3, 4, 6)
 
 
-def test_errors_name_the_file_and_what_mends_it(lesson, train):
-    ants = lesson.Insects(train, "ants")
-    label = train / "ants_label" / "ants_001.txt"
-    label.write_text("wasps", encoding="utf-8")
-    with pytest.raises(lesson.DataError, match=r"ants_001.txt says 'wasps'"):
-        ants[1]
-    label.unlink()
-    with pytest.raises(lesson.DataError, match=r"ants_001.txt is missing: run python gen"):
-        ants[1]
-    for damage in (b"no image", (train / "ants" / "ants_000.jpg").read_bytes()[:900]):
-        (train / "ants" / "ants_002.jpg").write_bytes(damage)
-        with pytest.raises(lesson.DataError, match=r"ants_002.jpg is not a readable image"):
-            ants[2]
+def test_older_copies_call_the_folder_ants_image(lesson, train):
+    (train / "ants").rename(train / "ants_image")
+    assert lesson.Insects(train, "ants")[2][1] == 0
+    assert lesson.TwoClasses(train).targets == [0, 0, 0, 1, 1, 1]
 
 
-def test_padding_leaves_every_image_whole(lesson):
-    images = [torch.randint(1, 256, (3, h, w), dtype=torch.uint8) for h, w in [(4, 9), (7, 2)]]
-    batch, labels, sizes = lesson.pad_collate([(images[0], 1), (images[1], 0)])
-    assert batch.shape == (2, 3, 7, 9) and labels.tolist() == [1, 0]
-    for padded, image, (height, width) in zip(batch, images, sizes, strict=True):
-        assert torch.equal(padded[:, :height, :width], image)
-        assert padded.count_nonzero() == image.numel()
-    assert lesson.padded_share(sizes, batch) == pytest.approx(1 - (36 + 14) / (2 * 63))
+def test_missing_labels_are_written_and_others_kept(lesson, train):
+    lost, kept = (train / "ants_label" / f"ants_00{i}.txt" for i in (1, 2))
+    lost.unlink()
+    kept.write_text("bees", encoding="utf-8")
+    lesson.write_missing_labels(train)
+    assert lost.read_bytes() == b"ants" and kept.read_bytes() == b"bees"
+    assert (train / "bees_label" / "bees_000.txt").read_bytes() == b"bees"
 
 
-def test_try_sorting_by_size_lowers_the_padded_share(lesson):
-    torch.manual_seed(0)
-    sizes = torch.randint(20, 90, (40, 2))
-    items = [(torch.zeros(3, *size.tolist(), dtype=torch.uint8), 0) for size in sizes]
-    ordered = sorted(items, key=lambda item: item[0].numel())
-    shares = []
-    for way in (items, ordered):
-        collated = [lesson.pad_collate(way[i : i + 8]) for i in range(0, 40, 8)]
-        shares.append(sum(lesson.padded_share(s, batch) for batch, _, s in collated))
-    assert shares[1] < shares[0]
+# --- labels ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "label"),
+    [(b"ants", 0), (b"bees", 1), (b"bees\r\n", 1), (b"\n ants \t", 0), (b"\xef\xbb\xbfbees", 1)],
+)
+def test_labels_are_read_whatever_editor_wrote_them(lesson, tmp_path, content, label):
+    path = tmp_path / "label.txt"
+    path.write_bytes(content)
+    assert lesson.read_label(path) == label
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"wasps", "says 'wasps': write ants or bees into it"),
+        (b"Ants", "says 'Ants': write ants or bees into it"),
+        (b"", "says '': write ants or bees into it"),
+        ("ants".encode("utf-16"), "is not UTF-8: write ants or bees into it and save as UTF-8"),
+        ("蚂蚁".encode("gbk"), "is not UTF-8: write ants or bees into it and save as UTF-8"),
+        ("蚂蚁".encode(), "says '\\u8682\\u8681': write ants or bees into it"),
+        ("ants".encode("utf-16-le"), "says 'a\\x00n\\x00t\\x00s\\x00': write ants or bees into it"),
+        (None, "is missing: run python generate_labels.py"),
+    ],
+)
+def test_other_labels_are_refused_in_one_line_that_names_the_file(lesson, tmp_path, content, line):
+    path = tmp_path / "label.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(lesson.DataError) as refused:
+        lesson.read_label(path)
+    assert str(refused.value) == f"{path} {line}"
+
+
+def test_the_table_of_wrong_labels_says_what_is_read(lesson, capsys):
+    answers = lesson.show_wrong_labels()
+    assert [*answers.values()][:2] == ["ants", "ants"]
+    assert all(answer.startswith("0013035.txt ") for answer in [*answers.values()][2:])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9 and lines[0].startswith("5. What is said")
+    said = "0013035.txt says 'wasps': write ants or bees into it"
+    assert lines[5] == f"   {'wasps':<22}   {said}" and answers["wasps"] == said
+    assert lines[-1] == "   -> 2 are read; 4 are refused, each by the name of its file"
+
+
+# --- ImageFolder and the split -----------------------------------------------------------------
+
+
+def test_image_folder_has_the_same_items(lesson, train, capsys):
+    both = lesson.Insects(train, "ants") + lesson.Insects(train, "bees")
+    assert lesson.show_image_folder(train, both) == (6, 6)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9 and lines[0].startswith("2. One folder per class")
+    assert [line.split()[0] for line in lines[2:8]] == list("012345")
+    assert [line.split()[1] for line in lines[2:8]] == ["ants"] * 3 + ["bees"] * 3
+    words = [["ants", "yes"]] * 3 + [["bees", "yes"]] * 3
+    assert [line.split()[5:] for line in lines[2:8]] == words
+    assert lines[-1] == "   -> 6 of 6 items are the same, among 6"
+
+
+def test_what_a_mac_leaves_beside_images_is_no_item(lesson, train):
+    (train / "ants" / "._ants_000.jpg").write_bytes(b"\0\5\x16\7")
+    both = lesson.Insects(train, "ants") + lesson.Insects(train, "bees")
+    assert lesson.show_image_folder(train, both) == (6, 6)
+
+
+def test_a_corrected_label_is_none_that_image_folder_knows(lesson, train, capsys):
+    (train / "ants_label" / "ants_001.txt").write_text("bees", encoding="utf-8")
+    both = lesson.Insects(train, "ants") + lesson.Insects(train, "bees")
+    assert lesson.show_image_folder(train, both) == (5, 6)
+    Image.new("RGB", (5, 4), "red").save(train / "bees" / "bees_000.jpg")
+    assert "-> 5 of 6 items are the same" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("N", "val_count"), [(7, 2), (10, 5), (48, 12), (5, 0)])
+def test_the_split_by_hand_is_torchs(lesson, N, val_count):
+    g, twin = (torch.Generator().manual_seed(N) for _ in range(2))
+    train, val = lesson.split_places(N, val_count, g)
+    parts = random_split(range(N), [N - val_count, val_count], twin)
+    assert (train, val) == (parts[0].indices, parts[1].indices)
+    assert sorted(train + val) == list(range(N)) and len(val) == val_count
+    assert all(type(i) is int for i in train)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_main_sees_every_image(lesson, insects_root, tmp_path, seed):
+def test_the_table_of_the_split_counts_classes(lesson, train, capsys, seed):
+    both = lesson.Insects(train, "ants") + lesson.Insects(train, "bees")
+    parts = lesson.show_split(both, seed)
+    expected = lesson.split_places(6, 1, torch.Generator().manual_seed(seed))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and lines[0] == "3. Split 6 items at random: is any image in both parts?"
+    for line, part, places in zip(lines[2:4], parts, expected, strict=True):
+        assert part.indices == places
+        ants = sum(i < 3 for i in places)
+        numbers = [int(word) for word in line.split()[1:4]]
+        assert numbers == [len(places), ants, len(places) - ants] and line.endswith("True")
+        assert str(places[:4])[1:-1] in line
+    assert lines[-1] == "   -> in both parts: 0 images; in none: 0"
+
+
+# --- batches -----------------------------------------------------------------------------------
+
+
+def test_padding_leaves_every_image_whole(lesson):
+    shapes = [(4, 9), (7, 2), (1, 3)]
+    images = [torch.randint(1, 256, (3, h, w), dtype=torch.uint8) for h, w in shapes]
+    batch, labels, sizes = lesson.pad_collate(list(zip(images, (1, 0, 1), strict=True)))
+    assert batch.shape == (3, 3, 7, 9) and batch.dtype == torch.uint8
+    assert labels.tolist() == [1, 0, 1] and [tuple(size) for size in sizes.tolist()] == shapes
+    for padded, image, (height, width) in zip(batch, images, sizes, strict=True):
+        assert torch.equal(padded[:, :height, :width], image)
+        assert padded.count_nonzero() == image.numel()
+    share = lesson.padded_share(sizes, batch)
+    assert share == pytest.approx(1 - (36 + 14 + 3) / (3 * 63)) and type(share) is float
+
+
+def test_a_batch_of_equal_images_has_no_padding(lesson):
+    items = [(torch.full((3, 2, 5), 0.5 * i), i) for i in range(4)]
+    batch, _, sizes = lesson.pad_collate(items)
+    assert torch.equal(batch, torch.stack([image for image, _ in items]))
+    assert lesson.padded_share(sizes, batch) == 0 and batch.dtype == torch.float32
+
+
+def pixels(event):
+    return np.asarray(Image.open(io.BytesIO(event.encoded_image_string))).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_batches_are_printed_and_logged_as_they_are(lesson, tmp_path, capsys, events, seed):
+    sizes = [(20 + 3 * i, 50 - i) for i in range(11)]
+    dataset = [(torch.full((3, h, w), 20 * i + 9, dtype=torch.uint8), i % 2)
+               for i, (h, w) in enumerate(sizes)]  # fmt: skip
+    torch.manual_seed(seed)
+    result = lesson.show_batches(dataset, 2, tmp_path)
+    torch.manual_seed(seed)
+    batches = list(DataLoader(dataset, 2, shuffle=True, collate_fn=lesson.pad_collate))
+    shares = [lesson.padded_share(hw, batch) for batch, _, hw in batches]
+    assert result["seen"] == 11 and result["shares"] == pytest.approx(shares)
+    assert "equal size" in result["refused"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "4. Batches of 2 images of unequal size: how much is padding?"
+    assert len(lines) == 8 and lines[6] == f"   without collate_fn: {result['refused']}"
+    mean = sum(shares) / 6
+    assert lines[7] == f"   -> 11 images in 6 batches; on average, padding is {mean:.2f} of one"
+
+    loaded = events(tmp_path)
+    points = [(e.step, e.value) for e in loaded.Scalars("batch/padded_share")]
+    assert points == [(i, pytest.approx(share)) for i, share in enumerate(shares)]
+    pictures = loaded.Images("batch/padded")
+    assert [e.step for e in pictures] == [0, 1, 2, 3]
+    for step, (batch, labels, hw) in enumerate(batches[:4]):
+        (h0, w0), (h1, w1) = sorted(hw[:, 0].tolist()), sorted(hw[:, 1].tolist())
+        row = f"{step:5d}   {h0:4d} to {w0:4d}   {h1:4d} to {w1:4d}   {tuple(batch.shape)!s:<19}"
+        assert lines[step + 2].strip() == f"{row}   {shares[step]:12.2f}".strip()
+        words = [f"{lesson.CLASSES[y]}\n{h} x {w}" for y, (h, w) in zip(labels, hw, strict=True)]
+        title = f"Batch {step}, {tuple(batch.shape)}: black is padding"
+        assert np.array_equal(pixels(pictures[step]), caption_row(title, batch, words, height=96))
+
+
+# --- main --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_try_smaller_batches_have_less_padding(lesson, insects_root, tmp_path, seed):
+    copy = edited(lesson, "batch_size=8):", "batch_size=2):")
+    copy.main(seed, tmp_path / "main", insects_root)
+    torch.manual_seed(seed)
+    sizes = [(375, 500), (500, 375), (240, 320), (256, 256), (300, 400)]  # as they are drawn
+    dataset = [(torch.zeros(3, *sizes[i % 5], dtype=torch.uint8), 0) for i in range(48)]
+    means = {}
+    for B in (8, 2):
+        shares = lesson.show_batches(dataset, B, tmp_path / str(B))["shares"]
+        means[B] = sum(shares) / len(shares)
+    assert 0.38 < means[8] < 0.56 and means[2] < means[8] * 2 / 3
+
+
+def test_batches_of_like_sizes_have_no_padding(lesson):
+    sizes = torch.tensor([(375, 500), (500, 375), (240, 320), (256, 256)]).repeat(8, 1).tolist()
+    shares = []
+    for order in (sizes, sorted(sizes)):
+        items = [(torch.zeros(3, *hw, dtype=torch.uint8), 0) for hw in order]
+        batches = [lesson.pad_collate(items[i : i + 8]) for i in range(0, 32, 8)]
+        shares.append(sum(lesson.padded_share(hw, batch) for batch, _, hw in batches) / 4)
+    assert shares[0] > 0.4 and shares[1] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_main_sees_every_image(lesson, insects_root, tmp_path, capsys, seed):
     measured = lesson.main(seed=seed, log_dir=tmp_path, root=insects_root, batch_size=4)
-    assert measured["seen"] == measured["length"] == 6
-    assert 0 < measured["padded_share"] < 0.8
+    assert measured["length"] == measured["batches"]["seen"] == 6
+    assert measured["same"] == (6, 6) and len(measured["split"][1]) == 1
+    assert all(0 <= share < 0.8 for share in measured["batches"]["shares"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:2] for line in lines if line[0] != " "][1:-1] == ["1.", "2.", "3.", "4.", "5."]
+    assert len(lines) == 38 and sum("   -> " in line for line in lines) == 5
+    shapes = [tuple(lesson.Insects(insects_root / "hymenoptera_sample/train", kind)[i][0].shape)
+              for kind, i in (("ants", 0), ("ants", 1), ("bees", 0), ("bees", 2))]  # fmt: skip
+    for line, place, shape, kind in zip(
+        lines[3:7], (0, 1, 3, -1), shapes, ("ants", "ants", "bees", "bees"), strict=True
+    ):
+        label = ["ants", "bees"].index(kind)
+        assert re.fullmatch(rf"   both\[{place}\] +{re.escape(str(shape))} +{label}   {kind}", line)
+    assert lines[7] == "   -> len(both) is 6: 3 ants, then 3 bees"
