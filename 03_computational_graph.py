@@ -1,27 +1,31 @@
-"""backward() is a walk over the nodes that the forward pass left: a short loop does the same.
+"""backward() is a walk over the nodes that the forward pass left: 25 lines of ours do the same.
 
-    z = w x,  L = sum(z (e^z + b))    dL/dw = x (e^z + b + z e^z),  dL/db = z
-    D layers act(h W) on (B, n)       keep (D + 1) B n floats with relu, 2 D B n with silu, beside W
+Each operation leaves a node that knows its inputs and how to hand a gradient back to them.
+backward() visits each node after all that used it, and adds up what comes by several paths. A node
+keeps what it needs for that, so training pays memory for every layer. A change of what is kept
+would make the gradient wrong; PyTorch notices it, unless it is made through `.data`.
 
-Each operation leaves a node that turns the gradient of its result into those of its inputs; where
-paths meet, as in z, they add. A node keeps what it needs for that until backward() has used it, so
-training pays memory for every layer it runs through and no_grad for none: add keeps nothing, mul
-its factors, relu its result, which the next layer keeps anyway, silu its input on top of that.
-Nothing is declared ahead: another input may take another branch, and then leaves another graph.
+    z = w x,  L = z (z + b)        dL/dz = (z + b) + z, by two paths;  dL/dw = x dL/dz,  dL/db = z
+    D layers act(a W) keep (D + 1) B n numbers with relu and 2 D B n with silu, beside the weights
 
-Checked here   our walk = backward() = by hand; a leaf is what has no grad_fn; a second backward is
-               refused, doubles after retain_graph, passes where nothing was kept; what detach() and
-               .data share and cut; tensors kept, by formula; a node for each turn of a loop
-TensorBoard    memory/kept_floats by depth for the runs relu, silu, no_grad: three straight lines;
+    w, b   parameters    x   a constant    a   activations (B, n): B examples, n units    W (n, n)
+
+relu keeps its result, which the next layer keeps anyway; silu keeps its input on top of that. The
+graph is what ran and not a plan: a loop that turns four times leaves four nodes.
+
+Needs          02_autograd_basics.py
+Checked here   the gradients of L by a Value class of ours = by backward() = by hand; detach() and
+               .data; what operations and layers keep; a second backward(); a node for each turn
+TensorBoard    memory/kept_floats by depth D in the runs relu, silu, no_grad: three straight lines;
                graph/tree as text: L, then the loop after 0, 1, 4 and 7 turns
-Try            F.relu(z, inplace=True): does it keep less? No: z itself was never kept
-Source         PyTorch notes, "Autograd mechanics"; torch.autograd.graph; Griewank & Walther 2008,
-               Evaluating Derivatives, chapter 3 (the reverse mode)
+Try            in Value.backward, put = for += : which gradient goes wrong, and why?
+Answer         dL/dw is 18 instead of 39: z was used twice, and one use overwrites the other
+Source         Griewank & Walther 2008, Evaluating Derivatives, chapter 3; Karpathy 2020, micrograd;
+               PyTorch notes, "Autograd mechanics"
 """
 
 import math
 import signal
-from collections import Counter
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -37,102 +41,148 @@ from support.files import guard
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "03_computational_graph"
 
 
-def f(w, b, x):
-    """w, b and x (N,) -> L; z is used twice."""
-    z = w * x
-    return (z * (z.exp() + b)).sum()
-
-
-def parents(node):
-    """The nodes that `node` passes gradients on to, one an input; None where none is needed."""
-    if any(output for _, output in node.next_functions):
-        raise ValueError(f"{type(node).__name__} takes the second result of a node: left out here")
-    return [parent for parent, _ in node.next_functions]
-
-
-def nodes_of(root):
-    """Every node that backward() from `root` reaches, once."""
-    found, waiting = [], [root]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.append(node)
-            waiting += parents(node)
-    return found
+# --- 1. in everyday code -----------------------------------------------------------------------
 
 
 def tree(node, leaves, depth=0, numbers=None):
-    """Lines that draw the graph, inputs indented; a constant is None, a node met again a number."""
+    """Lines that draw the graph, inputs indented below; a node met again is only a number."""
     numbers = {} if numbers is None else numbers
     if node is None or node in numbers:
         return ["  " * depth + ("None" if node is None else f"{numbers[node]} again")]
     numbers[node] = len(numbers)
     name = [name for name, leaf in leaves.items() if leaf is getattr(node, "variable", None)]
-    lines = ["  " * depth + " ".join([str(numbers[node]), type(node).__name__, *name])]
-    for parent in parents(node):
+    lines = ["  " * depth + " ".join([str(numbers[node]), node.name().split(":")[-1], *name])]
+    for parent, _ in node.next_functions:  # one for each input; None where none is needed
         lines += tree(parent, leaves, depth + 1, numbers)
     return lines
 
 
-def gradients_by_walk(L):
-    """{leaf: dL/dleaf} for a number L: a node passes on once all that is due to it has come."""
-    nodes = nodes_of(L.grad_fn)
-    due = Counter(parent for node in nodes for parent in parents(node))
-    grads, ready, found = {L.grad_fn: torch.ones_like(L)}, [L.grad_fn], {}
-    while ready:
-        node = ready.pop()
-        if hasattr(node, "variable"):  # AccumulateGrad, the node of a leaf
-            found[node.variable] = grads[node]
-            continue
-        passed = node(grads[node])  # vector-Jacobian products, one an input
-        passed = passed if isinstance(passed, tuple) else (passed,)
-        for parent, g in zip(parents(node), passed, strict=True):
-            if parent is not None:
-                # undo broadcasting; private, but nothing public tells the shape
-                g = g.sum_to_size(parent._input_metadata[0].shape)
-                grads[parent] = grads.get(parent, 0) + g
-                due[parent] -= 1
-                if due[parent] == 0:
-                    ready.append(parent)
-    return found
+def show_graph():
+    w, b = (torch.tensor(value, requires_grad=True) for value in (2.0, 1.0))
+    x = torch.tensor(3.0)
+    z = w * x
+    L = z * (z + b)
+    print("1. Which nodes did z = w * x and L = z * (z + b) leave? w = 2, b = 1, x = 3")
+    print(f"   L.grad_fn                   {L.grad_fn.name()}")
+    print(f"   its next_functions          {[node.name() for node, _ in L.grad_fn.next_functions]}")
+    print("   and so on, each node's inputs indented below it, None for the constant x:")
+    rows = tree(L.grad_fn, {"w": w, "b": b})
+    for row in rows:
+        print(f"   {row}")
+    L.backward()
+    again = next(row.split()[0] for row in rows if "again" in row)
+    print(
+        f"   -> node {again} (z = {z:.0f}) has two uses; w.grad {w.grad:.0f}, b.grad {b.grad:.0f}"
+    )
+    return rows
+
+
+# --- 2. backward() of one's own ----------------------------------------------------------------
+
+
+class Value:
+    """A number that remembers its sources: what it was made from, with its derivative by each."""
+
+    def __init__(self, data, sources=()):
+        self.data, self.sources, self.grad = data, sources, 0.0
+
+    def __add__(self, other):
+        return Value(self.data + other.data, [(self, 1.0), (other, 1.0)])
+
+    def __mul__(self, other):
+        """The product as a Value; its sources are (self, slope) and (other, slope). Exercise."""
+        return Value(self.data * other.data, [(self, other.data), (other, self.data)])
+
+    def backward(self):
+        """Set self.grad to 1. Then each value adds its grad times the slope to its sources' grads.
+
+        It does so after all values that used it: self first, and the others in reversed order().
+        Exercise.
+        """
+        self.grad = 1.0
+        for value in reversed(self.order()):
+            for source, slope in value.sources:
+                source.grad += value.grad * slope
+
+    def order(self, found=None):
+        """A dict: its keys are what self was made from, sources first, then self. Exercise."""
+        found = {} if found is None else found  # a dict keeps the order, and each value once
+        if self not in found:
+            for source, _ in self.sources:
+                source.order(found)
+            found[self] = True
+        return found
+
+
+def f(w, b, x):
+    """The L of section 1, for Values as for tensors."""
+    z = w * x
+    return z * (z + b)
+
+
+def show_own():
+    own = Value(2.0), Value(1.0), Value(3.0)
+    f(*own).backward()
+    theirs = [torch.tensor(value.data, requires_grad=True) for value in own]
+    f(*theirs).backward()
+    w, b, x = (value.data for value in own)
+    by_hand = x * (2 * w * x + b), w * x, w * (2 * w * x + b)
+    print("2. Do 25 lines of our own find the gradients of L at w = 2, b = 1, x = 3?")
+    print("            our Value   backward()   by hand")
+    for name, a, c, law in zip("wbx", own, theirs, by_hand, strict=True):
+        print(f"   dL/d{name}   {a.grad:10.4f}   {c.grad:10.4f}   {law:7.4f}")
+    off = [abs(a.grad - c.grad.item()) for a, c in zip(own, theirs, strict=True)]
+    print(f"   -> Value and backward() differ by {max(off):g}")
+    return [value.grad for value in own]
+
+
+# --- 3. detach() and .data ---------------------------------------------------------------------
 
 
 def refusal(action):
-    """What the RuntimeError says that an action raises; None if it raises none."""
+    """What the RuntimeError says that an action raises; "" if it raises none."""
     try:
         action()
     except RuntimeError as error:
         return str(error)
+    return ""
 
 
-def backward_twice(f, values, retain_graph):
-    """The refusal of a second backward() of sum f(w), and .grad after it over .grad before it."""
-    w = values.clone().requires_grad_()
-    L = f(w).sum()
-    L.backward(retain_graph=retain_graph)
-    first = w.grad.clone()
-    return refusal(L.backward), (w.grad / first).mean().item()
+def show_twins():
+    s = torch.tensor(0.3).sigmoid()
+    right = (s * (1 - s)).item()
+    print(f"3. y = sigmoid(w); a twin of y is zeroed; y.backward(): is w.grad dy/dw = {right:.4f}?")
+    print("   twin of y            memory   edits counted in y   w.grad   verdict")
+    verdicts = {}
+    for code in ("y.detach()", "y.data", "y.detach().clone()"):
+        w = torch.tensor(0.3, requires_grad=True)
+        y = w.sigmoid()
+        twin = eval(code, {"y": y})
+        twin.zero_()
+        memory = "shared" if twin.data_ptr() == y.data_ptr() else "its own"
+        if refusal(y.backward):
+            grad, verdicts[code] = "", "refused"
+        else:
+            grad, off = f"{w.grad:.4f}", (w.grad - right).abs().item()
+            verdicts[code] = "right" if off < 1e-6 else "wrong, and silent"
+        print(f"   {code:<18}   {memory:<7}  {y._version:18}   {grad:6}   {verdicts[code]}")
+    silent = [code for code, verdict in verdicts.items() if verdict == "wrong, and silent"]
+    print(f"   -> sigmoid keeps y for backward(); only {' '.join(silent)} changes it unnoticed")
+    z = torch.tensor(3.0, requires_grad=True)
+    (z * z.detach()).backward()
+    print(f"   -> detach() makes a constant: z * z.detach() at z = 3 has slope {z.grad:g}, not 6")
+    return {"verdicts": verdicts, "slope": z.grad.item()}
 
 
-def zeroed_behind(share, values):
-    """For y = sigmoid(w), zeroed through share(y): same memory, y's version, refusal, dy/dw."""
-    w = values.clone().requires_grad_()
-    y = torch.sigmoid(w)
-    twin = share(y)
-    twin.zero_()
-    said = refusal(y.sum().backward)
-    return twin.data_ptr() == y.data_ptr(), y._version, said, w.grad
+# --- 4. what is kept in memory -----------------------------------------------------------------
 
 
-TWINS = {
-    "y.detach()": torch.detach,
-    "y.data": lambda y: y.data,
-    "y.detach().clone()": lambda y: y.detach().clone(),
-}
+def kept_by(action, *args):
+    """A list of the tensors that the nodes of action(*args) keep for backward().
 
-
-def kept_by(f, *args):
-    """The tensors that the nodes of f(*args) keep for backward."""
+    In a `with saved_tensors_hooks(pack, unpack):` autograd calls pack(tensor) for each tensor that
+    it keeps, holds what pack returns, and calls unpack(that) when backward() needs it. Exercise.
+    """
     kept = []
 
     def pack(tensor):
@@ -140,135 +190,99 @@ def kept_by(f, *args):
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        f(*args)
+        action(*args)
     return kept
 
 
-KEPT = {  # how many tensors each operation keeps, where w and v require grad and x does not
-    "w + v": (lambda w, v, x: w + v, 0),
-    "w * v": (lambda w, v, x: w * v, 2),
-    "w * x": (lambda w, v, x: w * x, 1),
-    "exp w": (lambda w, v, x: w.exp(), 1),
-    "sum w": (lambda w, v, x: w.sum(), 0),
-}
+def show_kept():
+    w, v, x = (torch.rand(3, requires_grad=grad) for grad in (True, True, False))
+    print("4. What does y keep for backward(), and what does a second y.sum().backward() do?")
+    print("   y (x: a constant)   tensors kept   2nd backward()   after retain_graph=True")
+    kept, second = {}, {}
+    for code in ("w + v", "w * v", "w * x", "w.exp()"):
+        kept[code] = len(kept_by(eval, code, {"w": w, "v": v, "x": x}))
+        for retain in (False, True):
+            w.grad, y = None, eval(code)
+            y.sum().backward(retain_graph=retain)
+            first = w.grad.clone()
+            said = refusal(y.sum().backward)
+            second[code, retain] = "refused" if said else f"w.grad * {(w.grad / first).mean():.0f}"
+        print(f"   {code:<17}   {kept[code]:12}   {second[code, False]:<14}   {second[code, True]}")
+    freed = [code for code in kept if second[code, False] == "refused"]
+    print(f"   -> backward() frees what was kept: {len(freed)} of {len(kept)} refuse a second one")
+    return {"tensors": kept, "second": second}
 
 
-def layers(h, weights, activation):
+# --- 5. memory by depth ------------------------------------------------------------------------
+
+
+def layers(a, weights, activation):
     for W in weights:
-        h = activation(h @ W)  # (B, n)
-    return h
+        a = activation(a @ W)  # (B, n)
+    return a
 
 
-def kept_floats(h, weights, activation):
+def kept_floats(a, weights, activation):
     """Numbers kept by `layers` beside the weights, each memory counted once."""
     own = {W.untyped_storage().data_ptr() for W in weights}
-    kept = kept_by(layers, h, weights, activation)
+    kept = kept_by(layers, a, weights, activation)
     counts = {tensor.untyped_storage().data_ptr(): tensor.numel() for tensor in kept}
     return sum(count for memory, count in counts.items() if memory not in own)
 
 
-def double_up_to(x, limit=10.0):
-    """x (N,) doubled until its norm is at least `limit`."""
-    while x.norm() < limit:
-        x = 2 * x
-    return x
-
-
-def main(seed=0, log_dir=LOG_DIR, points=4, batch=32, width=64, depth=16):
-    torch.manual_seed(seed)
-    x = torch.randn(points)
-    w, b = (torch.randn(points, requires_grad=True) for _ in range(2))
-    L = f(w, b, x)
-
-    print("1. the graph of L = sum(z (e^z + b)), z = w x")
-    drawn = {"L": tree(L.grad_fn, {"w": w, "b": b})}
-    for row in drawn["L"]:
-        print(f"   {row}")
-
-    print("2. the gradient: our walk, backward(), by hand")
-    walked = gradients_by_walk(L)
-    L.backward()
-    z = (w * x).detach()
-    by_hand = {w: x * (z.exp() + b + z * z.exp()).detach(), b: z}
-    for name, leaf in {"w": w, "b": b}.items():
-        torch.testing.assert_close((walked[leaf], leaf.grad), (by_hand[leaf], by_hand[leaf]))
-        for n in range(points):
-            row = [f"{grads[n]:8.5f}" for grads in (walked[leaf], leaf.grad, by_hand[leaf])]
-            print(f"   dL/d{name}{n}   {'   '.join(row)}")
-
-    print("3. leaves and results")
-    made = {"x": x, "w": w, "0.1 * w": 0.1 * w, "w.double()": w.double(), "w.detach()": w.detach()}
-    for name, tensor in made.items():
-        assert tensor.is_leaf == (tensor.grad_fn is None)
-        node = tensor.grad_fn.name() if tensor.grad_fn else None
-        print(f"   {name:<11} is_leaf {tensor.is_leaf!s:<5}   "
-              f"requires_grad {tensor.requires_grad!s:<5}   grad_fn {node}")  # fmt: skip
-
-    print("4. a second backward(): .grad after it over .grad before it")
-    ratios = {}
-    for name, g in {"exp w": torch.exp, "w + 1": lambda w: w + 1}.items():
-        for retain in (False, True):
-            said, ratios[name, retain] = backward_twice(g, w.detach(), retain)
-            outcome = "refused" if said else f"{ratios[name, retain]:.1f}"
-            print(f"   {name}   retain_graph={retain!s:<5}   {outcome}")
-
-    print("5. y = sigmoid(w), a twin of y zeroed before backward(): dy/dw, measured and right")
-    value, slopes = torch.tensor(0.3), {}
-    right = (torch.sigmoid(value) * (1 - torch.sigmoid(value))).item()
-    for name, share in TWINS.items():
-        shared, version, said, grad = zeroed_behind(share, value)
-        slopes[name] = None if said else grad.item()
-        outcome = "refused" if said else f"{grad:.4f} {right:.4f}"
-        print(f"   {name:<18} memory shared {shared!s:<5}   version of y {version}   {outcome}")
-    z.requires_grad_()
-    (z * z.detach()).sum().backward()
-    torch.testing.assert_close(z.grad, z.detach())
-    print(f"   d sum(z z.detach()) / dz0 {z.grad[0]:.4f}   z0 {z[0]:.4f}   2 z0 {2 * z[0]:.4f}")
-
-    print("6. tensors kept for backward(), x a constant: measured and by formula")
-    for name, (g, law) in KEPT.items():
-        kept = len(kept_by(g, w, b, x))
-        with torch.no_grad():
-            without = len(kept_by(g, w, b, x))
-        assert (kept, without) == (law, 0)
-        print(f"   {name}   {kept} {law}   under no_grad {without}")
-
-    print(f"7. floats kept by D layers on ({batch}, {width}) beside the weights, and by formula")
-    h = torch.randn(batch, width)
+def show_memory(log_dir, batch, width, depth):
+    a = torch.randn(batch, width)
     weights = [torch.randn(width, width).requires_grad_() for _ in range(depth)]
+    print(f"5. How many numbers do D layers keep? B n = {batch} x {width} = {batch * width}")
+    print("   run         D       kept   by formula")
     kept = {"relu": [], "silu": [], "no_grad": []}
     for run, counts in kept.items():
-        activation = F.silu if run == "silu" else F.relu
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
             for D in range(1, depth + 1):
                 with torch.set_grad_enabled(run != "no_grad"):
-                    counts.append(kept_floats(h, weights[:D], activation))
-                law = {"relu": D + 1, "silu": 2 * D, "no_grad": 0}[run] * batch * width
-                assert counts[-1] == law
+                    counts.append(kept_floats(a, weights[:D], F.silu if run == "silu" else F.relu))
                 writer.add_scalar("memory/kept_floats", counts[-1], D)
-                if D % 8 == 0:
-                    print(f"   {run:<7}   D = {D:2d}   {counts[-1]:6d} {law:6d}")
+                law = {"relu": D + 1, "silu": 2 * D, "no_grad": 0}[run] * batch * width
+                if D in (depth // 2, depth):
+                    print(f"   {run:<7}   {D:3}   {counts[-1]:8}   {law:10}")
+                assert counts[-1] == law
+    relu, silu, none = ((counts[-1] - counts[-2]) / (batch * width) for counts in kept.values())
+    print(f"   -> a layer more keeps {relu:g} B n (relu), {silu:g} B n (silu), {none:g} (no_grad)")
+    return kept
 
-    print("8. x doubled until |x| >= 10: nodes of the loop and dL/dx0, measured and by theory")
-    unit = F.normalize(torch.randn(3), dim=0)
-    for norm in (20, 6, 1, 0.1):
-        x = (norm * unit).requires_grad_()
-        L = double_up_to(x).sum()
-        drawn[norm] = tree(L.grad_fn, {"x": x})
-        turns = sum("Mul" in line for line in drawn[norm])
-        law = max(0, math.ceil(math.log2(10 / norm)))
-        L.backward()
-        assert turns == law and (x.grad == 2**law).all()
-        print(f"   |x| {norm:4}   nodes {turns} {law}   dL/dx0 {x.grad[0]:5.0f} {2**law:5d}")
-    x = unit.clone().requires_grad_()
-    first, second = (nodes_of(double_up_to(x).grad_fn) for _ in range(2))
-    common = [type(node).__name__ for node in first if node in second]
-    print(f"   two calls alike: {len(first)} nodes each, in common {common}")
 
+# --- 6. a graph is what ran --------------------------------------------------------------------
+
+
+def show_loop():
+    print("6. How long is the graph of a loop? y = x, and y = 2 * y as long as y < 10")
+    print("   x       nodes of 2 * y   turns by theory   x.grad   2^turns")
+    drawn, counts = [], []
+    for start in (20.0, 6.0, 1.0, 0.1):
+        x = y = torch.tensor(start, requires_grad=True)
+        while y < 10:
+            y = 2 * y
+        rows = tree(y.grad_fn, {"x": x})
+        counts.append(sum("Mul" in row for row in rows))
+        drawn.append([f"y = {start:g}, doubled {counts[-1]} times", *rows])
+        turns = max(0, math.ceil(math.log2(10 / start)))
+        y.backward()
+        print(f"   {start:<5g}   {counts[-1]:14}   {turns:15}   {x.grad:6.0f}   {2**turns:7}")
+        assert counts[-1] == turns and x.grad == 2**turns
+    print(f"   -> {counts} nodes from the same code: the graph is what ran")
+    return {"drawn": drawn, "counts": counts}
+
+
+def main(seed=0, log_dir=LOG_DIR, batch=32, width=64, depth=16):
+    torch.manual_seed(seed)
+    rows = show_graph()
+    measured = {"own": show_own(), **show_twins(), **show_kept()}
+    measured |= {"kept": show_memory(log_dir, batch, width, depth), **show_loop()}
     with SummaryWriter(log_dir / "tree", purge_step=0) as writer:
-        for step, rows in enumerate(drawn.values()):
-            writer.add_text("graph/tree", "    " + "\n    ".join(rows), step)
-    return {"ratios": ratios, "slopes": slopes, "kept": kept, "common": common}
+        for step, lines in enumerate([["L = z (z + b), z = w x", *rows], *measured["drawn"]]):
+            writer.add_text("graph/tree", "    " + "\n    ".join(lines), step)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":
