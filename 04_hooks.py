@@ -60,8 +60,8 @@ def show_everyday():
             f"   {name}   {type(m).__name__:<8}  {tuple(output.shape)}"))  # fmt: skip
     net(torch.zeros(5, 3, 8, 8))
 
-    print("   A gradient looked at, clipped, looked at again: a = 3 x, L = sum of a^2, x = (1, 2)")
-    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    print("   A gradient seen, clipped, seen again: a = 3 x, L = sum of a^2, x = (-2, 1, 2)")
+    x = torch.tensor([-2.0, 1.0, 2.0], requires_grad=True)
     a = 3 * x
     a.retain_grad()  # without it only leaves, such as x, get a .grad
     a.register_hook(lambda g: print(f"   dL/da = 2 a            {g.tolist()}"))  # returns None

@@ -42,7 +42,7 @@ def hook_count(model):
 
 def test_the_everyday_hooks_print_shapes_and_a_clipped_gradient(lesson, capsys):
     kept, arrived = lesson.show_everyday()
-    assert kept.tolist() == [6, 10] and arrived.tolist() == [18, 30]
+    assert kept.tolist() == [-10, 6, 10] and arrived.tolist() == [-30, 18, 30]
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert [line.split(maxsplit=2) for line in lines[2:6]] == [
         ["0", "Conv2d", "(5, 8, 6, 6)"],
@@ -50,7 +50,8 @@ def test_the_everyday_hooks_print_shapes_and_a_clipped_gradient(lesson, capsys):
         ["2", "Flatten", "(5, 288)"],
         ["3", "Linear", "(5, 10)"],
     ]
-    ends = ["[6.0, 12.0]", "[6.0, 10.0]", "[6.0, 10.0]", "[18.0, 30.0]"]
+    clipped = "[-10.0, 6.0, 10.0]"
+    ends = ["[-12.0, 6.0, 12.0]", clipped, clipped, "[-30.0, 18.0, 30.0]"]
     assert [line[line.index("[") :] for line in lines[7:11]] == ends
     assert lines[11] == "-> hooks ran in the order of their registration: x.grad is changed"
 
@@ -383,6 +384,7 @@ def test_a_picture_stands_above_its_two_heats_and_says_so(lesson, monkeypatch):
     classes = torch.tensor([[0, 1], [2, 0]] * 3)
     lesson.heat_pictures(pictures, classes, heats)
     assert taken["images"].shape == (3, 3, 96, 64) and "red" in taken["title"]
+    assert taken["height"] == 2 * 96  # each pixel becomes a square
     assert (taken["images"][0] == 1).all() and (taken["images"][1, :, :32] == 0.5).all()
     red = taken["images"][1, 0] - taken["images"][1, 1]
     assert red[32:64, :24].min() == 1 and red[32:64, 40:].max() == 0  # first the left class
