@@ -5,30 +5,36 @@
     CUDA    a driver runs wheels up to its own major version: CUDA 12.2 runs 12.8, but not 13.0
 
 A broken install mostly breaks in one place and is reported from another. So each package is
-imported by itself, after those that it needs, and no failure hides another.
+imported in a Python of its own, after those that it needs, and no failure hides another. A file
+called random.py beside the lessons hides Python's random from all that is imported there.
 
     python Console.py [--json]              what works here; status 1 if something is wrong
     python Console.py torch.nn.Linear       signature, first line of help and members of a name
 
-Checked here   versions against the lowest ones and each other; every import; the wheel's CUDA
-               against the driver's; memory, exact products and their speed on each device
+Checked here   versions against the lowest ones and each other; every import; files that hide a
+               module; the wheel's CUDA against the driver's; memory, exact products and their
+               speed on each device
 TensorBoard    nothing of its own: whether it imports
 Try            an empty numpy.py beside this file: what is reported? That it hides NumPy
 Source         NVIDIA, "CUDA Compatibility"; pytorch.org, "Previous versions" (wheels by CUDA)
 """
 
+import os
+import sys
+
+if __name__ == "__main__":  # the modules below are Python's own, whatever lies beside this file
+    here = os.path.dirname(os.path.realpath(__file__))  # noqa: PTH120
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]
+
 import argparse
 import contextlib
-import importlib
 import inspect
 import json
-import os
 import pkgutil
 import platform
 import re
 import shutil
 import subprocess
-import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -44,11 +50,20 @@ IMPORTS = {  # the part that can break, where the bare name loads less
     "tensorboard": "tensorboard.summary.writer.event_file_writer",
     "torchvision": "torchvision.transforms.v2",
 }
+TOPS = {IMPORTS.get(name, name).partition(".")[0] for name in LOWEST}
 WHEELS = {(13, 0): "cu130", (12, 8): "cu128", (12, 0): "cu126", (11, 0): "cu118"}  # by driver
 DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "int64", "int8", "uint16")
 NEW_PYTHON = "install a newer Python: https://www.python.org/downloads"
 NEW_DRIVER = "restart; if that is no help, install the driver: https://www.nvidia.com/drivers"
 NEW_BUILD = "free its memory, or choose a build for it: https://pytorch.org/get-started/locally"
+ALONE = """
+import importlib, sys
+try:
+    importlib.import_module(sys.argv[1])
+except Exception as error:
+    sys.exit(": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]))
+print("imported")
+"""
 TITLES = {
     "packages": "packages: lowest version, the one that is here, its import",
     "cuda": "CUDA of the driver and of the torch wheel",
@@ -95,20 +110,47 @@ def install(*names, option="--upgrade", tag=""):
     return f"{python} -m pip install {option} {wanted}{index}"
 
 
-def inspect_package(name, versions, asked, broken):
+def import_alone(module):
+    """None if a Python of its own imports the module, else what went wrong in one line."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", ALONE, module], stdin=subprocess.DEVNULL,
+        capture_output=True, encoding="utf-8", errors="replace",
+    )  # fmt: skip
+    if done.stdout.endswith("imported\n"):
+        return None
+    lines = done.stderr.strip().splitlines() or [f"it ends Python with status {done.returncode}"]
+    return lines[-1]
+
+
+def hiding_files():
+    """{module: path} of what beside this file hides a module of Python's, or one that we need."""
+    lines = [line for name in LOWEST for line in attempt(metadata.requires, name)[0] or ()]
+    plain = [re.match(r"[\w.-]+", line)[0] for line in lines if "extra ==" not in line]
+    needed = {name.lower().replace("-", "_") for name in plain}
+    hidden = needed.union(sys.stdlib_module_names, TOPS) - set(sys.builtin_module_names)
+    beside = [*ROOT.glob("*.py"), *(path.parent for path in ROOT.glob("*/__init__.py"))]
+    found = {path.stem: path for path in sorted(beside) if path.stem in hidden}
+    if found:  # what Python loads before it looks beside a script cannot be hidden
+        ask = [sys.executable, "-c", "import sys; print(*sys.modules)"]
+        for module in subprocess.check_output(ask, encoding="utf-8").split():
+            found.pop(module, None)
+    return found
+
+
+def inspect_package(name, versions, asked, broken, hiding):
     """{"lowest", "version", "imports"}, or instead of the last the "error" and what to "type"."""
     version, option = versions[name], "--upgrade"
     row = {"lowest": LOWEST[name], "version": version}
     module = IMPORTS.get(name, name)
-    hiding = ROOT / f"{module.partition('.')[0]}.py"
-    waits = [other for other in asked if other in broken]
+    path = hiding.get(module.partition(".")[0])
+    waits = [other for other in ("python", *asked) if other in broken]
     clashes = [
         f"{other}{bounds}, here is {versions[other]}"
         for other, bounds in asked.items()
         if versions[other] and not fits(versions[other], bounds)
     ]
-    if hiding.exists():
-        return row | {"error": f"hidden by {hiding.name}", "type": f"rename {hiding}"}
+    if path:
+        return row | {"error": f"hidden by {path.name}", "type": f"rename {path}"}
     if version is None:
         error = "not installed"
     elif not fits(version, f">={LOWEST[name]}"):
@@ -118,7 +160,7 @@ def inspect_package(name, versions, asked, broken):
     elif waits:
         return row | {"error": f"waits for {', '.join(waits)}"}
     else:
-        _, error = attempt(importlib.import_module, module)
+        error = import_alone(module)
         option = "--force-reinstall"
     if error is None:
         return row | {"imports": True}
@@ -128,16 +170,21 @@ def inspect_package(name, versions, asked, broken):
 
 
 def inspect_packages():
-    """A row for Python and one for each package, looked at after those that it needs."""
+    """A row for Python, for each file that hides a module, for each package after its own needs."""
     here = platform.python_version()
     rows = {"python": {"lowest": PYTHON, "version": here, "at": sys.executable}}
     if not fits(here, f">={PYTHON}"):
         rows["python"] |= {"error": f"older than {PYTHON}", "type": NEW_PYTHON}
     versions = {name: attempt(metadata.version, name)[0] for name in LOWEST}
     asked = {name: attempt(needs, name)[0] or {} for name in LOWEST}
+    hiding = hiding_files()
+    for module, path in hiding.items():
+        if module not in TOPS:
+            wrong = f"hides the module {module} from all that is imported here"
+            rows[path.name] = {"error": wrong, "type": f"rename {path}"}
     for name in sorted(LOWEST, key=lambda name: len(asked[name])):
         broken = [other for other in rows if "error" in rows[other]]
-        rows[name] = inspect_package(name, versions, asked[name], broken)
+        rows[name] = inspect_package(name, versions, asked[name], broken, hiding)
     return rows
 
 
@@ -157,13 +204,16 @@ def ask_driver():
 
 
 def unused_gpu(wheel, runs, error):
-    """Why torch built for `wheel` fails to start CUDA on a driver that `runs` one, what to type."""
-    tag = next((tag for least, tag in WHEELS.items() if numbers(runs) >= least), "")
+    """Why torch built for `wheel` fails to start CUDA on a driver that `runs` one, what to type.
+
+    Both may be None: a wheel without CUDA; a driver that is too old or too ill to tell.
+    """
+    tag = next((tag for least, tag in WHEELS.items() if runs and numbers(runs) >= least), "")
     other = install("torch", "torchvision", option="--force-reinstall", tag=tag)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if wheel is None:
         return "built without CUDA, but there is a driver", other
-    if numbers(wheel)[0] > numbers(runs)[0]:
+    if runs and numbers(wheel)[0] > numbers(runs)[0]:
         return f"built for CUDA {wheel}, but the driver runs up to {runs}", other
     if hidden is not None:
         return f"CUDA_VISIBLE_DEVICES={hidden!r} hides the GPU", "unset CUDA_VISIBLE_DEVICES"
@@ -182,7 +232,7 @@ def inspect_cuda(with_torch):
         wheel = torch.version.cuda
         rows["wheel"] = {"version": torch.__version__, "cuda": wheel, "rocm": torch.version.hip}
         _, error = attempt(torch.cuda.init)
-        if error and driver and driver["cuda"]:
+        if error and driver:
             wrong, fix = unused_gpu(wheel, driver["cuda"], error)
             rows["wheel"] |= {"error": wrong, "type": fix}
     return rows
@@ -236,18 +286,18 @@ def gflops(device, dtype, seconds=0.01, largest=4096):
 
 
 def inspect_dtype(device, name):
-    """{"exact", "GFLOP/s"} or an "error": to be mended for float32 and for a wrong product."""
+    """{"exact", "GFLOP/s"}, or "not supported" and why, or for float32 or if wrong an "error"."""
     import torch
 
     dtype = getattr(torch, name)
     _, error = attempt(check_product, device, dtype)
     if error is None:
         return {"exact": True, "GFLOP/s": attempt(gflops, device, dtype)[0]}
-    row = {"exact": False, "error": error}
     if name == "float32" or "wrong product" in error:
         again = install("torch", option="--force-reinstall")
-        row["type"] = again if device.type == "cpu" else NEW_BUILD
-    return row
+        mend = again if device.type == "cpu" else NEW_BUILD
+        return {"exact": False, "error": error, "type": mend}
+    return {"not supported": error}
 
 
 def inspect_devices(seed):
@@ -344,10 +394,17 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any console
     try:
-        sys.exit(1 if main(**parse()).get("problems") else 0)
+        status = 1 if main(**parse()).get("problems") else 0
+        print(end="", flush=True)
     except LookupError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 1
+    sys.exit(status)

@@ -23,8 +23,9 @@ def lesson(load):
 
 @pytest.fixture
 def fast(lesson, monkeypatch):
-    """Without measuring speeds, and without a driver, whatever the machine has."""
+    """Without measuring speeds, another Python, and a driver, whatever the machine has."""
     monkeypatch.setattr(lesson, "gflops", lambda device, dtype: 1.0)
+    monkeypatch.setattr(lesson, "import_alone", lambda module: None)
     monkeypatch.setattr(lesson, "ask_driver", lambda: None)
     return lesson
 
@@ -76,13 +77,15 @@ def test_products_are_exact_on_the_cpu(lesson, name):
 
 def test_a_dtype_that_does_not_multiply_is_a_fact(fast):
     row = fast.inspect_dtype(CPU, "uint16")
-    assert not row["exact"] and "not implemented" in row["error"] and "type" not in row
+    assert list(row) == ["not supported"] and "not implemented" in row["not supported"]
 
 
-def test_a_wrong_product_is_wrong(fast, monkeypatch):
-    monkeypatch.setattr(
-        torch.Tensor, "__matmul__", lambda a, b: torch.mm(a, b) + a.is_floating_point()
-    )
+@pytest.mark.parametrize("wrong", [lambda y: y + 1, lambda y: 0 * y, lambda y: y.roll(1, 0)])
+def test_a_wrong_product_is_wrong(fast, monkeypatch, wrong):
+    def matmul(a, b):
+        return wrong(torch.mm(a, b)) if a.is_floating_point() else torch.mm(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
     row = fast.inspect_dtype(CPU, "bfloat16")
     assert row["error"] == "ArithmeticError: a wrong product" and "install" in row["type"]
 
@@ -136,6 +139,8 @@ def test_no_driver_is_a_fact_whatever_the_wheel(fast, monkeypatch, wheel):
 @pytest.mark.parametrize(
     ("wheel", "runs", "wrong", "fix"),
     [
+        (None, None, "built without CUDA", '"torchvision>=0.22"'),
+        ("13.0", None, "it did not start", "restart"),  # the driver says N/A, ERR!, or nothing
         (None, "12.4", "built without CUDA", "/whl/cu126"),
         (None, "12.9", "built without CUDA", "/whl/cu128"),
         ("13.2", "12.2", "the driver runs up to 12.2", "/whl/cu126"),
@@ -208,17 +213,74 @@ def test_without_numpy_those_that_need_it_wait_and_torch_multiplies(fast, monkey
     assert facts["devices"]["cpu float32"]["exact"]
 
 
-@pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError, TypeError])
-def test_whatever_an_import_raises_is_the_finding(fast, monkeypatch, error):
-    def broken(name):
-        if name == "torchvision.transforms.v2":
-            raise error("operator torchvision::nms does not exist\nand more")
-        return sys.modules.get(name)
+def test_whatever_an_import_ends_with_is_the_finding(fast, monkeypatch):
+    def broken(module):
+        return "it ends Python with status 3" if module == "torchvision.transforms.v2" else None
 
-    monkeypatch.setattr(fast.importlib, "import_module", broken)
+    monkeypatch.setattr(fast, "import_alone", broken)
     row = fast.inspect_packages()["torchvision"]
-    assert row["error"] == f"{error.__name__}: operator torchvision::nms does not exist"
+    assert row["error"] == "it ends Python with status 3" and "imports" not in row
     assert "--force-reinstall" in row["type"]
+
+
+@pytest.mark.parametrize(("source", "told"), [
+    ("x = 1", None),
+    ("print('hello')", None),
+    ("raise OSError('libcudart.so: not found\\nand more')", "OSError: libcudart.so: not found"),
+    ("raise ImportError", "ImportError"),
+    ("raise SystemExit", "it ends Python with status 0"),
+    ("raise SystemExit('no licence')", "no licence"),
+    ("import sys, os; sys.stderr = None; os._exit(7)", "it ends Python with status 7"),
+])  # fmt: skip
+def test_a_module_is_imported_in_a_python_of_its_own(lesson, monkeypatch, tmp_path, source, told):
+    (tmp_path / "fragile.py").write_text(source, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert lesson.import_alone("fragile") == told
+    assert "fragile" not in sys.modules
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="abort() opens a window there")
+def test_an_import_that_aborts_python_is_told(lesson, monkeypatch, tmp_path):
+    (tmp_path / "fragile.py").write_text("import os; os.abort()", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert lesson.import_alone("fragile") == "it ends Python with status -6"
+
+
+def test_files_that_hide_a_module_are_named_and_nothing_else(fast, monkeypatch, tmp_path):
+    monkeypatch.setattr(fast, "ROOT", tmp_path)
+    (tmp_path / "queue").mkdir()
+    for name in ("random.py", "queue/__init__.py", "sympy.py", "typing_extensions.py"):
+        (tmp_path / name).touch()
+    for name in ("model.py", "time.py", "os.py", "logging.txt", "gdown.py"):
+        (tmp_path / name).touch()  # no module; built in; loaded before; no script; of an extra
+    (tmp_path / "json").mkdir()  # without an __init__.py it hides nothing
+    facts = fast.inspect_machine(seed=0)
+    wrong = [problem["wrong"] for problem in facts["problems"]]
+    hides = "hides the module {} from all that is imported here"
+    assert wrong == [
+        f"{name}: {hides.format(name.removesuffix('.py'))}"
+        for name in ("queue", "random.py", "sympy.py", "typing_extensions.py")
+    ]
+    assert facts["problems"][1]["type"] == f"rename {tmp_path / 'random.py'}"
+
+
+def test_the_notes_themselves_hide_no_module(lesson):
+    assert lesson.hiding_files() == {}
+
+
+@pytest.mark.parametrize("name", ["random", "types", "queue", "logging", "re", "json", "pathlib"])
+def test_console_survives_a_file_that_hides_a_module(tmp_path, name):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / f"{name}.py").write_text("raise RuntimeError('mine')", encoding="utf-8")
+    shutil.copy(ROOT / "Console.py", folder)
+    for name in ("torch", "torchvision", "tensorboard", "numpy", "pillow", "tqdm", "pytest"):
+        (tmp_path / f"{name}-0.1.dist-info").mkdir()  # all of them older than the lowest
+        lines = f"Name: {name}\nVersion: 0.1\n"
+        (tmp_path / f"{name}-0.1.dist-info" / "METADATA").write_text(lines, encoding="utf-8")
+    done = run(script=folder / "Console.py", PYTHONPATH=str(tmp_path), PATH="")
+    assert done.returncode == 1 and done.stderr == ""
+    assert f"rename {folder}" in done.stdout and "older than 2.7" in done.stdout
 
 
 def test_a_torch_hidden_by_a_file_is_not_asked_anything(fast, monkeypatch, tmp_path):
@@ -252,6 +314,12 @@ def test_every_accelerator_gets_its_rows(fast, monkeypatch):
     assert len(rows) == 3 * (1 + len(fast.DTYPES)) and "cuda:0 int8" in rows
 
 
+def test_memory_is_told_in_units_of_two_to_the_30(lesson, monkeypatch):
+    pages = {"SC_PHYS_PAGES": 3 * 2**18, "SC_PAGE_SIZE": 2**12}
+    monkeypatch.setattr(os, "sysconf", pages.get, raising=False)
+    assert lesson.inspect_memory(CPU)["GiB"] == 3.0
+
+
 def test_an_accelerator_that_tells_nothing_still_has_a_row(lesson, monkeypatch):
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
     row = lesson.inspect_memory(torch.device("mps"))
@@ -270,7 +338,9 @@ def test_float32_that_fails_is_wrong_on_every_device(fast, monkeypatch):
 
 def test_an_old_python_is_wrong(fast, monkeypatch):
     monkeypatch.setattr(fast.platform, "python_version", lambda: "3.10.4")
-    assert fast.inspect_packages()["python"]["error"] == "older than 3.11"
+    rows = fast.inspect_packages()
+    assert rows["python"]["error"] == "older than 3.11"
+    assert rows["tqdm"]["error"] == "waits for python"
 
 
 def test_try_and_a_badly_broken_install_told_in_valid_json(tmp_path):
@@ -298,7 +368,7 @@ def test_try_and_a_badly_broken_install_told_in_valid_json(tmp_path):
         "pytest": None,
     }
     assert facts["devices"] == {} and "wheel" not in facts["cuda"]
-    assert len(facts["problems"]) == 3 and done.returncode == 1 and "hello" in done.stderr
+    assert len(facts["problems"]) == 3 and done.returncode == 1 and done.stderr == ""
     assert {p["type"] for p in facts["problems"]} >= {f"rename {folder / 'numpy.py'}"}
 
 
@@ -353,8 +423,8 @@ def test_on_the_command_line_a_wrong_name_is_status_2_and_a_right_one_json():
 def test_main_finds_nothing_wrong_and_tells_the_same_in_both_ways(fast, capsys, seed):
     facts = fast.main(seed=seed)
     told = capsys.readouterr().out
-    assert facts["problems"] == [] and told.endswith("   nothing\n")
-    exact = {name for name in fast.DTYPES if facts["devices"][f"cpu {name}"]["exact"]}
+    assert facts["problems"] == [] and told.endswith("   nothing\n") and "error" not in told
+    exact = {name for name in fast.DTYPES if facts["devices"][f"cpu {name}"].get("exact")}
     assert exact | {"float8_e4m3fn"} == set(fast.DTYPES) - {"uint16"}
     fast.main(seed=seed, as_json=True)
     assert json.loads(capsys.readouterr().out) == facts
@@ -370,4 +440,4 @@ def test_on_cuda_the_device_tells_its_name_and_memory_and_multiplies(lesson):
     assert rows["cuda:0"]["name"] == torch.cuda.get_device_name(0)
     assert 0 < rows["cuda:0"]["free GiB"] <= rows["cuda:0"]["GiB"]
     assert rows["cuda:0 float32"]["GFLOP/s"] > rows["cpu float32"]["GFLOP/s"]
-    assert "not implemented" in rows["cuda:0 int64"]["error"]
+    assert "not implemented" in rows["cuda:0 int64"]["not supported"]
