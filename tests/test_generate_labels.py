@@ -1,4 +1,6 @@
+from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from PIL import Image
@@ -43,11 +45,11 @@ def test_labels_are_written_once_and_say_the_class(lesson, folder):
     counts = lesson.write_labels(folder)
     assert counts == {("train", "ants"): (3, 3), ("train", "bees"): (3, 3),
                       ("val", "ants"): (2, 2), ("val", "bees"): (2, 2)}  # fmt: skip
-    for split, kind in counts:
-        labels = sorted((folder / split / f"{kind}_label").iterdir())
-        images = sorted((folder / split / kind).iterdir())
+    for split, class_name in counts:
+        labels = sorted((folder / split / f"{class_name}_label").iterdir())
+        images = sorted((folder / split / class_name).iterdir())
         assert [label.stem for label in labels] == [image.stem for image in images]
-        assert {label.read_bytes() for label in labels} == {kind.encode()}
+        assert {label.read_bytes() for label in labels} == {class_name.encode()}
     before = stamps(folder)
     again = lesson.write_labels(folder)
     assert {written for _, written in again.values()} == {0}
@@ -64,25 +66,57 @@ def test_a_label_that_is_there_is_kept_whatever_it_says(lesson, folder, text):
     assert label.read_text(encoding="utf-8") == text
 
 
-def test_try_deleted_labels_are_the_only_ones_written(lesson, folder, insects_root, capsys):
-    lesson.main(root=insects_root)
-    for label in (folder / "train" / "ants_label").glob("*2.txt"):
-        label.unlink()
+def edited(lesson, old, new):
+    """The lesson with one change in its source, as a reader makes it on a copy."""
+    source = Path(lesson.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    copy = ModuleType("copy")
+    copy.__file__ = lesson.__file__
+    exec(compile(source.replace(old, new), lesson.__file__, "exec"), vars(copy))
+    return copy
+
+
+def test_try_a_label_that_says_nothing_is_kept(lesson, insects_root, capsys):
+    copied = edited(lesson, 'corrected.write_text("bees"', 'corrected.write_text(""')
+    measured = copied.main(root=insects_root)
+    assert [new for _, new in measured["counts"]["first"].values()] == [2, 0, 0, 0]
+    assert measured["counts"]["changed"] == [] and measured["other"] == ["ants_000.jpg"]
+
+
+def test_only_the_missing_labels_of_the_copy_are_written(lesson, folder, tmp_path, capsys):
+    lesson.write_labels(folder)
     kept = stamps(folder)
-    measured = lesson.main(root=insects_root)
-    written = [n for _, n in measured["first"].values()]
-    assert written == [1, 0, 0, 0] and next(iter(measured["first"])) == ("train", "ants")
-    assert {path: stamp for path, stamp in stamps(folder).items() if path in kept} == kept
-    row = "train   ants         3        3         1                         0"
-    assert row in capsys.readouterr().out
+    copy, counts = lesson.show_labels(folder, tmp_path, remove=1)
+    assert copy == tmp_path / folder.name and stamps(folder) == kept
+    assert [list(rows.values()) for rows in (counts["data"], counts["first"])] == [
+        [(3, 0), (3, 0), (2, 0), (2, 0)], [(3, 1), (3, 0), (2, 0), (2, 0)]]  # fmt: skip
+    assert (copy / "train" / "ants_label" / "ants_000.txt").read_bytes() == b"bees"
+    assert (copy / "train" / "ants_label" / "ants_001.txt").read_bytes() == b"ants"
+    out = capsys.readouterr().out
+    assert "\n   1 labels were removed and one was corrected" in out
+    assert "\n   train   ants         3           3     0             2     1" in out
+
+
+def test_a_label_that_is_overwritten_is_seen(lesson, folder, tmp_path, monkeypatch):
+    def careless(folder):
+        for split, class_name in product(lesson.SPLITS, lesson.CLASSES):
+            for image in (folder / split / class_name).iterdir():
+                label = lesson.label_path(image)
+                label.parent.mkdir(exist_ok=True)
+                label.write_text(class_name, encoding="utf-8")
+        return {(split, c): (2, 0) for split in lesson.SPLITS for c in lesson.CLASSES}
+
+    monkeypatch.setattr(lesson, "write_labels", careless)
+    with pytest.raises(AssertionError):
+        lesson.show_labels(folder, tmp_path)
 
 
 def test_older_copies_call_the_folder_ants_image(lesson, folder, insects_root):
     (folder / "train" / "ants").rename(folder / "train" / "ants_image")
     assert lesson.write_labels(folder)["train", "ants"] == (3, 3)
     assert (folder / "train" / "ants_label" / "ants_002.txt").is_file()
-    _, datasets, same = lesson.show_image_folder(folder)
-    assert same == 6 and datasets["TwoClasses(train)"].classes == ["ants_image", "bees"]
+    _, datasets, other = lesson.show_image_folder(folder)
+    assert other == [] and datasets["TwoClasses(train)"].classes == ["ants_image", "bees"]
 
 
 @pytest.mark.parametrize("state", ["empty", "missing", "other files"])
@@ -130,23 +164,27 @@ def test_two_images_for_one_label_are_an_error(lesson, folder):
 
 def test_image_folder_counts_label_folders_as_classes(lesson, folder, capsys):
     lesson.write_labels(folder)
-    refused, datasets, same = lesson.show_image_folder(folder)
-    assert "ants_label, bees_label" in refused and same == 6
+    refused, datasets, other = lesson.show_image_folder(folder)
+    assert refused.startswith("FileNotFoundError: ") and refused.endswith("ants_label, bees_label")
     every, two = datasets.values()
     assert every.class_to_idx == {"ants": 0, "ants_label": 1, "bees": 2, "bees_label": 3}
     assert two.class_to_idx == {"ants": 0, "bees": 1}
-    assert two.targets == [0, 0, 0, 1, 1, 1] and len(two) == len(every) == 6
+    assert two.targets == [0, 0, 0, 1, 1, 1] and len(two) == len(every) == 6 and other == []
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and lines[0].startswith("4. Does ImageFolder need")
+    assert len(lines) == 9 and lines[0].startswith("4. Does ImageFolder need")
+    assert lines[2].endswith(refused)
     assert [line.split()[-3:] for line in lines[3:5]] == [["4", "2", "6"], ["2", "1", "6"]]
-    assert lines[-1].endswith("yet 6 of 6 labels are the same")
+    assert lines[5].endswith("the same of 6 of 6,") and lines[6].endswith("else of none")
+    assert "make bees class 2 instead of 1:" in lines[7]
 
 
 def test_a_corrected_label_is_not_the_folders(lesson, folder, capsys):
     lesson.write_labels(folder)
     (folder / "train" / "ants_label" / "ants_001.txt").write_text("bees", encoding="utf-8")
-    assert lesson.show_image_folder(folder)[2] == 5
-    assert "yet 5 of 6 labels are the same" in capsys.readouterr().out
+    assert lesson.show_image_folder(folder)[2] == ["ants_001.jpg"]
+    assert (
+        "the same of 5 of 6,\n      and something else of ants_001.jpg" in capsys.readouterr().out
+    )
 
 
 def test_image_folder_needs_no_labels_as_long_as_there_are_none(lesson, folder):
@@ -169,20 +207,29 @@ def test_download_comes_first(lesson, monkeypatch, tmp_path):
 @pytest.mark.parametrize("seed", range(3))
 def test_main_prints_what_it_finds(lesson, insects_root, folder, capsys, seed):
     measured = lesson.main(seed=seed, root=insects_root)
-    assert measured["texts"] == {"a.txt": "ants", "b.txt": "bees", "c.txt": "ants"}
+    assert measured["texts"] == (
+        {"b.txt": "bees"}, {"a.txt": "ants", "b.txt": "bees", "c.txt": "ants"})  # fmt: skip
     alone, orphans = measured["unmatched"]
     assert [p.name for p in alone + orphans] == ["ants_000.jpg", "ants_001.txt"]
+    assert len(list(folder.glob("*/*_label/*.txt"))) == 10  # the data, not only the copy
+    assert (folder / "train" / "ants_label" / "ants_000.txt").read_bytes() == b"ants"
     lines = capsys.readouterr().out.splitlines()
     assert [line[:2] for line in lines if line[0] != " "][1:] == ["1.", "2.", "3.", "4."]
-    assert len(lines) == 24 and sum("   -> " in line for line in lines) == 4
+    assert len(lines) == 31 and sum("   -> " in line for line in lines) == 6
     assert lines[3:7] == [
-        "   a.jpg   a.txt   ants", "   b.jpg   b.txt   bees", "   c.jpg   c.txt   ants",
-        "   -> written: a.txt and c.txt; b.txt still says bees"]  # fmt: skip
-    rows = [line.split() for line in lines[9:13]]
-    assert rows == [
-        ["train", "ants", "3", "3", "3", "0"], ["train", "bees", "3", "3", "3", "0"],
-        ["val", "ants", "2", "2", "2", "0"], ["val", "bees", "2", "2", "2", "0"]]  # fmt: skip
-    assert lines[13] == ("   -> 10 labels for 10 images; the second run wrote 0, and 0 images "
-                         "were changed")  # fmt: skip
-    assert lines[15].endswith(" ants_000.jpg") and lines[16].endswith(" ants_001.txt")
-    assert lines[17] == "   -> 2 files have no partner; pairs left: 1"
+        "   a.jpg   a.txt   (no file)     ants", "   b.jpg   b.txt   bees          bees",
+        "   c.jpg   c.txt   (no file)     ants",
+        "   -> labels written: 2; b.txt was there and is kept"]  # fmt: skip
+    assert lines[8].startswith("   2 labels were removed")
+    assert [line.split() for line in lines[11:15]] == [
+        ["train", "ants", "3", "0", "3", "1", "2", "0"],
+        ["train", "bees", "3", "0", "3", "3", "0", "0"],
+        ["val", "ants", "2", "0", "2", "2", "0", "0"],
+        ["val", "bees", "2", "0", "2", "2", "0", "0"]]  # fmt: skip
+    assert lines[15:17] == [
+        "   -> the data: 10 of 10 images have a label",
+        "   -> the copy: 2 written, then 0; files that were there and changed: 0"]  # fmt: skip
+    assert lines[19].split() == ["ants_000.txt", "ants_000.jpg"]
+    assert lines[20].split() == ["ants_001.jpg", "ants_001.txt"]
+    assert lines[21] == "   -> 2 files have no partner; pairs left: 1"
+    assert measured["other"] == ["ants_000.jpg"] and "of 5 of 6," in lines[27]
