@@ -322,6 +322,8 @@ def test_shapes_are_the_three_classes_scaled_to_two(lesson, images_root):
     x, labels = lesson.open_shapes(images_root, train=False, count=1000)
     assert x.shape == (60, 3, 32, 32) and labels.bincount().tolist() == [20, 20, 20]
     assert -2 <= x.min() < -1.9 and 1.9 < x.max() <= 2
+    bytes_ = (x + 2) * 255 / 4
+    torch.testing.assert_close(bytes_, bytes_.round(), rtol=0, atol=1e-3)
     assert len(lesson.open_shapes(images_root, train=True, count=17)[0]) == 17
 
 
