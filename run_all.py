@@ -7,14 +7,17 @@
 A lesson whose docstring says `Needs CUDA` is skipped where there is none. Status 1 if one failed.
 """
 
-import argparse
+import ast
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from support.files import guard, options_parser
 
 ROOT = Path(__file__).resolve().parent
 LESSONS = """
@@ -47,29 +50,56 @@ def lessons(only="", root=ROOT):
 
 
 def needs_cuda(path):
-    """Whether the docstring of a script says `Needs CUDA`."""
-    return re.search(r"^Needs CUDA$", path.read_text(encoding="utf-8"), re.MULTILINE) is not None
+    """Whether a line of a script's docstring is `Needs CUDA`."""
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return re.search(r"^Needs +CUDA$", doc, re.MULTILINE) is not None
 
 
-def last_line(text):
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "no message")
+def outcome(status, out, err):
+    """What one line says of a program that ended with `status`, having printed `out` and `err`."""
+    if status == 0:
+        return "ok"
+    if status < 0:
+        return f"failed: killed by {signal.Signals(-status).name}"
+    lines = [line for line in (err or out).splitlines() if line.strip()]
+    return f"failed: {lines[-1] if lines else 'no message'}"
 
 
-def run_lesson(name, has_cuda, root=ROOT):
-    """(name, seconds, outcome), the outcome being "ok", "skipped: …" or "failed: …"."""
+def run_lesson(name, has_cuda, root, running):
+    """(name, seconds, outcome), the outcome being "ok", "skipped: …" or "failed: …".
+
+    While the lesson runs, its process is in the list `running`.
+    """
     if needs_cuda(root / name) and not has_cuda:
         return name, 0.0, "skipped: needs CUDA"
     start = time.perf_counter()
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, root / name],
-        capture_output=True,
         stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
         env={**os.environ, "PYTHONUTF8": "1"},  # elsewhere Windows pipes its own code page
-    )
-    outcome = "ok" if done.returncode == 0 else f"failed: {last_line(done.stderr or done.stdout)}"
-    return name, time.perf_counter() - start, outcome
+    ) as child:
+        running += [child]
+        printed = child.communicate()
+        running.remove(child)
+    return name, time.perf_counter() - start, outcome(child.returncode, *printed)
+
+
+def stop(pool, tasks, running):
+    """Begin no more of the tasks, and end the processes that still run."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    told, began = set(), time.monotonic()
+    while not all(task.done() for task in tasks):
+        for child in running[:]:
+            if time.monotonic() - began > 5:
+                child.kill()
+            elif child not in told:
+                child.terminate()  # once: it may need a while to end its own children
+                told.add(child)
+        time.sleep(0.02)
 
 
 def draw_data():
@@ -88,22 +118,32 @@ def main(only="", jobs=1, root=ROOT):
     chosen, has_cuda = lessons(only, root), torch.cuda.is_available()
     if jobs > 1:
         draw_data()
-    outcomes = []
+    outcomes, running = [], []
     with ThreadPoolExecutor(jobs) as pool:
-        tasks = [pool.submit(run_lesson, name, has_cuda, root) for name in chosen]
+        tasks = [pool.submit(run_lesson, name, has_cuda, root, running) for name in chosen]
         try:
             for task in tasks:
-                name, seconds, outcome = task.result()
-                print(f"{name:<52} {seconds:6.1f} s   {outcome}", flush=True)
-                outcomes.append(outcome)
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
+                name, seconds, how = task.result()
+                print(f"{name:<52} {seconds:6.1f} s   {how}", flush=True)
+                outcomes.append(how)
+        finally:  # Ctrl-C, SIGTERM, a closed pipe
+            stop(pool, tasks, running)
     return outcomes
 
 
+def command(only, jobs):
+    """main, and a last line. Returns status 1 if a lesson failed."""
+    try:
+        outcomes = main(only, jobs)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped") from None
+    failed = sum(how.startswith("failed") for how in outcomes)
+    print(f"{len(outcomes)} lessons, {failed} failed")
+    return min(failed, 1)
+
+
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options_parser()
     parser.add_argument("--only", default="", help="run the lessons whose path contains this")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time (1)")
     options = parser.parse_args(argv)
@@ -111,16 +151,8 @@ def parse(argv=None):
         parser.error("--jobs takes a number from 1 on")
     if not lessons(options.only):
         parser.error(f"no lesson's path contains {options.only!r}")
-    return options
+    return vars(options)
 
 
 if __name__ == "__main__":
-    try:
-        options = parse()
-        outcomes = main(options.only, options.jobs)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    failed = sum(outcome.startswith("failed") for outcome in outcomes)
-    print(f"{len(outcomes)} lessons, {failed} failed")
-    sys.exit(1 if failed else 0)
+    guard(command, parse)
