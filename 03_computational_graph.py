@@ -258,7 +258,7 @@ def show_loop():
     print("6. How long is the graph of a loop? y = x, and y = 2 * y as long as y < 10")
     print("   x       nodes of 2 * y   turns by theory   x.grad   2^turns")
     drawn, counts = [], []
-    for start in (20.0, 6.0, 1.0, 0.1):
+    for start in (10.0, 6.0, 1.0, 0.1):
         x = y = torch.tensor(start, requires_grad=True)
         while y < 10:
             y = 2 * y

@@ -311,7 +311,7 @@ def test_two_runs_of_the_same_code_share_only_the_leaf():
 @pytest.mark.parametrize("seed", range(3))
 def test_main_measures_what_the_docstring_says(lesson, tmp_path, events, capsys, seed):
     for _ in range(2):  # the second run's events replace the first's
-        measured = lesson.main(seed=seed, log_dir=tmp_path, batch=5, width=7, depth=4)
+        measured = lesson.main(seed=seed, log_dir=tmp_path, batch=5, width=7, depth=5)
     out = capsys.readouterr().out
     out = out[out.rindex("1. Which nodes") :]
     assert measured["own"] == [39, 6, 26]
@@ -333,17 +333,17 @@ def test_main_measures_what_the_docstring_says(lesson, tmp_path, events, capsys,
         assert head in out
     assert "-> Value and backward() differ by 0\n" in out
     assert measured["kept"] == {
-        "relu": [70, 105, 140, 175], "silu": [70, 140, 210, 280], "no_grad": [0] * 4,
+        "relu": [70, 105, 140, 175, 210], "silu": [70, 140, 210, 280, 350], "no_grad": [0] * 5,
     }  # fmt: skip
     assert "-> a layer more keeps 1 B n (relu), 2 B n (silu), 0 (no_grad)\n" in out
     for run, kept in measured["kept"].items():
         printed = [line.split() for line in out.splitlines() if line.split()[0] == run]
-        assert printed == [[run, f"{D}", f"{kept[D - 1]}", f"{kept[D - 1]}"] for D in (2, 4)]
+        assert printed == [[run, f"{D}", f"{kept[D - 1]}", f"{kept[D - 1]}"] for D in (2, 5)]
         logged = events(tmp_path / run).Scalars("memory/kept_floats")
         assert [(e.step, e.value) for e in logged] == list(enumerate(kept, start=1))
     assert measured["counts"] == [0, 1, 4, 7]
     loops = [line.split() for line in out[out.index("6. How long") :].splitlines()[2:6]]
-    starts = {"20": 0, "6": 1, "1": 4, "0.1": 7}
+    starts = {"10": 0, "6": 1, "1": 4, "0.1": 7}
     assert loops == [[x, f"{n}", f"{n}", f"{2**n}", f"{2**n}"] for x, n in starts.items()]
     assert "-> [0, 1, 4, 7] nodes from the same code: the graph is what ran\n" in out
     texts = events(tmp_path / "tree").Tensors("graph/tree/text_summary")
