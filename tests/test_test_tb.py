@@ -1,33 +1,269 @@
+import io
+import json
+import time
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from types import ModuleType
+from urllib.error import HTTPError
+
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+
+from support import drawings
+from support.pictures import caption_row
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def lesson(load):
     return load("test_tb.py")
 
 
-@pytest.mark.any_steps
-def test_what_is_written_is_read_back(lesson, tmp_path):
-    lesson.write_line(tmp_path, [3, 4, 8])
-    assert lesson.read_scalars(tmp_path) == ([3, 4, 8], [0.0, 2.0, 4.0])
+def edited(lesson, old, new):
+    """The lesson with one change in its source, as a reader makes it on a copy."""
+    source = Path(lesson.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    copy = ModuleType("copy")
+    copy.__file__ = lesson.__file__
+    exec(compile(source.replace(old, new), lesson.__file__, "exec"), vars(copy))
+    return copy
+
+
+def has_fast_loader():
+    try:
+        from tensorboard_data_server import server_binary
+    except ImportError:  # there is none for Windows, nor for ARM processors
+        return False
+    return server_binary() is not None
+
+
+POINTS, MANY, PICTURES = 12, 1200, 14
+ROWS = {  # what was written, by default, with OPTIONS
+    ("no_step", "line/y"): ((12, 12, 22), (1, 1, 22), (12, 1, 22)),
+    ("with_step", "line/y"): ((12, 12, 22), (12, 12, 22), (12, 12, 22)),
+    ("one_folder", "line/y"): (None, (6, 6, 15), (18, 12, 15)),
+    ("folder_a", "line/y"): ((12, 12, 22), (12, 12, 22), (12, 12, 22)),
+    ("folder_b", "line/y"): ((6, 6, 15), (6, 6, 15), (6, 6, 15)),
+    ("resumed", "line/y"): ((12, 12, 33), (12, 12, 33), (18, 12, 33)),
+    ("purge_step", "line/y"): ((12, 12, 33), (12, 12, 33), (12, 12, 33)),
+    ("purge_step", "line/old"): ((6, 6, 10), (12, 12, 22), (6, 6, 10)),
+    ("clock_back", "line/y"): ((12, 12, 33), (12, 12, 22), (12, 12, 22)),
+    ("long", "line/y"): ((1200, 1200, 2398), (1000, 1000, 2398), (1200, 1200, 2398)),
+}
+WRONG = (
+    ["no_step", "one_folder", "purge_step line/old", "clock_back", "long"],
+    ["no_step", "one_folder", "resumed", "clock_back"],
+)
+
+
+@pytest.fixture(scope="module")
+def run(lesson, tmp_path_factory):
+    """main's result and output, when it is run again, and the answers about Try's change."""
+    log_dir, root = tmp_path_factory.mktemp("test_logs"), tmp_path_factory.mktemp("insects")
+    drawings.write_hymenoptera_sample(root / "hymenoptera_sample", train=1, val=1)
+    picture = np.zeros((120, 160, 3), np.uint8)
+    lesson.write_everyday(log_dir, picture)
+    lesson.write_curves(log_dir, POINTS, MANY)
+    lesson.write_pictures(log_dir, picture, PICTURES)
+    call = 'write_line(log_dir / "with_step", range(points), 2'
+    copy = edited(lesson, call, call.replace("range(points)", "range(points - 1, -1, -1)"))
+    copy.write_curves(log_dir / "try", POINTS, 3)
+
+    reversed_steps, show = [], lesson.show_curves
+
+    def show_curves(default, with_options, *sizes):
+        for address in (default, with_options):
+            reversed_steps.append(
+                lesson.ask(address, "scalars/scalars", run="try/with_step", tag="line/y")
+            )
+        return show(default, with_options, *sizes)
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.setattr(lesson, "show_curves", show_curves)
+        measured = lesson.main(0, log_dir, root, POINTS, MANY, PICTURES)
+    return measured, out.getvalue().splitlines(), reversed_steps, log_dir
+
+
+def test_everything_is_there(run, events):
+    measured, lines, _, log_dir = run
+    answers = measured["answers"]
+    assert answers["add_scalar"] == "20 points, the last one at step 19: 38"
+    assert answers["add_image"] == "1 picture, at step 0"
+    assert answers["add_histogram"] == "1000 values"
+    assert answers["add_text"] == "<p>The line is <strong>y = 2 x</strong>.</p>"
+    assert int(answers["add_graph"].split()[0]) > 5
+    picture = events(log_dir / "everyday").Images("image/bee")[-1]
+    assert (picture.width, picture.height) == (160, 120)
+    assert lines[1] == f"by default:   tensorboard --logdir {log_dir}"
+    assert lines[2].endswith("--load_fast=false --samples_per_plugin=images=200,scalars=5000")
+    assert lines[3] == "1. What has TensorBoard read of the run everyday?"
+    assert [line.split()[0] for line in lines[4:9]] == list(answers)
+    assert lines[9] == "   -> all 5 kinds are there"
+
+
+def test_the_curves_are_shown_as_the_table_says(run):
+    measured, lines, _, _ = run
+    fast = has_fast_loader()
+    shown = measured["curves"]["shown"]
+    expected = {
+        key: [by_default if fast else (1000, 1000, 2398) if key[0] == "long" else changed, changed]
+        for key, (_, by_default, changed) in ROWS.items()
+    }
+    assert shown == expected
+    wrong = WRONG if fast else ([*WRONG[1], "long"], WRONG[1])
+    assert measured["curves"]["wrong"] == tuple(wrong)
+    assert lines[10].startswith("2. Which curves are shown?")
+    for line, (run_name, tag), (right, _, _) in zip(lines[12:22], ROWS, ROWS.values(), strict=True):
+        assert line.split()[:2] == [run_name, tag]
+        answers = expected[run_name, tag]
+        cells = [f"{n}/{steps} y={y}" for n, steps, y in answers]
+        if right:
+            cells.insert(0, "{}/{} y={}".format(*right))
+        assert " ".join(line.split()).endswith(" ".join(cells))
+    assert lines[22] == f"   -> wrong by default:   {', '.join(wrong[0])}"
+    assert lines[23] == f"   -> wrong with OPTIONS: {', '.join(wrong[1])}"
+
+
+def test_ten_pictures_are_kept_by_default(run):
+    measured, lines, _, _ = run
+    assert measured["pictures"]["kept"] == [10, 14]
+    assert "TypeError" in measured["pictures"]["error"]
+    assert lines[24] == "3. 14 pictures of one tag: how many can be looked at?"
+    assert lines[25] == "   right      14   by default      10   with OPTIONS      14"
+    assert lines[26].endswith(measured["pictures"]["error"])
+    assert lines[27] == "   -> by default 4 are missing, with OPTIONS 0"
+    assert len(lines) == 29 and lines[28].startswith("look: tensorboard --logdir")
+
+
+def test_try_steps_in_reverse_leave_one_point_by_default(lesson, run):
+    by_default, with_options = run[2]
+    assert lesson.describe(with_options) == (12, 12, 0)
+    if has_fast_loader():
+        assert [point[1:] for point in by_default] == [[0, 0]]
+
+
+# --- what is written ---------------------------------------------------------------------------
+
+
+def test_a_line_has_a_point_for_each_step(lesson, tmp_path, events):
+    lesson.write_line(tmp_path, [3, 4, 8], 5)
+    lesson.write_line(tmp_path / "other", [2, 7], -1, tags=("line/z", "line/w"))
+    points = [(e.step, e.value) for e in events(tmp_path).Scalars("line/y")]
+    assert points == [(3, 15), (4, 20), (8, 40)]
+    loaded = events(tmp_path / "other")
+    assert set(loaded.Tags()["scalars"]) == {"line/z", "line/w"}
+    for tag in ("line/z", "line/w"):
+        assert [(e.step, e.value) for e in loaded.Scalars(tag)] == [(2, -2), (7, -7)]
+
+
+def test_purge_step_is_passed_on(lesson, tmp_path, events):
+    for first, purge_step in ((0, 0), (2, 2)):
+        lesson.write_line(tmp_path, range(first, 4), 1 + first, purge_step)
+    points = [(e.step, e.value) for e in events(tmp_path).Scalars("line/y")]
+    assert points == [(0, 0), (1, 1), (2, 6), (3, 9)]
+
+
+def test_a_clock_set_back_makes_the_newest_file_the_oldest(lesson, tmp_path):
+    names = [f"events.out.tfevents.{time}.host.1700000000.1.{i}" for i, time in
+             enumerate((1700000000, 1700000002, 1700000001))]  # fmt: skip
+    for name in names:
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    lesson.set_clock_back(tmp_path)
+    found = {path.read_text(encoding="utf-8"): path.name for path in tmp_path.iterdir()}
+    assert found == {names[0]: names[0], names[2]: names[2],
+                     names[1]: "events.out.tfevents.1699913602.host.1700000000.1.1"}  # fmt: skip
+    lesson.set_clock_back(tmp_path, seconds=1_700_000_000)
+    assert (tmp_path / "events.out.tfevents.0000000001.host.1700000000.1.2").exists()
+
+
+def test_a_curve_is_described_by_points_steps_and_its_last_value(lesson):
+    assert lesson.describe([[0.1, 3, 5.0], [0.2, 4, 9.0], [0.0, 3, 7.0]]) == (3, 2, 7.0)
+    assert lesson.describe([[0.1, 3, 5.0]]) == (1, 1, 5.0)
+
+
+def test_pictures_grow_darker_under_their_words(lesson, tmp_path, events):
+    picture = np.full((40, 50, 3), 200, np.uint8)
+    lesson.write_pictures(tmp_path, picture, 4)
+    pictures = events(tmp_path / "pictures").Images("image/bee")
+    assert [e.step for e in pictures] == [0, 1, 2, 3]
+    for step, bright in enumerate((200, 150, 100, 50)):
+        shown = np.asarray(Image.open(io.BytesIO(pictures[step].encoded_image_string)))
+        words = f"step {step}: {bright // 2}% bright"
+        plain = torch.full((3, 40, 50), bright, dtype=torch.uint8)
+        assert np.array_equal(shown.transpose(2, 0, 1), caption_row(words, [plain], [""]))
+
+
+def test_only_a_picture_with_its_channels_last_is_an_error(lesson, tmp_path):
+    assert lesson.layout_error(tmp_path, np.zeros((8, 9, 3), np.uint8)).startswith("TypeError: ")
+    assert lesson.layout_error(tmp_path, np.zeros((3, 8, 9), np.uint8)) is None
+
+
+# --- TensorBoard -------------------------------------------------------------------------------
+
+
+def test_a_server_that_does_not_start_is_an_error_in_its_own_words(lesson, tmp_path):
+    line = r"TensorBoard does not start: .*no_such_option"
+    with (
+        pytest.raises(lesson.DataError, match=line),
+        lesson.tensorboard(tmp_path, "--no_such_option"),
+    ):
+        pytest.fail("it started")
+
+
+def test_waiting_ends_when_the_same_answers_come_twice(lesson, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "events.out.tfevents.1").touch()
+    calls, sleeps = [], []
+
+    def ask(address, path, **query):
+        calls.append((path, query["run"]))
+        turn = len(sleeps)
+        if turn == 0:
+            raise HTTPError(address, 404, "unknown", None, None)
+        return [[0, 0, 1]] * min(turn, 3) if turn > 1 else []
+
+    monkeypatch.setattr(lesson, "ask", ask)
+    monkeypatch.setattr(time, "sleep", sleeps.append)
+    lesson.wait_until_read("http://nowhere/", tmp_path)
+    assert len(sleeps) == 4
+    assert set(calls) == {("scalars/scalars", "a"), ("images/images", "pictures"),
+                          ("graphs/graph", "everyday")}  # fmt: skip
+    monkeypatch.setattr(lesson, "ask", lambda *_, **__: [])
+    with pytest.raises(lesson.DataError, match=r"has not read .* after 0\.1 s"):
+        lesson.wait_until_read("http://nowhere/", tmp_path, seconds=0.1)
 
 
 @pytest.mark.any_steps
-def test_try_reversed_steps_are_all_kept_in_the_order_written(lesson, tmp_path):
-    lesson.write_line(tmp_path, [5, 4, 3])
-    assert lesson.read_scalars(tmp_path)[0] == [5, 4, 3]
+@pytest.mark.parametrize("seed", range(3))
+def test_main_asks_both_servers(lesson, insects_root, tmp_path, monkeypatch, capsys, seed):
+    """Without TensorBoard: answers as they should be."""
+    asked = []
 
+    @contextmanager
+    def tensorboard(log_dir, *options):
+        assert log_dir == tmp_path and list(options) in ([], lesson.OPTIONS)
+        yield " ".join(["http", *options])
 
-@pytest.mark.any_steps
-def test_main_measures_the_traps_also_when_run_again(lesson, insects_root, tmp_path):
-    for _ in range(2):
-        measured = lesson.main(log_dir=tmp_path, root=insects_root, points=12, pictures=14)
-        steps = {run: line[0] for run, line in measured["lines"].items()}
-        assert steps["with_step"] == list(range(12))
-        assert steps["without_step"] == [0] * 12
-        assert steps["two_writers"] == [*range(12), *range(6, 12)]
-        assert steps["purged"] == list(range(12))
-        assert measured["lines"]["purged"][1][6:] == [0, 2, 4, 6, 8, 10]
-        assert measured["kept"] == {10: 10, 200: 14}
-        assert "TypeError" in measured["error"]
-        assert measured["size"] == (160, 120)
+    def ask(address, path, run, **query):
+        asked.append(address)
+        right = ROWS.get((run, query.get("tag")), [None])[0] or (12, 12, 22)
+        return {
+            "scalars/scalars": [[0, min(i, right[1] - 1), right[2]] for i in range(right[0])],
+            "images/images": [{"step": 5}] * 14,
+            "histograms/histograms": [[0, 0, [[0, 1, 40.0], [1, 2, 2.0]]]],
+            "text/text": [{"text": "<td><p>note</p>\n"}],
+            "graphs/graph": "node {} node {}",
+        }[path]
+
+    monkeypatch.setattr(lesson, "tensorboard", tensorboard)
+    monkeypatch.setattr(lesson, "ask", ask)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    measured = lesson.main(seed, tmp_path, insects_root, POINTS, MANY, PICTURES)
+    assert measured["curves"]["wrong"] == (["one_folder"], ["one_folder"])
+    assert set(asked) == {"http", f"http {' '.join(lesson.OPTIONS)}"}
+    out = capsys.readouterr().out
+    for line in ("42 values", "14 picture, at step 5", "   <p>note</p>", "   2 nodes",
+                 "-> by default 0 are missing, with OPTIONS 0"):  # fmt: skip
+        assert line in out
+    assert json.dumps(measured["pictures"]["kept"]) == "[14, 14]"
