@@ -58,13 +58,14 @@ def test_items_are_stacked_in_their_order(lesson):
 
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 4, 23, 50])
-def test_by_hand_is_what_the_loader_brings(lesson, batch_size, drop_last):
-    dataset = [(torch.rand(3, 4, 6), i % 5) for i in range(23)]
-    by_hand = lesson.batches_by_hand(dataset, batch_size, generator(1), drop_last)
+def test_by_hand_is_what_the_loader_brings_in_three_epochs(lesson, batch_size, drop_last):
+    dataset, g = [(torch.rand(3, 4, 6), i % 5) for i in range(23)], generator(1)
     loader = DataLoader(dataset, batch_size, True, drop_last=drop_last, generator=generator(1))
-    assert len(by_hand) == len(loader) == lesson.count_batches(23, batch_size, drop_last)
-    for pair, twin in zip(by_hand, loader, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(pair, twin, strict=True))
+    for _ in range(3):
+        by_hand = lesson.batches_by_hand(dataset, batch_size, g, drop_last)
+        assert len(by_hand) == len(loader) == lesson.count_batches(23, batch_size, drop_last)
+        for pair, twin in zip(by_hand, loader, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(pair, twin, strict=True))
 
 
 def test_batches_by_hand_are_whole_without_being_asked(lesson):
@@ -99,18 +100,17 @@ def test_only_the_seed_decides_the_order(lesson):
 
 def test_the_table_of_seeds_names_equal_orders_and_what_is_left_out(lesson, capsys):
     orders = lesson.show_seeds(50, 16, seed=4)
-    a, after, b, c, d = orders.values()
-    assert a == b and len({*map(tuple, (a, after, c, d))}) == 4
-    assert c == order_of(lesson.seeded_loader(range(50), 16, 5))
-    assert d == list(range(48))
+    a0, a1, b0, b1, c0, d0, e0, f0 = orders.values()
+    assert a0 == b0 and a1 == b1 and len({*map(tuple, (a0, a1, c0, d0, e0, f0))}) == 6
+    assert c0 == order_of(lesson.seeded_loader(range(50), 16, 5))
+    assert f0 == list(range(48))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in lines[2:6]] == ["none"] * 4
-    assert lines[2].startswith(f"   a: seed 4                  {str(a[:5])[1:-1]} ")
-    assert lines[5].startswith("   c: seed 5 ")
-    assert re.fullmatch(
-        r"   d: drop_last, in order +0, 1, 2, 3, 4 +3 +3   2: 48, 49 \.\.\.", lines[6]
-    )
-    assert lines[7] == "   -> 4 of 5 bring every item once; equal orders: a: seed 4 and b: seed 4"
+    assert [line.split()[-1] for line in lines[2:9]] == ["none"] * 7
+    assert lines[2].startswith(f"   a0: seed 4, epoch 0      {str(a0[:5])[1:-1]} ")
+    assert lines[6].startswith("   c0: seed 5, epoch 0 ")
+    last = r"   f0: drop_last, in order +0, 1, 2, 3, 4 +3 +3   ?2: 48, 49 \.\.\."
+    assert re.fullmatch(last.replace("   ?", "  "), lines[9])
+    assert lines[10] == "   -> 7 of 8 deliver every item once; equal orders: a0 = b0, a1 = b1"
 
 
 def edited(lesson, old, new):
@@ -125,16 +125,38 @@ def edited(lesson, old, new):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_try_drop_last_leaves_out_others_in_each_epoch(lesson, images_root, tmp_path, capsys, seed):
-    call = "return DataLoader(dataset, batch_size, shuffle=True, generator=g"
-    lesson = edited(lesson, call, f"{call}, drop_last=True")
+    line = "(seeded_loader(places, B, seed) for _ in range(2))"
+    lesson = edited(lesson, line, line.replace("seed)", "seed, drop_last=True)"))
     orders = lesson.main(seed, tmp_path, images_root, count=50, batch_size=16, workers=0)["orders"]
     missing = [set(range(50)) - set(order) for order in [*orders.values()][:2]]
     assert all(len(m) == 50 % 16 for m in missing) and missing[0] != missing[1]
-    assert "-> 0 of 5 bring every item once" in capsys.readouterr().out
-    seen, shuffled = set(), lesson.seeded_loader(range(50), 16, seed)
+    assert "-> 3 of 8 deliver every item once" in capsys.readouterr().out
+    seen, shuffled = set(), lesson.seeded_loader(range(50), 16, seed, drop_last=True)
     for _ in range(5):
         seen |= set(order_of(shuffled))
     assert seen == set(range(50))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sorted_batches_lean_to_the_last_class(lesson, images_root, seed):
+    images_set = open_images(images_root, train=False)
+    x = torch.from_numpy(images_set.data).float().flatten(1)[:600] / 255
+    x, y = (x - x.mean(0)) / x.std(0), torch.tensor(images_set.targets)[:600]
+    by_class, last = y.argsort(stable=True), y.max()
+    named = {}
+    for name, order in (
+        ("sorted", by_class),
+        ("shuffled", torch.randperm(len(y), generator=generator(seed))),
+    ):
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(x.shape[1], 10)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for part in order.split(20):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x[part]), y[part]).backward()
+            optimizer.step()
+        named[name] = (model(x).argmax(1) == last).float().mean().item()
+    assert named["sorted"] > 0.25 > 0.2 > named["shuffled"]  # its share is 0.1
 
 
 # --- workers -----------------------------------------------------------------------------------
@@ -150,30 +172,33 @@ def test_timed_items_wait_and_know_their_place(lesson, monkeypatch):
     assert (x, index, len(dataset), waits, draw) == (70, 7, 23, [0.25], torch.rand(()))
 
 
-def test_a_timed_epoch_reports_places_draws_and_seconds(lesson, monkeypatch):
+def test_two_epochs_report_places_draws_and_seconds(lesson, monkeypatch):
     dataset = lesson.Timed(TensorDataset(torch.arange(7)), 0.0)
-    clock = iter([10.0, 12.5])
+    clock = iter([10.0, 12.5, 20.0, 21.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    torch.manual_seed(9)
+    places, draws, seconds = lesson.two_epochs(DataLoader(dataset, 3), 2)
     torch.manual_seed(2)
-    places, draws, seconds = lesson.timed_epoch(DataLoader(dataset, 3))
-    torch.manual_seed(2)
-    torch.empty((), dtype=torch.int64).random_()  # for the seeds of workers
-    assert places.tolist() == list(range(7)) and seconds == 2.5
-    assert draws.tolist() == [torch.rand(()).item() for _ in range(7)]
+    assert places.tolist() == [list(range(7))] * 2 and seconds == [2.5, 1.0]
+    for row in draws.tolist():
+        torch.empty((), dtype=torch.int64).random_()  # for the seeds of workers
+        assert row == [torch.rand(()).item() for _ in range(7)]
 
 
 @starts_workers
-def test_workers_keep_the_order_and_draw_their_own_numbers(lesson):
+def test_workers_keep_the_orders_and_draw_their_own_numbers(lesson):
     dataset = lesson.Timed(TensorDataset(torch.arange(23)), 0.0)
+    some, kept = {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}
     places, draws = [], []
-    for workers in (0, 2, 2):
-        torch.manual_seed(0)
-        loader = lesson.seeded_loader(dataset, 4, 0, num_workers=workers)
-        place, draw, _ = lesson.timed_epoch(loader)
+    for options in ({}, {}, some, some, kept):
+        loader = lesson.seeded_loader(dataset, 4, 0, **options)
+        place, draw, _ = lesson.two_epochs(loader, 0)
         places.append(place.tolist())
         draws.append(draw.tolist())
-    assert places[0] == places[1] == places[2]
-    assert draws[0] != draws[1] == draws[2]
+    assert places[0] == places[1] == places[2] == places[3]
+    assert places[4][0] == places[0][0] and places[4][1] != places[0][1]
+    assert sorted(places[4][1]) == list(range(23))
+    assert draws[0] == draws[1] != draws[2] == draws[3]
 
 
 class OneSlow(Dataset):
@@ -208,7 +233,7 @@ def test_only_in_order_false_gives_up_the_order():
     "error", [OSError(28, "No space left"), RuntimeError("Caught\n  No space left")]
 )
 def test_workers_without_shared_memory_end_in_one_line(lesson, error):
-    line = r"^workers cannot .*No space.*/dev/shm.*workers=0\Z"  # a dot is no line break
+    line = r"^workers cannot .*No space.*/dev/shm.*workers=0 in main\Z"  # a dot is no line break
     with pytest.raises(lesson.DataError, match=line), lesson.sharing_memory():
         raise error
     with pytest.raises(KeyError), lesson.sharing_memory():
@@ -224,40 +249,54 @@ def test_a_system_without_semaphores_is_seen_before_the_loader(lesson, monkeypat
         pytest.fail("the loader was made")
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [((1.0, 3.0, 0.9), "faster"), ((1.0, 0.5, 1.2), "slower"), ((2.0, 3.0, 2.0), "slower")],
-)
-def test_workers_are_called_slower_when_they_were(
-    lesson, images_root, monkeypatch, capsys, seconds, words
-):
-    times, loaders = iter(seconds * 2), []
+@starts_workers
+def test_the_table_of_workers_says_what_it_finds(lesson, images_root, monkeypatch, capsys):
+    seen = []
 
-    def timed_epoch(loader):
-        loaders.append((loader.num_workers, len(loader.dataset), loader.dataset.wait))
-        assert loader.persistent_workers == (loader.num_workers > 0)
-        return torch.arange(5), torch.arange(5) + (loader.num_workers > 0), next(times)
+    def two_epochs(loader, seed):
+        seen.append((loader.num_workers, loader.persistent_workers, len(loader.dataset),
+                     loader.dataset.wait, seed, loader.generator.initial_seed()))  # fmt: skip
+        row = rows[len(seen) - 1]
+        return torch.tensor(row[0]), torch.tensor(row[1]), row[2]
 
-    monkeypatch.setattr(lesson, "timed_epoch", timed_epoch)
-    measured = lesson.show_workers(open_images(images_root, train=False), 60, 4, 0, 2)
-    assert loaders == [(0, 60, 0)] + [(2, 60, 0)] * 2 + [(0, 16, 0.005)] + [(2, 16, 0.005)] * 2
-    ratios = seconds[1] / seconds[0], seconds[2] / seconds[0]
-    row = {"times": ratios, "order": True, "numbers": False}
-    assert measured == {"in memory": row, "waited for 5 ms": row}
-    out = capsys.readouterr().out
-    assert f"60   {ratios[0]:7.2f}   {ratios[1]:7.2f}          yes                    no" in out
-    assert len(out.splitlines()) == 7 and out.startswith("5. Do 2 workers pay?")
-    for name in measured:
-        assert f"-> once started, workers were {words} than none here, for items {name}" in out
+    rows = [
+        ([[0], [1]], [1], (1.0, 2.0)),
+        ([[0], [1]], [1], (1.5, 1.0)),
+        ([[0], [1]], [2], (3.0, 3.0)),
+        ([[0], [1]], [2], (0.5, 0.5)),
+        ([[0], [9]], [3], (3.0, 0.5)),
+        ([[0], [1]], [1], (2.0, 2.0)),
+        ([[8], [1]], [1], (3.0, 1.0)),
+    ]
+    monkeypatch.setattr(lesson, "two_epochs", two_epochs)
+    measured = lesson.show_workers(open_images(images_root, train=False), 60, 4, 7, 2)
+    assert seen == [
+        (0, False, 60, 0, 7, 7), (0, False, 60, 0, 7, 7), (2, False, 60, 0, 7, 7),
+        (2, False, 60, 0, 7, 7), (2, True, 60, 0, 7, 7), (0, False, 16, 0.005, 7, 7),
+        (2, True, 16, 0.005, 7, 7)]  # fmt: skip
+    assert measured["in memory", "2 workers, again"] == ([0.5, 0.25], (True, True, True))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "5. Are 2 workers faster, and do they repeat? Two epochs, seed 7"
+    assert [line.split()[-5:] for line in lines[4:9]] == [
+        ["1.50", "0.50", "yes", "yes", "yes"], ["3.00", "1.50", "yes", "yes", "no"],
+        ["0.50", "0.25", "yes", "yes", "yes"], ["3.00", "0.25", "yes", "no", "no"],
+        ["1.50", "0.50", "no", "yes", "yes"]]  # fmt: skip
+    assert lines[9:] == [
+        "   -> in memory, once started: 0.25 of the time without workers",
+        "   -> waited for 5 ms, once started: 0.50 of the time without workers",
+        "   -> both orders stay: 0 workers, again; 2 workers; 2 workers, again",
+        "   -> random numbers come back: 0 workers, again; 2 workers, again"]  # fmt: skip
 
 
 @starts_workers
 def test_one_worker_goes_through_the_table(lesson, images_root, capsys):
     dataset = open_images(images_root, train=False, transform=np.array)
     measured = lesson.show_workers(dataset, 40, 4, 0, 1)
-    assert all(row["order"] and not row["numbers"] for row in measured.values())
-    assert all(ratio > 0 for row in measured.values() for ratio in row["times"])
-    assert capsys.readouterr().out.startswith("5. Do 1 workers pay?")
+    assert [same for _, same in measured.values()] == [
+        (True, True, True), (True, True, False), (True, True, True), (True, False, False),
+        (True, False, False)]  # fmt: skip
+    assert all(ratio > 0 for times, _ in measured.values() for ratio in times)
+    assert capsys.readouterr().out.startswith("5. Are 1 workers faster")
 
 
 # --- pinned memory -----------------------------------------------------------------------------
@@ -302,7 +341,7 @@ def test_copies_are_timed_after_one_to_warm_up(lesson, monkeypatch, capsys):
         ["False"] * 2 + ["1.00"],
         ["True"] * 2 + ["0.50"],
     ]
-    assert len(lines) == 5 and lines[-1].startswith("   -> pinned, 0.50 of the time")
+    assert len(lines) == 5 and lines[-1].startswith("   -> pinned, the copy took 0.50 of the time")
 
 
 def test_without_a_gpu_pinning_is_skipped_in_a_line(lesson, monkeypatch, capsys):
@@ -331,15 +370,15 @@ def test_main_prints_and_logs_what_it_measures(
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert [line[:2] for line in lines if line[0] != " "][1:-1] == ["1.", "2.", "3.", "4."]
-    assert len(lines) == 27 and sum("   -> " in line for line in lines) == 4
+    assert len(lines) == 33 and sum("   -> " in line for line in lines) == 4
     assert (
         "-> 3 batches; 4 + 4 + 2 = 10 images" in out
-        and "-> the largest difference of all is 0" in out
+        and "-> the largest difference in 6 batches is 0\n" in out
     )
-    assert (
-        f"-> 4 of 5 bring every item once; equal orders: a: seed {seed} and b: seed {seed}" in out
+    assert "-> 7 of 8 deliver every item once; equal orders: a0 = b0, a1 = b1\n" in out
+    assert "chance gives 8.15 classes" in out and out.splitlines()[-1].startswith(
+        "look: tensorboard"
     )
-    assert "chance gives 8.1" in out and out.splitlines()[-1].startswith("look: tensorboard")
 
     dataset = open_images(images_root, train=False)
     first_ten = lesson.seeded_loader(dataset.targets[:10], 4, seed)
@@ -349,12 +388,12 @@ def test_main_prints_and_logs_what_it_measures(
     shown = [sorted(range(100), key=lambda i: dataset.targets[i]), None]
     shown[1] = [shown[0][i] for i in order_of(lesson.seeded_loader(range(100), 16, seed))]
     for run, order in zip(("in_order", "shuffled"), shown, strict=True):
-        classes = [len({dataset.targets[i] for i in order[j : j + 16]}) for j in range(0, 100, 16)]
+        classes = [len({dataset.targets[i] for i in order[j : j + 16]}) for j in range(0, 96, 16)]
         loaded = events(tmp_path / run)
         points = [(e.step, e.value) for e in loaded.Scalars("batch/classes")]
         assert points == list(enumerate(classes))
         mean = measured["classes"][run]
-        assert mean == pytest.approx(sum(classes) / 7)
+        assert mean == pytest.approx(sum(classes) / 6)
         assert f"{min(classes):3d}   {mean:5.2f}   {max(classes):5d}" in out
         pictures = loaded.Images("batch/first")
         assert [e.step for e in pictures] == [0, 1]
@@ -364,7 +403,8 @@ def test_main_prints_and_logs_what_it_measures(
             names = [f"{i} {dataset.classes[dataset.targets[i]]}" for i in order[:16]]
             assert (pixels(pictures[0]) == caption_grid(images, names)).all()
     assert measured["classes"]["in_order"] < 3 < 7 < measured["classes"]["shuffled"]
-    assert f"-> shuffled, a batch holds {measured['classes']['shuffled']:.1f} classes" in out
+    gap = abs(measured["classes"]["shuffled"] - 10 * (1 - 0.9**16))
+    assert gap < 1.5 and f"shuffled is {gap:.2f} from it, in order " in out
 
 
 def test_sorted_classes_are_taken_whole(lesson, images_root, tmp_path):
