@@ -15,7 +15,7 @@ Needs          generate_labels.py
 Checked here   items = ImageFolder's; no image in two parts of a split; the default collate fails;
                padded images are unharmed
 TensorBoard    batch/padded: thumbnails of padded batches by step, black where there is no image;
-               batch/padded_share by step
+               batch/padded_share by step; both in the run shuffled
 Try            in main, put batch_size=2 for batch_size=8: does the padded share fall?
 Answer         Yes, to less than two thirds of it: a batch is as high as its highest image and as
                wide as its widest one, and of two images these are often one and the same
@@ -211,7 +211,7 @@ def show_batches(dataset, batch_size, log_dir):
         refused = str(error).split(",")[0]
     loader = DataLoader(dataset, batch_size, shuffle=True, collate_fn=pad_collate)
     seen, shares, rows = 0, [], []
-    with SummaryWriter(log_dir, purge_step=0) as writer:
+    with SummaryWriter(log_dir / "shuffled", purge_step=0) as writer:
         for step, (batch, labels, sizes) in enumerate(tqdm(loader, leave=False, disable=None)):
             seen += len(labels)
             shares.append(padded_share(sizes, batch))

@@ -238,7 +238,7 @@ def test_batches_are_printed_and_logged_as_they_are(lesson, tmp_path, capsys, ev
     mean = sum(shares) / 6
     assert lines[7] == f"   -> 11 images in 6 batches; on average, padding is {mean:.2f} of one"
 
-    loaded = events(tmp_path)
+    loaded = events(tmp_path / "shuffled")
     points = [(e.step, e.value) for e in loaded.Scalars("batch/padded_share")]
     assert points == [(i, pytest.approx(share)) for i, share in enumerate(shares)]
     pictures = loaded.Images("batch/padded")
