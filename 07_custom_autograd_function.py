@@ -1,26 +1,29 @@
 """Autograd believes any backward you write, and a wrong one can train what the right one cannot.
 
-    backward takes g = dL/dy and returns dL/dx_i for each input x_i of forward
+A Function is a forward and a backward of your own. You write one where autograd's backward is of no
+use (a sign, a rounding), where it could be cheaper, or around code that is not PyTorch. ctx carries
+from forward to backward what is needed there. A wrong backward trains something else, and nothing
+says so; gradcheck finds it, as it compares backward with differences of forward, in float64.
 
-    ReLU                   y = max(x, 0)            g [x > 0]
-    Affine                 y = x W^T + b            g W for x,   g^T x for W,   sum g for b
-    Sign                   y = 1 if x >= 0 else -1  0: true, and useless
-    StraightThroughSign    y = 1 if x >= 0 else -1  g [|x| < 1]: the gradient of hardtanh, a lie
+    backward gets g = dL/dy and returns dL/d(argument) for each argument of forward:
 
-Nothing in a training run compares backward with forward; gradcheck does, by central differences in
-float64. (At a kink it fails the right one too: the difference of ReLU at 0 is 1/2.) gradgradcheck
-holds the second derivative against differences of backward, so it passes a wrong backward that is
-differentiated rightly. The error rate, mean (sign(z) - y)^2 / 4, is flat almost everywhere: its
-true gradient moves no weight before the Sign. With the lie it is a loss like any other.
+    Power                  y = x^n                  n x^(n-1) g for x; None for n: no tensor
+    ReLU                   y = max(x, 0)            g where x > 0, else 0
+    Affine                 y = x W^T + b            g W for x,  g^T x for W,  the sum of g for b
+    Sign                   y = 1 if x >= 0 else -1  0: true, and of no use
+    StraightThroughSign    y = 1 if x >= 0 else -1  g where |x| < 1, else 0: a lie; of hardtanh,
+                                                    min(max(x, -1), 1), it would be true
+    L  the loss     x  input     y  output     n  a whole number     W, b  weights and biases
 
-Checked here   each gradient against a library twin; both checks, and where they fail; the products
-               that needs_input_grad saves; a gradient a point, by vmap against a loop; XOR learned
-TensorBoard    train/error: straight_through falls to about 0, true_gradient stays where it began;
-               layer_behind stops between: the layer behind the Sign learns, the one before cannot
-Try            backward returns g, no [|x| < 1]: which old rule then trains one Affine and a Sign?
-               The perceptron's: w += y x for each wrong x
+Needs          02_autograd_basics.py, 03_computational_graph.py
+Checked here   each backward against differences and a library twin; gradcheck; what is not computed
+               where no gradient is wanted; XOR is learned by the lie, not by the truth
+TensorBoard    train/error by step: straight_through falls to 0, true_gradient stays where it began;
+               regions/...: which points of the square each run calls +1
+Try            in StraightThroughSign.backward, return g alone, for all x: is XOR still learned?
+Answer         Yes. For one Affine and a Sign it is the perceptron's rule: w += y x if x is wrong
 Source         Bengio et al. 2013, arXiv:1308.3432 (straight-through); Courbariaux et al. 2016,
-               arXiv:1602.02830 (hardtanh's mask); PyTorch notes, "Extending PyTorch"
+               arXiv:1602.02830 (where |x| < 1); PyTorch notes, "Extending PyTorch"
 """
 
 import signal
@@ -33,22 +36,66 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function, gradcheck, gradgradcheck
-from torch.func import grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
 from support.files import guard
+from support.pictures import caption_row
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "07_custom_autograd_function"
 
 
-# --- four Functions, and a broken one ------------------------------------------------------------
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+class Power(Function):
+    """x ** n for a tensor x and a whole number n."""
+
+    @staticmethod
+    def forward(ctx, x, n):
+        """x ** n. Keeps for backward the tensor x by ctx.save_for_backward, and n as ctx.n.
+
+        Exercise.
+        """
+        ctx.save_for_backward(x)
+        ctx.n = n
+        return x**n
+
+    @staticmethod
+    def backward(ctx, g):
+        """g * n * x ** (n - 1) for x, and None for n. x is in the tuple ctx.saved_tensors.
+
+        Exercise.
+        """
+        (x,) = ctx.saved_tensors
+        return g * ctx.n * x ** (ctx.n - 1), None
+
+
+def show_everyday():
+    print("1. In everyday code: y = Power.apply(x, 3), then y.sum().backward()")
+    x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    y = Power.apply(x, 3)  # never Power.forward itself
+    y.sum().backward()
+    points = torch.randn(4).double().requires_grad_()
+    passed = gradcheck(lambda x: Power.apply(x, 3), points, raise_exception=False)
+    print("   x                  1      2      3")
+    print(f"   y = x^3        {numbers(y)}")
+    print(f"   x.grad = 3x^2  {numbers(x.grad)}")
+    print(f"   -> gradcheck {'passes' if passed else 'FAILS'}: backward is the slope of forward")
+    return {"y": y.tolist(), "grad": x.grad.tolist(), "passed": passed}
+
+
+def numbers(values):
+    return " ".join(f"{v:6.3g}" for v in (values + 0.0).tolist())  # + 0.0 makes 0 of -0
+
+
+# --- 2. true and false backwards ---------------------------------------------------------------
 
 
 class ReLU(Function):
-    """max(x, 0), with gradient 0 at 0, as in the library."""
+    """max(x, 0), in the form that torch.func asks for: ctx is filled by a function of its own."""
 
-    generate_vmap_rule = True  # vmap may trace forward and backward, both made of torch operations
+    generate_vmap_rule = True  # both are made of torch operations, so that vmap may trace them
 
     @staticmethod
     def forward(x):
@@ -60,33 +107,20 @@ class ReLU(Function):
 
     @staticmethod
     def backward(ctx, g):
+        """g where the saved output is above 0, else 0: at x = 0 the slope is taken to be 0.
+
+        Exercise.
+        """
         (y,) = ctx.saved_tensors
         return torch.where(y > 0, g, 0)
 
 
-class Affine(Function):
-    """x (..., in), W (out, in), b (out,) -> (..., out)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, W, b):
-        return x @ W.T + b
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, W, _ = inputs
-        ctx.save_for_backward(x, W)
+class ReLUWithoutMask(ReLU):
+    """A mistake to be found: backward forgets which inputs were cut off."""
 
     @staticmethod
     def backward(ctx, g):
-        x, W = ctx.saved_tensors
-        want_x, want_W, want_b = ctx.needs_input_grad
-        rows = g.reshape(-1, len(W))  # (..., out) -> (N, out)
-        dx = g @ W if want_x else None  # (..., in)
-        dW = rows.T @ x.reshape(-1, W.shape[1]) if want_W else None  # (out, in)
-        db = rows.sum(0) if want_b else None  # (out,)
-        return dx, dW, db
+        return g
 
 
 class Sign(Function):
@@ -112,30 +146,23 @@ class StraightThroughSign(Sign):
 
     @staticmethod
     def backward(ctx, g):
+        """g where the saved x is between -1 and 1, else 0.
+
+        Exercise.
+        """
         (x,) = ctx.saved_tensors
         return torch.where(x.abs() < 1, g, 0)
 
 
-class ReLUWithoutMask(ReLU):
-    """A mistake to be found: backward forgets which inputs were cut off."""
+class OppositeSign(StraightThroughSign):
+    """A lie that points the other way, to see whether any lie will do."""
 
     @staticmethod
     def backward(ctx, g):
-        return g
+        return -StraightThroughSign.backward(ctx, g)
 
 
 relu, sign, straight_through = ReLU.apply, Sign.apply, StraightThroughSign.apply
-
-
-def affine(x, W, b):
-    """Affine.apply. Raises ValueError where sizes differ, as b of size 1 would be broadcast."""
-    if W.dim() != 2 or x.shape[-1:] != W.shape[1:] or b.shape != W.shape[:1]:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (x, W, b))
-        raise ValueError(f"affine takes x (..., in), W (out, in), b (out,), not {shapes}")
-    return Affine.apply(x, W, b)
-
-
-# --- what can be measured about a Function -------------------------------------------------------
 
 
 def gradients(f, *inputs):
@@ -144,10 +171,83 @@ def gradients(f, *inputs):
     return torch.autograd.grad(f(*inputs).sum(), inputs)
 
 
+def differences(f, x, h=1e-6):
+    """The slope of f at each element of x, by central differences: (f(x + h) - f(x - h)) / (2 h).
+
+    Exercise.
+    """
+    return (f(x + h) - f(x - h)) / (2 * h)
+
+
 def verdicts(f, *inputs):
     """Whether f passes gradcheck and gradgradcheck at these points, in float64."""
     inputs = [x.detach().double().requires_grad_() for x in inputs]
     return tuple(check(f, inputs, raise_exception=False) for check in (gradcheck, gradgradcheck))
+
+
+def show_truth():
+    print("2. Is backward the slope of forward, at x = -2, -0.5, 0.5 and 2?")
+    print("                        backward                      differences")
+    print("   Function               -2   -0.5    0.5      2       -2   -0.5    0.5      2   check")
+    x, checked = torch.tensor([-2, -0.5, 0.5, 2]).double(), {}
+    for name, f in {
+        "ReLU": relu,
+        "ReLUWithoutMask": ReLUWithoutMask.apply,
+        "Sign": sign,
+        "StraightThroughSign": straight_through,
+    }.items():
+        (backward,) = gradients(f, x)
+        checked[name] = verdicts(f, x)
+        print(f"   {name:<19}{numbers(backward)}   {numbers(differences(f, x))}   "
+              f"{'passes' if checked[name][0] else 'FAILS'}")  # fmt: skip
+    liars = [name for name, (first, _) in checked.items() if not first]
+    print(f"   -> gradcheck finds {' and '.join(liars)}")
+    kink = torch.zeros(1).double()
+    checked["ReLU at 0, its kink"] = verdicts(relu, kink)
+    print(f"   -> at 0, its kink, ReLU {'passes' if checked['ReLU at 0, its kink'][0] else 'fails'}"
+          f", too: backward {gradients(relu, kink)[0].item():g}, difference "
+          f"{differences(relu, kink).item():g}")  # fmt: skip
+    return checked
+
+
+# --- 3. several inputs -------------------------------------------------------------------------
+
+
+class Affine(Function):
+    """x (..., in), W (out, in), b (out,) -> (..., out)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, W, b):
+        return x @ W.T + b
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, W, _ = inputs
+        ctx.save_for_backward(x, W)
+
+    @staticmethod
+    def backward(ctx, g):
+        """For x (..., in): g W. For W (out, in): g^T x, with all leading axes as one. For b: sum g.
+
+        What ctx.needs_input_grad, three bools, does not want is None and is not computed. Exercise.
+        """
+        x, W = ctx.saved_tensors
+        want_x, want_W, want_b = ctx.needs_input_grad
+        rows = g.reshape(-1, len(W))  # (..., out) -> (N, out)
+        dx = g @ W if want_x else None  # (..., in)
+        dW = rows.T @ x.reshape(-1, W.shape[1]) if want_W else None  # (out, in)
+        db = rows.sum(0) if want_b else None  # (out,)
+        return dx, dW, db
+
+
+def affine(x, W, b):
+    """Affine.apply. Raises ValueError where sizes differ, as b of size 1 would be broadcast."""
+    if W.dim() != 2 or x.shape[-1:] != W.shape[1:] or b.shape != W.shape[:1]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, W, b))
+        raise ValueError(f"affine takes x (..., in), W (out, in), b (out,), not {shapes}")
+    return Affine.apply(x, W, b)
 
 
 def backward_products(f, inputs, wanted):
@@ -160,7 +260,27 @@ def backward_products(f, inputs, wanted):
     return backward.get_total_flops() / forward.get_total_flops()
 
 
-# --- a network with a Sign in it -----------------------------------------------------------------
+def show_affine():
+    print("3. Several inputs: what does the backward of Affine compute?")
+    inputs = {"x": torch.randn(5, 3), "W": torch.randn(4, 3), "b": torch.randn(4)}
+    pairs = zip(gradients(affine, *inputs.values()), gradients(F.linear, *inputs.values()),
+                strict=True)  # fmt: skip
+    off = max((ours - library).abs().max().item() for ours, library in pairs)
+    print("   gradients wanted for     products: ours   F.linear   theory")
+    products, agree = {}, 0
+    for wanted, theory in {"xWb": 2, "Wb": 1, "x": 1, "b": 0}.items():
+        ours = products[wanted] = backward_products(affine, inputs, wanted)
+        library = backward_products(F.linear, inputs, wanted)
+        agree += ours == library == theory
+        print(f"   {' '.join(wanted):<22}   {ours:14g}   {library:8g}   {theory:6}")
+    checked = verdicts(affine, *inputs.values())
+    print(f"   -> matrix products are as few as in F.linear in {agree} of {len(products)} rows")
+    print(f"   -> its gradients are F.linear's, to within {off:.0e}, and gradcheck "
+          f"{'passes' if checked[0] else 'FAILS'}")  # fmt: skip
+    return {"products": products, "off": off, "checked": checked}
+
+
+# --- 4. whom the lie teaches -------------------------------------------------------------------
 
 
 def xor_data(count):
@@ -181,26 +301,37 @@ def network(params, x, hidden, output):
 
 
 def squared_loss(out, y):
-    """mean (out - y)^2 / 4: the error rate, where both are signs."""
+    """mean (out - y)^2 / 4: the error rate, where both are signs.
+
+    Raises ValueError where the shapes differ, as they would be broadcast. Exercise.
+    """
     if out.shape != y.shape:
         raise ValueError(f"out {tuple(out.shape)} and y {tuple(y.shape)} differ in shape")
     return (out - y).square().mean() / 4
 
 
-def per_sample_gradients(params, x, y, hidden, output):
-    """A gradient for each sample, (B, *shape) for each parameter: vmap over grad."""
-    gradient = grad(lambda p, x, y: squared_loss(network(p, x, hidden, output), y))
-    return vmap(gradient, in_dims=(None, 0, 0))(params, x, y)
+def show_reach(params, x, y):
+    print("4. XOR: which points get a gradient through the last Function?")
+    z = network(params, 4 * x, relu, nn.Identity())  # (B,); 4 x so that some |z| are above 1
+    wrong = sign(z) != y
+    reached = {"points": len(y), "wrong": wrong.sum().item(),
+               "wrong, |z| < 1": (wrong & (z.abs() < 1)).sum().item()}  # fmt: skip
+    for name, f in {"Sign": sign, "StraightThroughSign": straight_through}.items():
+        (dz,) = gradients(lambda z, f=f: squared_loss(f(z), y), z)
+        reached[name] = (dz != 0).sum().item()
+    print("   points   wrong   of these |z| < 1   with a gradient: Sign   StraightThroughSign")
+    print("   {:6}   {:5}   {:16}   {:21}   {:19}".format(*reached.values()))
+    print(f"   -> Sign teaches {reached['Sign']} of the {reached['wrong']} wrong points, "
+          f"StraightThroughSign {reached['StraightThroughSign']}")  # fmt: skip
+    return reached
 
 
-def loss_gradients(params, x, y, hidden, output):
-    """The gradient for each parameter, of a batch or of one sample."""
-    return gradients(lambda *p: squared_loss(network(p, x, hidden, output), y), *params)
+# --- 5. learning XOR ---------------------------------------------------------------------------
 
 
 def train(params, x, y, hidden, output, steps, lr):
-    """Error rates (steps,), each before an update by Adam, and which parameters changed at all."""
-    start, params = params, [p.clone().requires_grad_() for p in params]
+    """Error rates (steps,), each before an update by Adam, and the parameters at the end."""
+    params = [p.clone().requires_grad_() for p in params]
     optimizer = torch.optim.Adam(params, lr)
     errors = []
     for _ in range(steps):
@@ -209,84 +340,56 @@ def train(params, x, y, hidden, output, steps, lr):
         optimizer.zero_grad()
         squared_loss(out, y).backward()
         optimizer.step()
-    return errors, [not torch.equal(p, q) for p, q in zip(params, start, strict=True)]
+    return errors, [p.detach() for p in params]
+
+
+def region(params, hidden, side=90):
+    """The square as a picture (1, side, side): light where the network says +1. Up is x[1] = 1."""
+    line = torch.linspace(-1, 1, side)
+    points = torch.cartesian_prod(-line, line).flip(1)  # from the top row on, (side^2, 2)
+    says_one = network(params, points, hidden, nn.Identity()) >= 0
+    return torch.where(says_one, 0.85, 0.25).view(1, side, side)
+
+
+def show_training(log_dir, params, x, y, steps, lr):
+    print(f"5. Is XOR learned in {steps} steps of Adam, from the same weights?")
+    print("   (the lie: StraightThroughSign)           error rate")
+    print("   run                hidden   output       first    last   changed")
+    trained, pictures = {}, {}
+    for run, inner, outer, hidden, output in (
+        ("straight_through", "relu", "the lie", relu, straight_through),
+        ("true_gradient", "relu", "Sign", relu, sign),
+        ("opposite", "relu", "minus lie", relu, OppositeSign.apply),
+        ("no_hidden_layer", "-", "the lie", nn.Identity(), straight_through),
+        ("sign_within", "Sign", "-", sign, nn.Identity()),
+    ):
+        errors, after = train(params, x, y, hidden, output, steps, lr)
+        pairs = zip(("W1", "b1", "W2", "b2"), params, after, strict=True)
+        moved = " ".join(name for name, p, q in pairs if not torch.equal(p, q)) or "not one bit"
+        trained[run] = errors, moved
+        row = f"{run:<16}   {inner:<6}   {outer:<10}   {errors[0]:.3f}   {errors[-1]:.3f}"
+        print(f"   {row}   {moved}")
+        pictures[f"{run}\nerror {errors[-1]:.3f}"] = region(after, hidden)
+        with SummaryWriter(log_dir / run, purge_step=0) as writer:
+            for step, error in enumerate(errors):
+                writer.add_scalar("train/error", error, step)
+    lie, truth = trained["straight_through"][0][-1], trained["true_gradient"][0][-1]
+    print(f"   -> the lie ends with {lie:.1%} errors, the truth with {truth:.1%}")
+    title = "light = the network says +1; XOR wants it top right and bottom left"
+    row = caption_row(title, pictures.values(), pictures)
+    with SummaryWriter(log_dir / "regions", purge_step=0) as writer:
+        writer.add_image("regions/after_training", row, steps)
+    return trained
 
 
 def main(seed=0, log_dir=LOG_DIR, count=256, steps=200, lr=0.02):
     torch.manual_seed(seed)
-    inputs = {"x": torch.randn(5, 3), "W": torch.randn(4, 3), "b": torch.randn(4)}
-
-    points = torch.tensor([-2, -0.5, -0.0, 0.0, 0.5, 2])
-    print(f"1. gradients at {points.numpy()}, equal to a library twin")
-    for name, ours, twin, library in (
-        ("ReLU", relu, "torch.relu", torch.relu),
-        ("Sign", sign, "torch.sign", torch.sign),
-        ("StraightThroughSign", straight_through, "F.hardtanh", F.hardtanh),
-    ):
-        (measured,), (expected,) = gradients(ours, points), gradients(library, points)
-        assert torch.equal(measured, expected)
-        print(f"   {name:<20} {measured.int().numpy()}   {twin}")
-    pairs = zip(gradients(affine, *inputs.values()), gradients(F.linear, *inputs.values()),
-                strict=True)  # fmt: skip
-    difference = max((ours - library).abs().max().item() for ours, library in pairs)
-    assert difference < 1e-5
-    print(f"   {'Affine':<20} largest difference {difference:.0e}   F.linear")
-
-    print("2. backward against differences of forward, and of backward")
-    checked = {
-        "ReLU": verdicts(relu, inputs["x"]),
-        "ReLU at 0, its kink": verdicts(relu, torch.zeros(1)),
-        "ReLUWithoutMask": verdicts(ReLUWithoutMask.apply, inputs["x"]),
-        "Affine": verdicts(affine, *inputs.values()),
-        "Sign": verdicts(sign, inputs["x"]),
-        "StraightThroughSign": verdicts(straight_through, inputs["x"]),
-    }
-    for name, passed in checked.items():
-        first, second = ("passes" if ok else "FAILS" for ok in passed)
-        print(f"   {name:<20} gradcheck {first:<8} gradgradcheck {second}")
-
-    print("3. matrix products in the backward of Affine, by the gradients wanted")
-    products = {}
-    for wanted, theory in {"xWb": 2, "Wb": 1, "x": 1, "b": 0}.items():
-        products[wanted] = backward_products(affine, inputs, wanted)
-        library = backward_products(F.linear, inputs, wanted)
-        assert products[wanted] == library == theory
-        print(f"   {' '.join(wanted):<6} ours {products[wanted]:g}   F.linear {library:g}")
-
+    measured = {"everyday": show_everyday(), "checked": show_truth(), "affine": show_affine()}
     (x, y), params = xor_data(count), init_params()
-    print(f"4. gradients of each of {count} points, by vmap as by a loop")
-    far = 4 * x  # so that some z leave [-1, 1]
-    z = network(params, far, relu, nn.Identity())  # (B,)
-    wrong = sign(z) != y
-    reached = {"wrong": wrong.sum().item(), "in_reach": (wrong & (z.abs() < 1)).sum().item()}
-    print(f"   wrong {reached['wrong']}   of these |z| < 1: {reached['in_reach']}")
-    for name, output in {"Sign": sign, "StraightThroughSign": straight_through}.items():
-        by_vmap = per_sample_gradients(params, far, y, relu, output)
-        by_loop = [loss_gradients(params, *xy, relu, output) for xy in zip(far, y, strict=True)]
-        for together, one_by_one in zip(by_vmap, zip(*by_loop, strict=True), strict=True):
-            torch.testing.assert_close(together, torch.stack(one_by_one))
-        reached[name] = (by_vmap[-1] != 0).sum().item()
-        print(f"   {name:<20} points with a gradient {reached[name]}")
-    assert torch.equal(by_vmap[-1].squeeze(1) != 0, wrong & (z.abs() < 1))
-
-    print(f"5. error rate in {steps} steps of Adam from the same weights")
-    runs = {
-        "straight_through": (relu, straight_through),
-        "true_gradient": (relu, sign),
-        "layer_behind": (sign, nn.Identity()),
-    }
-    trained = {}
-    for run, functions in runs.items():
-        errors, changed = trained[run] = train(params, x, y, *functions, steps, lr)
-        assert run != "true_gradient" or not any(changed)
-        assert run != "layer_behind" or not any(changed[:2])
-        with SummaryWriter(log_dir / run, purge_step=0) as writer:
-            for step, error in enumerate(errors):
-                writer.add_scalar("train/error", error, step)
-        moved = " ".join(n for n, c in zip(("W1", "b1", "W2", "b2"), changed, strict=True) if c)
-        print(f"   {run:<18} first {errors[0]:.3f}   last {errors[-1]:.3f}   "
-              f"changed: {moved or 'not one bit'}")  # fmt: skip
-    return {"checked": checked, "products": products, "reached": reached, "trained": trained}
+    measured["reached"] = show_reach(params, x, y)
+    measured["trained"] = show_training(log_dir, params, x, y, steps, lr)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":
