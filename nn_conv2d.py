@@ -161,7 +161,7 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=8):
         channel = channels[name]
         torch.testing.assert_close(channel, expected)
         off = (channel - expected).abs().max()
-        print(f"   {name:<18} {channel.min():+.2f} … {channel.max():+.2f}   off by {off:.0e}")
+        print(f"   {name:<18} {channel.min():+.2f} to {channel.max():+.2f}   off by {off:.0e}")
     light = {"by hand": (conv(x + 0.2) - y).abs().max(), "as initialised": before.abs().max()}
     changes = "   ".join(f"{name} {change:.1e}" for name, change in light.items())
     print(f"   largest change under 0.2 more light: {changes}")

@@ -345,7 +345,7 @@ def show_kl(n):
     error = log_ratio.std(0) / math.sqrt(n)
     assert ((log_ratio.mean(0) - closed).abs() <= 5 * error).all()
     for row in zip(mu, q.stddev, closed, theirs, log_ratio.mean(0), error, strict=True):
-        print("   mu {:4.1f} sigma {:.2f}   {:.4f}   {:.4f}   {:.4f} ± {:.4f}".format(*row))
+        print("   mu {:4.1f} sigma {:.2f}   {:.4f}   {:.4f}   {:.4f} +- {:.4f}".format(*row))
 
 
 def show_gradients(log_dir, n):

@@ -80,7 +80,7 @@ class Norm(nn.Module):
     def check(self, x, dims):
         if x.dim() < dims or x.size(1) != self.channels:
             need = ", ".join(["B", str(self.channels), "L"][:dims])
-            raise ValueError(f"{type(self).__name__} needs ({need}, …), not {tuple(x.shape)}")
+            raise ValueError(f"{type(self).__name__} needs ({need}, ...), not {tuple(x.shape)}")
 
     def check_count(self, x, values):
         if values < 2:
@@ -199,7 +199,8 @@ class LayerNorm(nn.Module):
         """
         last = len(self.normalized_shape)
         if tuple(x.shape[-last:]) != self.normalized_shape:
-            raise ValueError(f"LayerNorm needs (…, *{self.normalized_shape}), not {tuple(x.shape)}")
+            wanted = f"(..., *{self.normalized_shape})"
+            raise ValueError(f"LayerNorm needs {wanted}, not {tuple(x.shape)}")
         y = normalize(x, tuple(range(-last, 0)), self.eps)
         return (y if self.weight is None else y * self.weight + self.bias).to(x.dtype)
 

@@ -94,6 +94,20 @@ def test_lesson_stands_on_its_own_path(lesson):
         assert "__file__" in source
 
 
+PROGRAMS = sorted([*LESSONS, *NO_LESSON, *(f"support/{p.name}" for p in ROOT.glob("support/*.py"))])
+
+
+@pytest.mark.parametrize("path", PROGRAMS)
+def test_what_may_be_printed_is_ascii(path):
+    """Docstrings may hold other characters, save their first line, which --help prints."""
+    tree = tree_of(path)
+    scopes = [n for n in ast.walk(tree) if hasattr(n, "body") and isinstance(n.body, list)]
+    docs = {id(n.body[0].value) for n in scopes if n.body and isinstance(n.body[0], ast.Expr)}
+    texts = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in docs]
+    assert [n.value for n in texts if isinstance(n.value, str) and not n.value.isascii()] == []
+    assert (ast.get_docstring(tree) or "").partition("\n")[0].isascii()
+
+
 def test_draw_is_the_same_wherever_it_is_written():
     """Lessons stand alone, so that the few lines which write curves are in several of them."""
     written = {

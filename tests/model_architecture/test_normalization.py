@@ -101,14 +101,14 @@ def test_half_precision_sums_do_not_overflow(lesson):
 
 def test_shapes_that_do_not_fit_are_refused(lesson):
     for norm, x, message in (
-        (lesson.BatchNorm(3), torch.randn(4, 5), r"BatchNorm needs \(B, 3, …\), not \(4, 5\)"),
+        (lesson.BatchNorm(3), torch.randn(4, 5), r"BatchNorm needs \(B, 3, \.\.\.\), not \(4, 5\)"),
         (lesson.BatchNorm(3), torch.randn(1, 3), "a mean over 1 value"),
         (lesson.BatchNorm(3), torch.randn(0, 3), "a mean over 0 value"),
         (lesson.InstanceNorm(3), torch.randn(2, 3, 1), "a mean over 1 value"),
         (lesson.GroupNorm(3, 3), torch.randn(1, 3), "a mean over 1 value"),
         (lesson.BatchNorm(3), torch.randn(3), "BatchNorm needs"),
-        (lesson.InstanceNorm(3), torch.randn(4, 3), r"InstanceNorm needs \(B, 3, L, …\)"),
-        (lesson.GroupNorm(3, 6), torch.randn(2, 9), r"GroupNorm needs \(B, 6, …\)"),
+        (lesson.InstanceNorm(3), torch.randn(4, 3), r"InstanceNorm needs \(B, 3, L, \.\.\.\)"),
+        (lesson.GroupNorm(3, 6), torch.randn(2, 9), r"GroupNorm needs \(B, 6, \.\.\.\)"),
         (lesson.LayerNorm(4), torch.randn(2, 1), "LayerNorm needs"),
     ):
         with pytest.raises(ValueError, match=message):
