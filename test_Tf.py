@@ -1,22 +1,25 @@
-"""ToTensor swaps the axes, makes a tensor and, for uint8 alone, divides by 255.
+"""ToTensor turns bytes (H, W, C) into floats (C, H, W), divided by 255.
 
 A picture opens as bytes (uint8, 0 to 255), one row after the other, the three colours of a pixel
-side by side. A convolution wants floats, and the colours as the first axis. ToTensor turns the one
-into the other, so it stands in front of most image data. The trap is its silence: numbers that are
-no bytes keep their range, so an image of floats in 0..255 stays 255 times too large. v2, today's
-transforms, names each step: ToImage() for the axes, ToDtype(float32, scale=True) for type and
-range. It leaves floats as they are, too. The cure: make them uint8 first, or divide by 255.
+side by side. A convolution wants floats, and the colours as the first axis. ToTensor does both, so
+it stands in front of most image data. The trap: only uint8 is divided, and no warning tells you
+about the rest, so an image of floats in 0..255 stays 255 times too large. v2, today's transforms,
+names each step: ToImage() for the axes, ToDtype(float32, scale=True) for type and range. It leaves
+floats as they are, too. The cure: divide by 255 (or, if all are whole numbers in 0..255, make them
+uint8 first).
 
-    out[c, y, x] = in[y, x, c] / 255     in   (H, W, C) uint8: row y, column x, colour c
+    out[c, i, j] = in[i, j, c] / 255     in   (H, W, C) uint8: row i, column j, colour c
                                          out  (C, H, W) float32 in [0, 1]
 
 Needs          nothing
-Checked here   ToTensor is the formula bit for bit, v2 within one rounding; which inputs are scaled
-               to [0, 1] and which are not; what is refused; 256 bytes go there and come back
+Checked here   ToTensor is the formula bit for bit, v2 up to the last digit of a float32; other
+               moves of the axes are not; which inputs are scaled to [0, 1]; what is refused; 256
+               bytes go there, through a Normalize, and come back
 TensorBoard    three rows of pictures, one step each: to_tensor/colours takes a picture apart,
-               to_tensor/axes swaps the axes wrongly, to_tensor/range forgets to divide
-Try            in show_everyday, write dtype=np.int16: by what do ToTensor and v2 divide now?
-Answer         ToTensor by 1, v2 by 32767, the largest int16: the type decides, not the numbers
+               to_tensor/axes moves the axes wrongly, to_tensor/range forgets to divide
+Try            in show_everyday, write dtype=np.int32: by what do ToTensor and v2 divide now?
+Answer         ToTensor by 1, v2 by 2147483648 (2^31, the largest int32 as a float32): the type
+               decides, not the numbers
 Source         torchvision.transforms.ToTensor; torchvision's guide "Getting started with
                transforms v2"; the value ranges: v2.functional.to_dtype
 """
@@ -71,7 +74,7 @@ def type_name(x):
 
 
 def to_tensor(array):
-    """A uint8 array (H, W, C) as a float32 tensor (C, H, W): out[c, y, x] = in[y, x, c] / 255.
+    """A uint8 array (H, W, C) as a float32 tensor (C, H, W): out[c, i, j] = in[i, j, c] / 255.
 
     Exercise.
     """
@@ -81,8 +84,7 @@ def to_tensor(array):
 def to_array(x):
     """The way back: a float tensor (C, H, W) in [0, 1] as a uint8 array (H, W, C).
 
-    It rounds to the nearest byte, where .byte() alone would cut off what stands behind the point.
-    Exercise.
+    It rounds to the nearest byte: 50.99998, after a Normalize and back, is 51. Exercise.
     """
     return (x * 255).round().byte().permute(1, 2, 0).numpy()
 
@@ -93,30 +95,39 @@ def new_to_tensor():
 
 
 def show_formula(picture):
-    print(f"2. From scratch: a picture of width {picture.width} and height {picture.height}")
-    print("                                               largest   furthest     numbers")
-    print("   made by                     shape           number    from row 1   wrong")
+    side = min(picture.size)
+    picture = picture.crop((0, 0, side, side))
+    print(f"2. From scratch: {side} x {side} pixels of a picture, made a tensor in six ways")
+    print("                                               largest   largest |difference|   numbers")
+    print("   made by                     shape           number    to row 1               wrong")
     array = np.array(picture)
-    x, errors, wrong = to_tensor(array), {}, {}
+    x, bare, errors, wrong = to_tensor(array), torch.from_numpy(array), {}, {}
     for name, value in {
         "permute(2, 0, 1) / 255": x,
         "ToTensor, on the picture": transforms.ToTensor()(picture),
         "v2, on the picture": new_to_tensor()(picture),
         "v2, on its array": new_to_tensor()(array),
-        "reshape(3, H, W) / 255": torch.from_numpy(array).reshape(x.shape) / 255,
+        "transpose(0, 2) / 255": bare.transpose(0, 2) / 255,  # rows and columns are swapped, too
+        "reshape(3, H, W) / 255": bare.reshape(x.shape) / 255,
     }.items():
         gap, shape = (value - x).abs(), tuple(value.shape)
         errors[name], wrong[name] = gap.max().item(), (gap > 1e-6).float().mean().item()
-        print(f"   {name:<25}   {shape!s:<13}   {value.max():<7.3f}   {errors[name]:<10.1e}   "
+        print(f"   {name:<25}   {shape!s:<13}   {value.max():<7.3f}   {errors[name]:<20.1e}   "
               f"{wrong[name]:7.0%}")  # fmt: skip
-    library, reshaped = errors["ToTensor, on the picture"], wrong["reshape(3, H, W) / 255"]
-    rounding = max(errors["v2, on the picture"], errors["v2, on its array"])
+    library, rounding = errors["ToTensor, on the picture"], errors["v2, on its array"]
+    rounding = max(errors["v2, on the picture"], rounding)  # it multiplies by a rounded 1 / 255
     assert library == 0 and rounding <= torch.finfo(torch.float32).eps / 2
-    restored = np.array_equal(to_array(x), array)
-    print(f"   -> ToTensor is off by {library:g}, v2 by {rounding:.0e}: one rounding")
-    print(f"   -> reshape gives the same shape, and {reshaped:.0%} of its numbers are wrong")
-    print(f"   -> to_array {'gives back every byte' if restored else 'loses bytes'}")
-    return {"rounding": rounding, "reshaped": reshaped, "restored": restored}
+    silent = [name.partition(" /")[0] for name in wrong if wrong[name] > 0]
+    print(f"   -> ToTensor is off by {library:g}, v2 by {rounding:.0e}: a float32's last digit")
+    print(f"   -> of the same shape, yet wrong: {' and '.join(silent)}")
+
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    undone = (to_tensor(every) - 0.5) / 0.25 * 0.25 + 0.5  # Normalize, and back
+    cut_off = (undone * 255).byte().permute(1, 2, 0).numpy()
+    back, cut_back = (int((bytes_ == every).sum()) for bytes_ in (to_array(undone), cut_off))
+    print(f"   -> of {every.size} bytes, normalised and undone, to_array gives back {back}; "
+          f"without round() {cut_back}")  # fmt: skip
+    return {"rounding": rounding, "wrong": wrong, "back": back, "cut_back": cut_back}
 
 
 # --- 3. the trap: what is not scaled -----------------------------------------------------------
@@ -132,9 +143,10 @@ def show_range(picture):
     for name, value in {
         "uint8": array,
         "float32 in 0..255": floats,
-        "the same, made uint8 first": floats.astype(np.uint8),
         "the same, divided by 255": floats / 255,
+        "the same, made uint8 first": floats.astype(np.uint8),
         "float64 in 0..1": array / 255,
+        "int16 in 0..255": array.astype(np.int16),
     }.items():
         x, y = transforms.ToTensor()(value), new_to_tensor()(value)
         made[name] = type_name(x), x.max().item(), type_name(y), y.max().item()
@@ -142,7 +154,9 @@ def show_range(picture):
     unscaled = [name for name, (_, x, _, y) in made.items() if min(x, y) > 1]
     double = [name for name, (x, _, y, _) in made.items() if x != y]
     print(f"   -> neither of them scales {' and '.join(unscaled)}")
-    print(f"   -> they differ in type on {' and '.join(double)}: layers take float32")
+    print(f"   -> they differ in type on {' and '.join(double)}")
+    by = array.max() / made["int16 in 0..255"][3]
+    print(f"   -> v2 divides int16 by {by:.0f}, so that the picture is nearly black")
     return made
 
 
@@ -159,7 +173,8 @@ def answer_to(transform, value):
 
 
 def show_refused():
-    print("4. What do they make of something else?")
+    print("4. What do they make of an input they are not made for?")
+    print("                            type of the result, or the error that is raised")
     print("   input                    ToTensor     v2.ToImage")
     answers = {}
     for name, value in {
