@@ -1,9 +1,12 @@
 """README.md and README_CN.md tell the same, and what they say of the files is so."""
 
 import re
+from inspect import signature
 from pathlib import Path
 
 import pytest
+
+from support.drawings import CLASSES, SIZE, write_shapes10
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = {
@@ -160,10 +163,6 @@ def test_the_workflow_and_ci_run_the_readmes_own_commands():
 
 @each
 def test_what_they_say_of_shapes_10_is_so(name):
-    from inspect import signature
-
-    from support.drawings import CLASSES, SIZE, write_shapes10
-
     sizes = signature(write_shapes10).parameters
     text = re.search(r"^Shapes-10 .+?\n\n", READMES[name], re.MULTILINE | re.DOTALL)[0]
     for number in (sizes["train"].default, sizes["test"].default):
@@ -207,3 +206,19 @@ def test_the_total_time_is_that_of_the_rows(name):
     total = sum(int(cell) for cell in seconds if cell.isdigit()) / 60
     minutes = int(re.search(r"(\d+) (?:minutes|分钟)", READMES[name])[1])
     assert abs(total - minutes) < 1.5
+
+
+@each
+def test_the_example_of_practice_is_what_it_prints(name, load, tmp_path, monkeypatch, capsys):
+    example = next(code for code in code_blocks(READMES[name]) if "practice.py start" in code)
+    practice = load("practice.py")
+    monkeypatch.setattr(practice, "PRACTICE", tmp_path)
+    practice.start(practice.lessons(), "nn_linear", again=False)
+    exercises = capsys.readouterr().out.splitlines()[1:]  # the first line names the folder
+    assert "\n".join(exercises) in example
+    open_ones = re.findall(
+        r"^   (\w+) +your turn +practice/nn_linear.py, line (\d+)$", example, re.M
+    )
+    assert open_ones
+    for exercise, line in open_ones:
+        assert f"   line {line:>3}   {exercise}(" in example
