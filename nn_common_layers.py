@@ -187,7 +187,8 @@ def show_pooling(x):
     print(f"   adaptive   0 1 2 3 4 -> {line}   windows {windows(5, 3)}")
     rows = nn.Flatten()(x)
     assert torch.equal(rows.view_as(x), x)
-    print(f"   flatten    {tuple(x.shape)} -> {tuple(rows.shape)}   and back, bit for bit")
+    off = (rows.view_as(x) - x).abs().max()
+    print(f"   flatten    {tuple(x.shape)} -> {tuple(rows.shape)}   and back, off by {off:g}")
     return line
 
 

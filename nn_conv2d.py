@@ -134,7 +134,7 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=8):
     error = (conv(x) - y).abs().max().item()
     print(f"   {tuple(x.shape)} -> {tuple(y.shape)}   largest difference {error:.1e}")
 
-    print("2. parameters, and multiply-adds for one image, counted; the formulas agree")
+    print("2. parameters, and multiply-adds for one image, counted (by the formulas)")
     counts = {}
     for k, side in ((3, 32), (3, 64), (5, 32)):
         layer, image = nn.Conv2d(3, 6, k), torch.rand(1, 3, side, side)
@@ -142,11 +142,11 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=8):
         _, work = conv2d_by_shifts(image, layer.weight, layer.bias)
         with FlopCounterMode(display=False) as flops:
             layer(image)
-        assert parameters == parameter_formula(3, 6, k)
-        assert work == work_formula(3, 6, k, side, side) == flops.get_total_flops() / 2
+        formulas = parameter_formula(3, 6, k), work_formula(3, 6, k, side, side)
+        assert parameters == formulas[0] and work == formulas[1] == flops.get_total_flops() / 2
         counts[k, side] = parameters, work
-        print(f"   Conv2d(3, 6, {k}) on {side} x {side}    parameters {parameters:10,}   "
-              f"multiply-adds {work:10,}")  # fmt: skip
+        print(f"   Conv2d(3, 6, {k}) on {side} x {side}    parameters {parameters:5,} "
+              f"({formulas[0]:,})   multiply-adds {work:9,} ({formulas[1]:,})")  # fmt: skip
     work = x[0].numel() * y[0].numel()  # every input number times a weight for every output number
     dense = work + y[0].numel()
     print(f"   Linear(3072, 5400) instead    parameters {dense:10,}   multiply-adds {work:10,}")
