@@ -1,23 +1,19 @@
-"""A training loop is zero, forward, backward, step; without the zero it swings and never settles.
+"""A training loop is zero, forward, backward, step; without the zero a line's fit never settles.
 
-backward() adds to .grad, since a weight that is used twice needs the sum of both uses; so the loop
-clears .grad first. The step is made under no_grad: it is no part of the function whose gradient is
-wanted. A loss that is kept is detached, or else all it was computed from stays in memory with it.
+backward() adds to .grad, so that the gradients of several losses or batches can be summed. The loop
+therefore clears .grad first. The step is made under no_grad, since it must not be recorded as a
+part of the loss. To keep a loss, write loss.item() or loss.detach(): otherwise the whole record of
+how it was computed stays in memory.
 
-    zeroed       p <- p - lr g_t                    e_t = (1 - lr lam)^t e_0
-    forgotten    p <- p - lr (g_0 + ... + g_t)      e_t = cos((t + 1/2) phi) / cos(phi / 2) e_0
+    zeroed       p <- p - lr g_t                       the error shrinks
+    forgotten    p <- p - lr (g_0 + ... + g_t)         it swings: a pendulum without friction
 
     p    the parameters w and b, fitted to y = 2x + 1 by L = mean((w x + b - y)^2)
-    g_t  their gradient at step t        e_t  p minus (2, 1), its part along an eigenvector
-    lr   learning rate                   lam  that eigenvector's eigenvalue, of L's Hessian
-    phi  the angle of a swing in one step: cos phi = 1 - lr lam / 2
+    g_t  the gradient of L at step t, dL/dw and dL/db     lr  learning rate
 
-To forget the zero is thus momentum 1, a pendulum without friction: `swing` derives its law.
-Section 5 is a second reading: what autograd refuses, and why.
-
-Needs          01_manual_gradient.py (Hessian, eigenvalue)
-Checked here   .grad after k backward() = k times the gradient by hand; both laws at every step;
-               which edits are refused, and w.grad where they are not; no_grad, inference_mode
+Needs          01_manual_gradient.py (Hessian and lam_max, its largest eigenvalue)
+Checked here   the loop = the loop by hand; .grad after k backward() = k times the gradient by
+               hand; a law for w and b at every step, zeroed and forgotten; three refused edits
 TensorBoard    train/loss, param/w, param/b by step in the runs zeroed, forgotten
 Try            in main, put lr=0.34 for lr=0.1, then lr=0.68: which of the two runs blows up?
 Answer         At 0.34 only the zeroed run: its limit is 2 / lam_max = 0.3357. The forgotten one
@@ -42,6 +38,12 @@ LOG_DIR = Path(__file__).resolve().parent / "runs" / "02_autograd_basics"
 # --- 1. in everyday code -----------------------------------------------------------------------
 
 
+def gradient(w, b, x, y):
+    """dL/dw = mean(2 r x) and dL/db = mean(2 r), r = w x + b - y, stacked: (2,). Exercise."""
+    r = w * x + b - y  # (N,)
+    return torch.stack([(2 * r * x).mean(), (2 * r).mean()])
+
+
 def show_everyday():
     x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])
     w, b = torch.tensor(0.0, requires_grad=True), torch.tensor(0.0, requires_grad=True)
@@ -55,7 +57,12 @@ def show_everyday():
         optimizer.step()  # step: w -= lr * w.grad, b -= lr * b.grad
         losses.append(loss.item())
         print(f"   {step:4}   {loss:11.4f}  {w.grad:7.3f}  {b.grad:7.3f}   {w:7.4f}   {b:7.4f}")
-    print(f"   -> four rounds brought the loss from {losses[0]:.1f} to {losses[-1]:.3f}")
+    p = torch.zeros(2)
+    for _ in range(4):
+        p = p - 0.1 * gradient(*p, x, y)
+    print(f"   -> four rounds brought the loss from {losses[0]:.1f} to {losses[-1]:.3f};")
+    print(f"      by hand, as in 01_manual_gradient.py, w = {p[0]:.4f} and b = {p[1]:.4f}")
+    torch.testing.assert_close(torch.stack([w, b]).detach(), p)
     return losses
 
 
@@ -63,8 +70,10 @@ def show_everyday():
 
 
 def chain_length(node):
-    """How many recorded operations lead up to a node, along their first inputs."""
-    return 1 + chain_length(node.next_functions[0][0]) if node and node.next_functions else 0
+    """How many recorded operations lead up to a node, a grad_fn, along their first inputs."""
+    if node is None or not node.next_functions:
+        return 0
+    return 1 + chain_length(node.next_functions[0][0])  # the node of its first input: lesson 03
 
 
 def show_recorded():
@@ -72,7 +81,8 @@ def show_recorded():
     loss = (w * x).square().mean()
     with torch.no_grad():
         step = w - 0.1 * w
-    print("2. What does autograd record? All that is computed from a tensor that requires grad")
+    print("2. What does autograd record? All that is computed from a tensor that requires grad,")
+    print("   except by detach() and under no_grad()")
     print("   tensor                           requires_grad   grad_fn: how it was made")
     rows = {"x": x, "w, requires_grad=True": w, "loss = (w * x).square().mean()": loss,
             "loss.detach()": loss.detach(), "w - 0.1 * w, under no_grad()": step}  # fmt: skip
@@ -103,12 +113,6 @@ def mse(w, b, x, y):
     if x.shape != y.shape:
         raise ValueError(f"x and y differ in shape: {tuple(x.shape)} and {tuple(y.shape)}")
     return (w * x + b - y).square().mean()
-
-
-def gradient(w, b, x, y):
-    """dL/dw = mean(2 r x) and dL/db = mean(2 r), r = w x + b - y, stacked: (2,). Exercise."""
-    r = w * x + b - y  # (N,)
-    return torch.stack([(2 * r * x).mean(), (2 * r).mean()])
 
 
 def show_adding_up(x, y):
@@ -150,20 +154,22 @@ def fit(x, y, lr, steps, zero=True):
 
 
 def swing(lr, lam, t):
-    """e_t / e_0 of the forgotten run for steps t (T, 1) and eigenvalues lam (n,): (T, n).
+    """e_t / e_0 = cos((t + 1/2) phi) / cos(phi / 2) of the forgotten run, cos phi = 1 - lr lam / 2.
 
-    1. p_(t+1) - p_t = (p_t - p_(t-1)) - lr g_t: the last move again, and a new part. Momentum 1.
+    For steps t (T, 1) and eigenvalues lam (n,) of L's Hessian it is (T, n); e_t is the error
+    p_t - (2, 1), its part along the eigenvector of lam. Where the law comes from:
+    1. p_(t+1) - p_t = (p_t - p_(t-1)) - lr g_t: the last move again and a new part, momentum 1.
     2. Along an eigenvector g_t = lam e_t, so e_(t+1) + e_(t-1) = (2 - lr lam) e_t.
-    3. cos(u + phi) + cos(u - phi) = 2 cos(phi) cos(u): a cosine does it, phi as above.
-    4. No move comes before the first, as if e_(-1) = e_0: the cosine is even around t = -1/2.
-    Past lr lam = 4 the angle phi is complex, and the cosine grows. Exercise.
+    3. cos(u + phi) + cos(u - phi) = 2 cos(phi) cos(u): a cosine fits, turned by phi in each step.
+    4. No move comes before the first, as if e_(-1) = e_0: the cosine is symmetric about t = -1/2.
+    For lr lam > 4 the angle phi is complex, and the cosine grows. Exercise.
     """
-    phi = torch.acos(torch.complex(1 - lr * lam / 2, torch.zeros_like(lam)))
+    phi = torch.acos(torch.complex(1 - lr * lam / 2, 0 * lam))  # complex numbers, for lr lam > 4
     return (torch.cos((t + 0.5) * phi) / torch.cos(phi / 2)).real
 
 
 def theory(x, lr, steps, zero=True):
-    """(steps + 1, 2): the path that the two laws give."""
+    """(steps + 1, 2): the path by e_t = (1 - lr lam)^t e_0, as in lesson 01, or by `swing`."""
     A = torch.stack([x, torch.ones_like(x)], 1)  # (N, 2)
     lam, U = torch.linalg.eigh(2 * A.T @ A / len(x))  # of the Hessian: (2,), columns of (2, 2)
     t = torch.arange(steps + 1, dtype=x.dtype)[:, None]  # (steps + 1, 1)
@@ -173,8 +179,9 @@ def theory(x, lr, steps, zero=True):
 
 
 def show_forgotten(log_dir, x, y, lr, steps):
-    print(f"4. What if the zero is forgotten? The largest loss in each 20 steps at lr {lr}")
-    print("   run         from step" + "".join(f"{t:9}" for t in range(0, steps, 20)))
+    print(f"4. What if the zero is forgotten? The largest loss of each 20 steps, at lr {lr}")
+    spans = [f"{t}-{t + 19}" for t in range(0, steps - 18, 20)]
+    print("   run         steps    " + "".join(f"{span:>9}" for span in spans))
     losses, off = {}, {}
     for name, zero in (("zeroed", True), ("forgotten", False)):
         path, law = fit(x, y, lr, steps, zero), theory(x, lr, steps, zero)
@@ -189,8 +196,10 @@ def show_forgotten(log_dir, x, y, lr, steps):
                 writer.add_scalar("param/w", w, step)
                 writer.add_scalar("param/b", b, step)
     last = {name: (values[-20:].max() / values[0]).item() for name, values in losses.items()}
-    print(f"   -> the last 20 losses reach {last['zeroed']:.1g} of the first with the zero, "
-          f"{last['forgotten']:.1g} without; theory is within {max(off.values()):.0e}")  # fmt: skip
+    print(
+        f"   -> the last 20 losses reach {last['zeroed']:.1g} times the first loss with the zero,"
+    )
+    print(f"      {last['forgotten']:.2g} times without; theory is within {max(off.values()):.0e}")
     assert max(off.values()) < 1e-9
     return {"losses": losses, "last": last}
 
@@ -209,34 +218,30 @@ def refusal(code, **tensors):
 
 def show_refused():
     value = torch.rand(()) + 0.5
-    rows = [  # what w.grad is by hand, or why autograd refuses
-        ("w -= 0.1", "w would be a result, with no .grad"),
-        ("with torch.no_grad(): w -= 0.1\n(w * w).backward()", 2 * value - 0.2),
-        ("y = w.exp(); y.mul_(2); y.backward()", "exp has saved y"),
-        ("y = w.exp(); w.detach().mul_(2); y.backward()", value.exp()),
-        ("y = w.sin(); w.detach().mul_(2); y.backward()", "sin has saved w"),
-        ("y = w.sin(); y.mul_(2); y.backward()", 2 * value.cos()),
-        ("y = w * torch.ones(2); y.backward()", "of which of y's numbers?"),
-        ("y = w * torch.ones(2); y.backward(torch.tensor([3.0, 4.0]))", torch.tensor(7.0)),
-        ("with torch.no_grad(): y = 2 * w\n(w * y).backward()", 2 * value),
-        ("with torch.inference_mode(): y = 2 * w\n(w * y).backward()", "such a y is not saved"),
-        ("with torch.inference_mode(): y = 2 * w\n(w + y).backward()", torch.tensor(1.0)),
-        ("with torch.inference_mode(): y = 2 * w\ny += 1", "its edits have no count"),
-    ]
-    print(f"5. What does autograd refuse? Each row starts with w = {value:.4f}, requires_grad=True")
-    print("   code                                                          w.grad   by hand")
+    rows = [  # code; words of the error, or w.grad by hand; what the words mean
+        ("w -= 0.1", "a leaf Variable that requires grad", "a leaf has no grad_fn"),
+        ("with torch.no_grad(): w -= 0.1\n(w * w).backward()", 2 * value - 0.2, ""),
+        ("y = w.exp(); y.mul_(2); y.backward()", "modified by an inplace operation",
+         "exp keeps y for backward()"),
+        ("y = w.sin(); y.mul_(2); y.backward()", 2 * value.cos(), ""),
+        ("y = w * torch.ones(2); y.backward()", "only for scalar outputs", "y has two numbers"),
+        ("y = w * torch.ones(2); y.sum().backward()", torch.tensor(2.0), ""),
+    ]  # fmt: skip
+    print(f"5. What does autograd refuse? In each row w = {value:.4f} requires grad; mul_ edits y")
+    print("   code                                                  w.grad   by hand, or the error")
     refused, off = [], []
-    for code, law in rows:
+    for code, expected, meaning in rows:
         w = value.clone().requires_grad_()
-        if refusal(code, w=w):
+        if error := refusal(code, w=w):
             refused.append(code)
-            outcome = f"refused: {law}"
+            words = expected if str(expected) in error else error
+            outcome = f'refused   "{words}": {meaning}'
         else:
-            off.append((w.grad - law).abs().item())
-            outcome = f"{w.grad:7.4f}   {law:7.4f}"
-        print(f"   {'; '.join(code.splitlines()):<59}  {outcome}")
+            off.append((w.grad - expected).abs().item())
+            outcome = f"{w.grad:7.4f}   {expected:7.4f}"
+        print(f"   {'; '.join(code.splitlines()):<51}  {outcome}")
     print(
-        f"   -> {len(refused)} of {len(rows)} refused; w.grad of the others right to {max(off):.0e}"
+        f"   -> {len(refused)} of {len(rows)} are refused; the others are right to {max(off):.1g}"
     )
     assert max(off) < 1e-5
     return refused
