@@ -8,6 +8,8 @@ from torch import nn
 from torchvision.models import vgg11, vgg16, vgg19
 from torchvision.models.vgg import VGG, cfgs, make_layers
 
+from support.files import DataError
+
 NO_WEIGHTS = "vgg16-00000000.pth"
 SMALL = {"size": 16, "batch": 4, "epochs": 40}
 
@@ -127,7 +129,7 @@ def test_without_weights_there_are_none_and_a_damaged_file_is_named(lesson, plac
     assert lesson.imagenet_state() is None
     path.parent.mkdir()
     path.write_bytes(b"half a file")
-    with pytest.raises(SystemExit, match=r"vgg16-00000000\.pth is damaged.*--download") as error:
+    with pytest.raises(DataError, match=r"vgg16-00000000\.pth is damaged.*--download") as error:
         lesson.imagenet_state()
     assert "\n" not in str(error.value)
 
@@ -145,9 +147,7 @@ def test_a_failed_download_is_one_line(lesson, place, monkeypatch, error):
 
     path = place()
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(
-        SystemExit, match=r"cannot fetch https://\S+ \(528 MB\): .*try again"
-    ) as end:
+    with pytest.raises(DataError, match=r"cannot fetch https://\S+ \(528 MB\): .*try again") as end:
         lesson.imagenet_state(download=True)
     assert "\n" not in str(end.value) and str(path) in str(end.value)
 

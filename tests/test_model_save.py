@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from support.files import DataError
+
 
 @pytest.fixture
 def lesson(load):
@@ -45,7 +47,7 @@ def test_save_replaces_whole_or_not_at_all(lesson, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(path), "write_bytes", full_disk)
-    with pytest.raises(SystemExit, match=r"cannot write .*state\.pth: No space left") as error:
+    with pytest.raises(DataError, match=r"cannot write .*state\.pth: No space left") as error:
         lesson.save({"a": torch.arange(9)}, path)
     assert "\n" not in str(error.value)
     assert path.read_bytes() == good and list(path.parent.iterdir()) == [path]
