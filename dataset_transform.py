@@ -1,23 +1,26 @@
-"""A pipeline turns pictures into normalised tensors; without augmentation every pixel comes back.
+"""A pipeline turns pictures into float tensors with mean 0 and standard deviation 1; without random
+crops and flips every pixel can be computed back.
 
-A network takes float tensors of one shape, and by custom each channel has mean 0 and standard
-deviation 1. A Dataset given transform=pipeline applies it to each picture that is read.
-Augmentation (a random crop, a flip) shows a training picture in another version each time; test
-pictures get none. Steps left out or in a wrong order may pass without a word: section 5.
+A batch is one float tensor, so its pictures need one shape. By custom each colour channel has mean
+0 and standard deviation 1 over the training set. A Dataset given transform=pipeline applies it to
+each picture that is read. Augmentation (a random crop, a flip) shows a training picture in another
+version each time; test pictures get none. A step that is left out, done twice or in a wrong place
+may pass without a word: section 5.
 
     ToImage      a PIL picture becomes a uint8 tensor (3, H, W), the same numbers in 0..255
-    ToDtype      x / 255, with scale=True: float32 in [0, 1]
-    Normalize    (x - mean[c]) / std[c]      undone by x * std[c] + mean[c]
+    ToDtype      x = number / 255, with scale=True: float32 in [0, 1]
+    Normalize    z = (x - mean[c]) / std[c]      undone by x = z * std[c] + mean[c]
 
-    x  a pixel's value     c  its channel, red, green or blue     mean, std  of all training images
+    c  a pixel's channel, red, green or blue     mean, std  (3,), over x of all training images
 
 Called on a whole batch, a random transform draws once for all its images, except GaussianNoise. So
 augment image by image, as a Dataset does, or by code of your own.
 
 Needs          read_data.py, Useful_TF.py
-Checked here   by hand = v2; every pixel comes back; mean 0 and std 1 over the set; what draws once
-TensorBoard    transform/steps, one picture after each step; transform/epochs, one row per image;
-               transform/batch, augmented as a whole and one by one: equal and unequal pictures
+Checked here   mean 0 and std 1 over the set; by hand = v2; every pixel comes back; what draws once
+TensorBoard    transform/steps: one picture after each step, the last one undone; transform/epochs:
+               a row shows one image, in each epoch another version; transform/batch: above eight
+               equal pictures, augmented as one batch, below unequal ones, augmented one by one
 Try            in show_draws, add v2.RandomErasing(p=1) to the list: once per batch or per image?
 Answer         Once per batch: the same rectangle is missing in every image
 Source         torchvision.transforms.v2; CIFAR-10: Krizhevsky 2009
@@ -58,63 +61,32 @@ def show_everyday(root):
     )
     dataset = open_images(root, transform=pipeline)
     x, label = dataset[0]  # the picture is read now, and goes through the pipeline now
-    print("   after                  shape         dtype           smallest   largest")
-    image = open_images(root)[0][0]  # the same picture without a transform
+    print("   after                  shape         dtype           smallest   largest   changed")
+    image, changed = open_images(root)[0][0], []  # the same picture without a transform
+    before = torch.tensor(np.asarray(image)).permute(2, 0, 1)
     for step in pipeline.transforms:
-        image = step(image)
-        name, shape = type(step).__name__, tuple(image.shape)
-        print(f"   {name:<20}   {shape!s:<11}   {image.dtype!s:<13}   {image.min():8.2f}   "
-              f"{image.max():7.2f}")  # fmt: skip
+        image, name = step(image), type(step).__name__
+        if name == "Normalize":
+            name = f"Normalize({step.mean[0]}, {step.std[0]})"
+        share, before = (image.float() != before.float()).float().mean().item(), image
+        changed += [name] if share else []
+        print(f"   {name:<20}   {tuple(image.shape)!s:<11}   {image.dtype!s:<13}   "
+              f"{image.min():8.2f}   {image.max():7.2f}   {share:7.0%}")  # fmt: skip
+    print(f"   -> values changed (a flip comes half of the time) by {', '.join(changed)}")
     versions = len(torch.stack([dataset[0][0] for _ in range(10)]).unique(dim=0))
     print(f"   -> dataset[0] is (tensor {tuple(x.shape)}, label {label}); read ten times, it gave "
           f"{versions} different tensors")  # fmt: skip
-    return x, image, versions
+    return x, image, versions, changed
 
 
-# --- 2. by hand, and back ----------------------------------------------------------------------
+# --- 2. mean 0, standard deviation 1 -----------------------------------------------------------
 
 
-def pipeline(mean, std, train=True):
+def make_pipeline(mean, std, train=True):
     """The transform from a PIL picture to a normalised float32 tensor (3, 32, 32)."""
     augment = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if train else []
     form = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean.tolist(), std.tolist())]
     return v2.Compose([v2.ToImage(), *augment, *form])
-
-
-def normalize_by_hand(picture, mean, std):
-    """A PIL picture of H x W pixels as (3, H, W) float32: (x / 255 - mean[c]) / std[c].
-
-    np.asarray(picture) is (H, W, 3) uint8; mean and std are (3,). Exercise.
-    """
-    x = torch.tensor(np.asarray(picture)).permute(2, 0, 1).float() / 255
-    return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-
-
-def denormalize(x, mean, std):
-    """The inverse of Normalize, x * std[c] + mean[c], for x (..., 3, H, W). Exercise."""
-    return x * std.view(3, 1, 1) + mean.view(3, 1, 1)
-
-
-def show_by_hand(dataset, mean, std, count):
-    print(f"2. Is it plain arithmetic, and does it come back? {count} images, their first pixels")
-    print("   image   red, green, blue       normalised by hand     by v2")
-    form, differences, wrong = pipeline(mean, std, train=False), [], 0
-    for i in range(count):
-        picture = dataset[i][0]
-        x, twin = normalize_by_hand(picture, mean, std), form(picture)
-        before = torch.tensor(np.asarray(picture)).permute(2, 0, 1)
-        back = (denormalize(twin, mean, std) * 255).round().byte()
-        differences.append((x - twin).abs().max().item())
-        wrong += (back != before).sum().item()
-        if i < 3:
-            a, b, c = (" ".join(f"{v:6.3f}" for v in t[:, 0, 0]) for t in (before / 255, x, twin))
-            print(f"   {i:5d}   {a}   {b}   {c}")
-    assert max(differences) < 1e-5 and wrong == 0
-    print(f"   -> v2 differs by at most {max(differences):.0e}; undone, {wrong} values are changed")
-    return max(differences), wrong
-
-
-# --- 3. mean 0, standard deviation 1 -----------------------------------------------------------
 
 
 def channel_stats(images, transform=None):
@@ -135,10 +107,12 @@ def channel_stats(images, transform=None):
 
 
 def show_statistics(images):
-    print(f"3. Normalised by the set's own mean and std, what have its {len(images):,} images?")
+    print(f"2. Normalised by the set's own mean and std, what have its {len(images):,} images?")
     mean, std = channel_stats(images)
     counted_mean, counted_std = counted_stats(images)
-    form = v2.Compose(pipeline(mean, std, train=False).transforms[1:])  # images are tensors already
+    form = v2.Compose(
+        make_pipeline(mean, std, train=False).transforms[1:]
+    )  # images are tensors already
     after_mean, after_std = channel_stats(images, form)
     print("   channel    mean     std   mean after   std after")
     for c, name in enumerate(("red", "green", "blue")):
@@ -149,6 +123,42 @@ def show_statistics(images):
     assert off < 1e-4
     print(f"   -> mean 0 and std 1, off by at most {off:.0e}")
     return {"mean": mean, "std": std, "off": off}
+
+
+# --- 3. by hand, and back ----------------------------------------------------------------------
+
+
+def normalize_by_hand(picture, mean, std):
+    """A PIL picture of H x W pixels as z (3, H, W) float32: (x - mean[c]) / std[c].
+
+    np.asarray(picture) is (H, W, 3) uint8, x is that / 255; mean and std are (3,). Exercise.
+    """
+    x = torch.tensor(np.asarray(picture)).permute(2, 0, 1).float() / 255
+    return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+def denormalize(z, mean, std):
+    """The inverse of Normalize, z * std[c] + mean[c], for z (..., 3, H, W). Exercise."""
+    return z * std.view(3, 1, 1) + mean.view(3, 1, 1)
+
+
+def show_by_hand(dataset, mean, std, count):
+    print(f"3. Is it plain arithmetic, and does it come back? {count} images, their first pixels")
+    print("   image   x: red, green, blue    z by hand              z by v2")
+    form, differences, wrong = make_pipeline(mean, std, train=False), [], 0
+    for i in range(count):
+        picture = dataset[i][0]
+        z, twin = normalize_by_hand(picture, mean, std), form(picture)
+        before = torch.tensor(np.asarray(picture)).permute(2, 0, 1)
+        back = (denormalize(twin, mean, std) * 255).round().byte()
+        differences.append((z - twin).abs().max().item())
+        wrong += (back != before).sum().item()
+        if i < 3:
+            a, b, c = (" ".join(f"{v:6.3f}" for v in t[:, 0, 0]) for t in (before / 255, z, twin))
+            print(f"   {i:5d}   {a}   {b}   {c}")
+    assert max(differences) < 1e-5 and wrong == 0
+    print(f"   -> v2 differs by at most {max(differences):.0e}; undone, {wrong} values are changed")
+    return max(differences), wrong
 
 
 # --- 4. one draw for a whole batch -------------------------------------------------------------
@@ -166,6 +176,7 @@ def count_different(images):
 
 def show_draws(image, copies):
     print(f"4. One image, {copies} times in a batch: how many different ones after a transform?")
+    print("   A flip has 2 outcomes, a RandomCrop of 4 pixels padding 9 x 9 = 81 places")
     print("   transform              called on the batch   called on each image")
     batch, different = image.expand(copies, -1, -1, -1), {}
     for transform in [
@@ -187,25 +198,28 @@ def show_draws(image, copies):
 
 
 def show_mistakes(images, mean, std):
-    print("5. Which mistakes pass without a word? Mean and std should be about 0 and 1")
-    print("   steps                                         mean      std   error")
+    print("5. Which mistakes pass without a word? A mean of about 0, a std of about 1 is right")
+    print("       steps                                               mean      std   error")
     to_float, to_unit = v2.ToDtype(torch.float32), v2.ToDtype(torch.float32, scale=True)
     normalize, silent = v2.Normalize(mean.tolist(), std.tolist()), []
-    for name, steps in (
+    jitter = v2.ColorJitter(brightness=0.2)  # it takes floats for colours and cuts them to [0, 1]
+    mistakes = (
         ("ToDtype(scale=True), Normalize", [to_unit, normalize]),
         ("ToDtype without scale=True, Normalize", [to_float, normalize]),
         ("ToDtype(scale=True), Normalize twice", [to_unit, normalize, normalize]),
+        ("ToDtype(scale=True), Normalize, ColorJitter", [to_unit, normalize, jitter]),
         ("Normalize, ToDtype(scale=True)", [normalize, to_unit]),
-    ):
+    )
+    for i, (name, steps) in enumerate(mistakes, 1):
         try:
             x = v2.Compose(steps)(images)
             result = f"{x.mean():9.2f}   {x.std():6.2f}   none"
-            if x.mean().abs() > 0.5:
-                silent.append(name)
+            if x.mean().abs() > 0.3 or (x.std() - 1).abs() > 0.3:
+                silent.append(i)
         except TypeError as error:
             result = f"{'-':>9}   {'-':>6}   TypeError: {str(error).split('.')[0]}"
-        print(f"   {name:<37}   {result}")
-    print(f"   -> wrong, and silent: {'; '.join(silent)}")
+        print(f"   {i}.  {name:<43}   {result}")
+    print(f"   -> wrong, and silent: rows {', '.join(map(str, silent))}")
     return silent
 
 
@@ -214,7 +228,7 @@ def show_mistakes(images, mean, std):
 
 def draw(log_dir, dataset, mean, std):
     """Pictures: one after each step, eight of them in seven epochs, a batch augmented both ways."""
-    to_tensor, *rest = pipeline(mean, std).transforms
+    to_tensor, *rest = make_pipeline(mean, std).transforms
     augment = v2.Compose(rest[:2])
     steps, words = [to_tensor(dataset[0][0])], ["ToImage"]
     for step in rest:
@@ -249,10 +263,10 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=64, download=False):
     mean, std = counted_stats(images)
     measured = {
         "everyday": everyday,
-        "by_hand": show_by_hand(dataset, mean, std, count),
         "statistics": show_statistics(images),
+        "by_hand": show_by_hand(dataset, mean, std, count),
         "different": show_draws(images[0], count),
-        "silent": show_mistakes(images[:count], mean, std),
+        "silent": show_mistakes(images[:500], mean, std),
     }
     draw(log_dir, dataset, mean, std)
     print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")

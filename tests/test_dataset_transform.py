@@ -42,7 +42,7 @@ def test_by_hand_on_numbers_that_can_be_checked_by_eye(lesson):
     assert x.shape == (3, 2, 4) and x.dtype == torch.float32
     torch.testing.assert_close(x[:, 0, 3], torch.tensor([8.0, -2.0, -0.25]))
     torch.testing.assert_close(x[:, 1, 0], torch.tensor([2.0, 1.2, -0.05]))
-    torch.testing.assert_close(lesson.pipeline(MEAN, STD, train=False)(picture), x)
+    torch.testing.assert_close(lesson.make_pipeline(MEAN, STD, train=False)(picture), x)
 
 
 def test_denormalize_is_the_inverse_for_images_and_batches(lesson):
@@ -53,20 +53,20 @@ def test_denormalize_is_the_inverse_for_images_and_batches(lesson):
 
 
 def test_by_the_batch_is_image_by_image_without_augmentation(lesson, dataset):
-    form = lesson.pipeline(MEAN, STD, train=False)
+    form = lesson.make_pipeline(MEAN, STD, train=False)
     singles = torch.stack([form(dataset[i][0]) for i in range(9)])
     batch = v2.Compose(form.transforms[1:])(as_tensors(dataset)[0][:9])
     torch.testing.assert_close(singles, batch)
 
 
 def test_the_training_pipeline_crops_and_flips(lesson):
-    steps = lesson.pipeline(MEAN, STD).transforms
+    steps = lesson.make_pipeline(MEAN, STD).transforms
     names = ["ToImage", "RandomCrop", "RandomHorizontalFlip", "ToDtype", "Normalize"]
     assert [type(step).__name__ for step in steps] == names
     assert (tuple(steps[1].size), steps[1].padding, steps[2].p) == ((32, 32), [4] * 4, 0.5)
     picture = Image.new("RGB", (32, 32), "white")
-    assert lesson.pipeline(MEAN, STD)(picture).shape == (3, 32, 32)
-    assert len(lesson.pipeline(MEAN, STD, train=False).transforms) == 3
+    assert lesson.make_pipeline(MEAN, STD)(picture).shape == (3, 32, 32)
+    assert len(lesson.make_pipeline(MEAN, STD, train=False).transforms) == 3
 
 
 @pytest.mark.parametrize("count", [3, 2001])
@@ -108,8 +108,8 @@ def test_one_draw_for_a_batch_except_for_noise(lesson, dataset, capsys, seed):
     assert different["ColorJitter"][0] == 1 and different["ColorJitter"][1] > 40
     assert different["GaussianNoise"] == (64, 64)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7 and lines[0].startswith("4. One image, 64 times")
-    assert [int(n) for n in lines[5].split()[1:]] == [64, 64]
+    assert len(lines) == 8 and lines[0].startswith("4. One image, 64 times")
+    assert [int(n) for n in lines[6].split()[1:]] == [64, 64]
     ending = "once for a batch: RandomHorizontalFlip, RandomCrop, ColorJitter"
     assert lines[-1] == f"   -> drawn {ending}"
 
@@ -126,15 +126,24 @@ def test_try_random_erasing_draws_once_for_a_batch(lesson, dataset, images_root,
 def test_mistakes_are_seen_or_silent(lesson, dataset, capsys):
     images, _ = as_tensors(dataset)
     silent = lesson.show_mistakes(images[:64], *data.channel_stats(images))
-    unscaled, twice = silent
-    assert "without scale=True" in unscaled and "Normalize twice" in twice
+    assert silent == [2, 3, 4]
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7 and lines[0].startswith("5. Which mistakes")
-    rows = [line[42:].split() for line in lines[2:6]]
+    assert len(lines) == 8 and lines[0].startswith("5. Which mistakes")
+    rows = [line[52:].split() for line in lines[2:7]]
     assert abs(float(rows[0][0])) < 0.1 and abs(float(rows[0][1]) - 1) < 0.1
     assert float(rows[1][0]) > 300 and float(rows[1][1]) > 100
-    assert rows[3][2] == "TypeError:"
-    assert lines[-1] == f"   -> wrong, and silent: {unscaled}; {twice}"
+    assert 0.3 < float(rows[3][0]) < 0.5 and 0.35 < float(rows[3][1]) < 0.55
+    assert rows[4][2] == "TypeError:"
+    assert lines[-1] == "   -> wrong, and silent: rows 2, 3, 4"
+
+
+def test_a_step_that_does_nothing_changes_no_value(lesson, images_root, monkeypatch, capsys):
+    monkeypatch.setattr(lesson.v2, "RandomCrop", lambda *args, **options: torch.nn.Identity())
+    monkeypatch.setattr(lesson.v2, "RandomHorizontalFlip", torch.nn.Identity)
+    *_, changed = lesson.show_everyday(images_root)
+    assert changed == ["ToDtype", "Normalize(0.5, 0.25)"]
+    shares = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:7]]
+    assert shares[:3] == ["0%"] * 3 and shares[4] == "100%"
 
 
 def test_wrong_arguments_end_with_status_2(lesson):
@@ -167,16 +176,27 @@ def test_main_prints_what_it_measures(lesson, dataset, images_root, tmp_path, ca
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert [line[:2] for line in lines if line[0] != " "][1:-1] == ["1.", "2.", "3.", "4.", "5."]
-    assert len(lines) == 36 and sum("   -> " in line for line in lines) == 5
+    assert len(lines) == 39 and sum("   -> " in line for line in lines) == 6
 
-    x, last, versions = measured["everyday"]
+    x, last, versions, changed = measured["everyday"]
+    assert changed[-2:] == ["ToDtype", "Normalize(0.5, 0.25)"]
+    assert f"-> values changed (a flip comes half of the time) by {', '.join(changed)}\n" in out
     assert x.shape == last.shape == (3, 32, 32) and x.dtype == torch.float32 and versions > 5
     label = dataset.targets[0]
     said = f"(tensor (3, 32, 32), label {label}); read ten times, it gave {versions} different"
     assert f"   -> dataset[0] is {said}" in out
     image = np.array(dataset[0][0])
     smallest, largest = (f"{value:.2f}" for value in (image.min(), image.max()))
-    assert lines[3].split() == ["ToImage", "(3,", "32,", "32)", "torch.uint8", smallest, largest]
+    assert lines[3].split() == [
+        "ToImage",
+        "(3,",
+        "32,",
+        "32)",
+        "torch.uint8",
+        smallest,
+        largest,
+        "0%",
+    ]
     assert last.min() >= -2 and last.max() <= 2
     assert f"{last.min():8.2f}   {last.max():7.2f}" in lines[7]
 
@@ -186,7 +206,7 @@ def test_main_prints_what_it_measures(lesson, dataset, images_root, tmp_path, ca
     mean, std = data.channel_stats(as_tensors(dataset)[0])
     pixel = torch.tensor(image[0, 0]) / 255
     for numbers in (pixel, (pixel - mean) / std):
-        assert " ".join(f"{v:6.3f}" for v in numbers) in lines[11]
+        assert " ".join(f"{v:6.3f}" for v in numbers) in lines[18]
 
     statistics = measured["statistics"]
     torch.testing.assert_close((statistics["mean"], statistics["std"]), (mean, std))
@@ -194,7 +214,7 @@ def test_main_prints_what_it_measures(lesson, dataset, images_root, tmp_path, ca
     assert f"-> mean 0 and std 1, off by at most {statistics['off']:.0e}" in out
     for name, m, s in zip(("red", "green", "blue"), mean, std, strict=True):
         assert f"   {name:<7}   {m:5.3f}   {s:5.3f}        0.000       1.000" in out
-    assert measured["different"]["GaussianNoise"] == (16, 16) and len(measured["silent"]) == 2
+    assert measured["different"]["GaussianNoise"] == (16, 16) and measured["silent"] == [2, 3, 4]
 
 
 def test_pictures_show_each_step_eight_epochs_and_both_ways(lesson, dataset, tmp_path, events):
@@ -209,7 +229,7 @@ def test_pictures_show_each_step_eight_epochs_and_both_ways(lesson, dataset, tmp
         [image],
         ["ToImage", "RandomCrop", "RandomHorizontalFlip", "ToDtype", "Normalize"],
     )
-    for step in lesson.pipeline(MEAN, STD).transforms[1:]:
+    for step in lesson.make_pipeline(MEAN, STD).transforms[1:]:
         shown.append(step(shown[-1]))
     title = "One picture after each step. Normalize: below 0 is black here, above 1 white"
     row = caption_row(title, [*shown, shown[-2]], [*words, "denormalize"], height=160)
