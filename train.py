@@ -50,7 +50,7 @@ LOG_DIR, CHECKPOINT_DIR = ROOT / "runs" / "train", ROOT / "checkpoints" / "train
 
 
 def train_epoch(model, batches, optimizer, scheduler, device):
-    """One pass over the batches (x, y). Returns the loss and the learning rate of each step."""
+    """One pass over batches (x, y): loss (a tensor), learning rate (a list) by step. Exercise."""
     model.train()  # dropout and batch norm behave otherwise in training
     losses, rates = [], []
     for x, y in batches:
@@ -67,7 +67,7 @@ def train_epoch(model, batches, optimizer, scheduler, device):
 
 @torch.no_grad()  # nothing is kept for a backward()
 def evaluate(model, batches, device):
-    """Mean loss and accuracy over all images, and the predicted classes (N,)."""
+    """Mean loss and accuracy over all images, and the predicted classes (N,). Exercise."""
     model.eval()
     loss, predictions, truth = 0.0, [], []
     for x, y in batches:

@@ -21,12 +21,16 @@ import os
 import sys
 import time
 from contextlib import suppress
+from operator import eq, ge, gt, le, lt, ne
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+COMPARE = {"==": eq, "!=": ne, "<": lt, "<=": le, ">": gt, ">=": ge}
 
 
 def test_file(lesson):
@@ -80,12 +84,12 @@ def statement(path, line):
 
 
 def compared_in(node):
-    """The texts of the two things that a statement of a test compares, if it compares two."""
-    test = getattr(node, "test", getattr(node, "value", None))
-    if isinstance(test, ast.Compare):
-        return ast.unparse(test.left), ast.unparse(test.comparators[-1])
-    if isinstance(test, ast.Call) and len(test.args) > 1:  # torch.equal(a, b), assert_close(a, b)
-        return ast.unparse(test.args[0]), ast.unparse(test.args[1])
+    """The texts of the two things that an expression or a statement compares, if it does."""
+    node = getattr(node, "test", getattr(node, "value", node))
+    if isinstance(node, ast.Compare):
+        return ast.unparse(node.left), ast.unparse(node.comparators[-1])
+    if isinstance(node, ast.Call) and len(node.args) > 1:  # torch.equal(a, b), assert_close(a, b)
+        return ast.unparse(node.args[0]), ast.unparse(node.args[1])
     return None
 
 
@@ -161,6 +165,9 @@ class Grader:
             self.where.pop()
 
     def pytest_assertrepr_compare(self, op, left, right):
+        with suppress(Exception):  # of several joined by `and`, those that hold are shown as well
+            if bool(COMPARE[op](left, right)):
+                return
         self.compared = op, left, right
 
     @pytest.hookimpl(wrapper=True)
@@ -221,7 +228,10 @@ class Grader:
         if self.compared:
             return self.compared
         with suppress(Exception):  # torch.equal(a, b): both once more
-            return "==", *(entry.frame.eval(text) for text in compared_in(node))
+            joined = isinstance(node.test, ast.BoolOp)
+            for part in node.test.values if joined else [node.test]:
+                if not entry.frame.eval(ast.unparse(part)):
+                    return "==", *(entry.frame.eval(text) for text in compared_in(part))
         return None
 
 

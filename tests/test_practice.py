@@ -22,8 +22,8 @@ def zeros(function):
     def zero(x):
         if isinstance(x, torch.Tensor):
             return torch.zeros_like(x)
-        if isinstance(x, dict):
-            return {key: zero(value) for key, value in x.items()}
+        if isinstance(x, dict):  # one that serves as a set has no values to change
+            return {key: zero(x[key]) for key in x if x[key] is not True}
         if type(x) in (list, tuple, set):
             return type(x)(map(zero, x))
         return type(x)() if isinstance(x, (bool, int, float, str)) else None
@@ -192,16 +192,17 @@ def labelled(lesson, source, name, what):
 
 
 def test_the_grader_refuses_wrong_bodies(known):
-    """One wrong body of each exercise; all of them where the variable EVERY_BODY is set."""
-    attempts, turn = [], 0
-    for lesson, source in known.items():
-        for name in exercises.of(source):
-            bodies = wrong_bodies(source, name)
-            chosen = list(bodies)
-            if "EVERY_BODY" not in os.environ:
-                chosen, turn = [chosen[turn % len(chosen)]], turn + 1
-            attempts += [labelled(lesson, bodies[what], name, what) for what in chosen]
-    taken = [what for what, failure in judged(attempts) if failure is None]
+    """A sample: one body of every fourth exercise, in CI of each; with EVERY_BODY set all."""
+    attempts = []
+    for number, (lesson, name) in enumerate((n, e) for n in known for e in exercises.of(known[n])):
+        bodies = wrong_bodies(known[lesson], name)
+        chosen = list(bodies)
+        if "EVERY_BODY" not in os.environ:
+            few = number % 4 and "CI" not in os.environ
+            chosen = [] if few else [chosen[number // 4 % len(chosen)]]
+        attempts += [labelled(lesson, bodies[what], name, what) for what in chosen]
+    taken = [what for what, failure in judged(attempts)
+             if failure is None or failure[0].startswith("not done after")]  # fmt: skip
     assert not taken, f"{len(taken)} of {len(attempts)} wrong bodies were taken: {taken}"
 
 
@@ -245,7 +246,7 @@ BODIES = [  # lesson, function, body, what the grader says of it; the last two e
         "raised     NameError: name 'helper' is not defined", "in         return helper(z)",
     ]),
     ("nn_loss.py", "log_sum_exp", "while True:\n    z = z + 1", [
-        "not done after 5 s, still at: ",
+        "not done after 3 s, still at: ",
     ]),
     ("nn_loss.py", "reduce", "import os\nos._exit(3)", ["Python itself ended: "]),
 ]  # fmt: skip
@@ -260,7 +261,7 @@ def said(known, tmp_path_factory):
         path.write_text(known[lesson], encoding="utf-8")
         write_body(path, name, text)
         one = labelled(lesson, path.read_text(encoding="utf-8"), name, number)
-        attempts.append(one | {"limit": 5 if "while" in text else 120})
+        attempts.append(one | {"limit": 3 if "while" in text else 120})
     return [failure for _, failure in judged(attempts)]
 
 
@@ -273,18 +274,6 @@ def test_what_is_wrong_is_said_in_words(said, number):
         assert len(lines) == len(expected), lines
         for line, begin in zip(lines, expected, strict=True):
             assert line.startswith(begin) and line.isascii() and len(line) < 400, line
-
-
-def test_a_record_tells_who_calls_what_through_fixtures_too(known):
-    calls = {}
-    exercises.calls_of({"nn_loss.py": known["nn_loss.py"]}, calls, bar := Bar())
-    calls = calls["nn_loss.py"]["calls"]
-    assert bar.n > 20 and set(calls) == set(exercises.of(known["nn_loss.py"]))
-    tests = {name: {test.partition("::")[2].partition("[")[0] for test in found}
-             for name, found in calls.items()}  # fmt: skip
-    assert "test_shapes_that_would_broadcast_are_refused" in tests["same_shape"]
-    assert tests["naive_cross_entropy"] == {"test_main_overflows_where_theory_says"}
-    assert all(0 <= seconds < 60 for found in calls.values() for seconds in found.values())
 
 
 # --- a learner's way through practice.py -------------------------------------------------------
@@ -325,6 +314,14 @@ def test_a_session_from_start_to_solved(practice, known, tmp_path, capsys):
     assert status == 0 and "-reduce +log_sum_exp -cross_entropy !naive_cross_entropy" in out
     assert "nn_loss.py   1 of 5" in out and "\n1 of " in out
 
+    calls = practice.read_progress()["calls"]["nn_loss.py"]["calls"]
+    tests = {name: {test.partition("::")[2].partition("[")[0] for test in found}
+             for name, found in calls.items()}  # fmt: skip
+    assert set(calls) == set(exercises.of(known["nn_loss.py"]))
+    assert "test_shapes_that_would_broadcast_are_refused" in tests["same_shape"]
+    assert tests["naive_cross_entropy"] == {"test_main_overflows_where_theory_says"}
+    assert all(0 <= seconds < 60 for found in calls.values() for seconds in found.values())
+
     path.write_text(known["nn_loss.py"], encoding="utf-8")
     assert "?reduce ?log_sum_exp" in shown()[1]
     assert shown("check", "nn_loss") == (0, shown("check", "nn_loss")[1])
@@ -346,6 +343,11 @@ def test_what_has_been_judged_is_not_judged_again(practice, known, tmp_path, mon
             write_body(path, "reduce", "return 3")
     (tmp_path / "progress.json").write_text("{", encoding="utf-8")  # damaged: all anew
     assert practice.main("check") == 0 and len(tries) == 1 + 6
+
+
+def test_an_exercise_is_judged_by_as_many_tests_as_take_little(practice):
+    assert practice.soon_done({"a": 1.0, "b": 15.0, "c": 5.0}) == {"a": 1.0, "b": 15.0}
+    assert practice.soon_done({"a": 50.0, "b": 0.1}) == {"a": 50.0} and practice.soon_done({}) == {}
 
 
 def test_answers_are_the_lessons_own(practice, known, capsys):

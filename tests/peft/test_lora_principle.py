@@ -104,6 +104,7 @@ def test_layers_are_found_by_name_in_any_model(lesson):
     assert trained == {f"linear{i}.lora_{m}" for i in (1, 2) for m in "AB"}
     state = lesson.lora_state_dict(model)
     assert set(state) == trained and sum(w.numel() for w in state.values()) == 2 * 3 * (8 + 16)
+    assert all(torch.equal(w, model.state_dict()[name]) for name, w in state.items())
     nested = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)))
     assert lesson.add_lora(nested, ("1",), 1, 1.0) == ["1.1"]
 
