@@ -156,6 +156,7 @@ def test_differences_that_leave_the_domain_are_named(text, x):
         ([], (None, 1.5, False)),
         (["sin(x)", "--at", "-0.5"], ("sin(x)", -0.5, False)),
         (["--at", "-1e2", "sin(x)"], ("sin(x)", -100, False)),
+        (["sin(x)", "--at", "-1e2"], ("sin(x)", -100, False)),
         (["sin(x)", "--at=-1e2"], ("sin(x)", -100, False)),
         (["-x**2"], ("-x**2", 1.5, False)),  # looks like an option
         (["-x + 1", "--at", "-1000"], ("-x + 1", -1000, False)),
@@ -219,13 +220,16 @@ def test_asking_again_and_again(terminal, capsys):
     assert played == [("x", 1.5), ("x**3", 2), ("x**2", 2), ("5 * x", 2)]  # the point stays
     out = capsys.readouterr().out
     assert out.count("f(x) = ") == 7
+    assert out.startswith("an expression, or one with its point: sin(x) at 2; an empty line ends")
     assert "   `nonsense(x)` is not understood\n" in out
     assert "'noon'" in out and "1001 is not in -1000 ... 1000" in out
 
 
-def test_the_end_of_the_input_ends_it(terminal):
+def test_the_end_of_the_input_ends_it(terminal, capsys):
     terminal("x\n")
     assert expressions.answer(lambda *_: None, None, 1.5, interactive=True) == 0
+    *_, asked, end = capsys.readouterr().out.split("\n")
+    assert asked == "f(x) = f(x) = " and end == ""  # the shell's prompt gets a line of its own
 
 
 def test_asking_needs_a_terminal(monkeypatch):
