@@ -1,27 +1,31 @@
-"""Autograd gives the derivative of what you compute, without a formula or a step size of yours.
+"""Autograd differentiates the code that you run; you give neither a formula nor a step size.
 
 A derivative says how much a result moves when an input moves a little; training needs one for each
-weight. Autograd records the operations as they run and applies the chain rule to them, from the
-result back to the inputs. Differences of nearby values only come close, and cost a run an input.
+weight. Autograd, PyTorch's automatic differentiation, records the operations as they run, and then
+applies the chain rule to them, from the result back to the inputs. A difference of two nearby
+values is only an approximation, and needs two runs of your code for every input.
 
-    (f(x + h) - f(x - h)) / 2h            = f'(x)  + h^2 f'''(x) / 6   + what shrinks faster
-    (f(x + h) - 2 f(x) + f(x - h)) / h^2  = f''(x) + h^2 f''''(x) / 12 + what shrinks faster
+    (f(x + h) - f(x - h)) / 2h            = f'(x)  + h^2 f'''(x) / 6   + ...
+    (f(x + h) - 2 f(x) + f(x - h)) / h^2  = f''(x) + h^2 f''''(x) / 12 + ...
 
-    f', f''   the first and the second derivative of f        h   a small step, here 0.01
-    J         Jacobian: row i holds the derivatives of output i, one for each input
+    f', f'', f''', f''''   the first to the fourth derivative of f, a function of x
+    h   a small step, here 0.01         ...   terms that shrink faster than h^2
+    J   Jacobian: row i holds the derivatives of output i, one for each input
 
     python 00_interactive_playground.py "sin(x) * x**2" --at 1.5     a function of yours
     python 00_interactive_playground.py -i        asks again and again: sin(x), or sin(x) at 2
 
-Each operation's derivative is exact to rounding, but at a kink it is only a convention, and a
-number on the way may overflow. So the playground looks whether differences confirm each result.
+Autograd uses the exact derivative of each operation. At a kink it is only a choice, and an
+intermediate number may overflow; so the playground checks if differences agree with each result.
 
 Needs          nothing: this is the first lesson
 Checked here   2x + 2; 4 (2x + 1); a Jacobian by hand and by two calls; f' and f'' by hand
 TensorBoard    curve/y of the runs f, f_prime, f_second: step s is x = at - 3 + s / 50
-Try            "relu(x)" --at 0, then "log(1 + exp(x))" --at 400: which results are wrong?
-Answer         f' = 0 of relu is its convention: the slope is 0 on the left and 1 on the right.
-               f'' = 1 of the other is wrong: it is 2e-174, and exp(400)^2 overflows on the way
+Try            python 00_interactive_playground.py "relu(x)" --at 0, and then the same with
+               "log(1 + exp(x))" --at 400: which results are wrong?
+Answer         relu: f' = 0 is a choice, as the slope is 0 on the left and 1 on the right; f'' = 0
+               is doubted for the same kink. log(1 + exp(x)): f'' = 1 is wrong, the true value is
+               2e-174; exp(400)^2 overflows on the way
 Source         Baydin et al. 2018, "Automatic differentiation in machine learning", arXiv:1502.05767
 """
 
@@ -40,7 +44,7 @@ from support.expressions import BadExpression, answer, doubts, parse_expression,
 from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "00_interactive_playground"
-H = 0.01  # small enough for theory's "what shrinks faster", large enough for rounding
+H = 0.01  # so small that the terms left out do not matter, so large that rounding does not
 
 
 # --- 1. in everyday code -----------------------------------------------------------------------
@@ -52,10 +56,11 @@ def show_first():
     before = x.grad
     y.backward()  # walks from y back to x, and leaves dy/dx in x.grad
     print("1. How fast does y = x^2 + 2x grow at x = 3?")
-    print("   line of code                                  what there is then")
-    print(f"   x = torch.tensor(3.0, requires_grad=True)     x = {x.item()}, x.grad = {before}")
-    print(f"   y = x**2 + 2 * x                              y = {y.item()}, and how it was made")
-    print(f"   y.backward()                                  x.grad = {x.grad.item()}")
+    print("   line of code                                after this line")
+    # .item() is the tensor's value as a Python number
+    print(f"   x = torch.tensor(3.0, requires_grad=True)   x = {x.item()}, x.grad = {before}")
+    print(f"   y = x**2 + 2 * x                            y = {y.item()}; y keeps its operations")
+    print(f"   y.backward()                                x.grad = {x.grad.item()}")
     print(f"   -> dy/dx is {x.grad.item()}; by hand 2x + 2 = {2 * x.item() + 2}")
     assert x.grad == 2 * x + 2
     return x.grad.item()
@@ -65,16 +70,18 @@ def show_first():
 
 
 def show_many():
+    # a GPU if there is one
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     x = torch.randn(4).to(device).requires_grad_()
     ((2 * x + 1) ** 2).sum().backward()
-    by_hand = 4 * (2 * x.detach() + 1)
+    by_hand = 4 * (2 * x.detach() + 1)  # detach: the numbers alone, not recorded
     off = (x.grad - by_hand).abs().max().item()
-    print(f"2. y = sum over i of (2 x_i + 1)^2: all derivatives at once? (torch on {device})")
+    print("2. Does one backward() give all derivatives? y = sum over i of (2 x_i + 1)^2, "
+          f"torch on {device}")  # fmt: skip
     print("   i        x_i   x.grad[i]   by hand: 4 (2 x_i + 1)")
     for i in range(4):
         print(f"   {i}   {x[i]:8.4f}   {x.grad[i]:9.4f}   {by_hand[i]:22.4f}")
-    print(f"   -> one backward() gave {len(x.grad)} derivatives; largest difference {off:.0e}")
+    print(f"   -> one backward() gave {len(x.grad)} derivatives; largest difference {off:.1g}")
     torch.testing.assert_close(x.grad, by_hand)
     return {"many": x.grad.tolist(), "many_by_hand": by_hand.tolist()}
 
@@ -98,27 +105,26 @@ def show_jacobian():
     p = torch.tensor([2.0, math.pi / 6], dtype=torch.float64)
     by_hand = cartesian_jacobian(p)
     found = {
+        # jacrev: Jacobian by reverse mode, that is by backward passes
         "torch.func.jacrev(f)(p)": torch.func.jacrev(cartesian)(p),
         "autograd.functional.jacobian(f, p)": autograd.functional.jacobian(cartesian, p),
         "by hand: cos t, -r sin t, sin t, r cos t": by_hand,
     }
-    print("3. f: (r, t) -> (x, y) = (r cos t, r sin t): what is its J at r = 2, t = pi / 6?")
+    print("3. f: (r, t) -> (x, y) = (r cos t, r sin t): what is its Jacobian at r = 2, t = pi / 6?")
     print("   call                                         dx/dr     dx/dt     dy/dr     dy/dt")
     for name, J in found.items():
         print(f"   {name:<40}" + "".join(f"{value:10.4f}" for value in J.flatten()))
     off = [(J - by_hand).abs().max().item() for J in found.values()]
-    area = torch.det(by_hand).item()
-    print(f"   -> they differ by {max(off):.0e}; det J = {area:.4f}: a small patch of (r, t) "
-          f"is {area:.4f} times as large in (x, y)")  # fmt: skip
+    print(f"   -> the two calls and the Jacobian by hand differ by at most {max(off):.1g}")
     assert max(off) < 1e-12
-    return {"jacobian_off": off, "determinant": area}
+    return {"jacobian_off": off}
 
 
 # --- 4. the playground -------------------------------------------------------------------------
 
 
 def derivative(f):
-    """The function f', where y = f(x) takes y_i from x_i alone; x and f'(x) have one shape.
+    """The function f' of an f that works element by element; x and f'(x) have one shape.
 
     torch.func.grad(g) is the function that gives the gradient of a number g(x): take the sum of y,
     whose derivative by x_i is that of y_i alone. Exercise.
@@ -143,19 +149,21 @@ def play(text, at, log_dir):
     central = [difference.item() for difference in central_differences(f, x, H)]
     theory = [H**2 * exact[2] / 6, H**2 * exact[3] / 12]
     print(f"   f(x) = {text}   x = {at:g}   h = {H:g}")
-    print("                autograd        differences   they are off by       theory")
+    print("                autograd        differences   differences - autograd   "
+          "h^2 f'''/6, h^2 f''''/12")  # fmt: skip
     print(f"   f    {value:16.10g}")
     for name, e, near, law in zip(("f'", "f''"), exact, central, theory, strict=False):
-        print(f"   {name:<4} {e:16.10g}   {near:16.10g}   {near - e:+15.3e}   {law:+10.3e}")
+        print(f"   {name:<4} {e:16.10g}   {near:16.10g}   {near - e:+22.3e}   {law:+10.3e}")
     said = doubts(lambda h: central_differences(f, x, h), at, value, exact[:2], H)
-    for sentence in said or ["f' and f'' are confirmed: with h / 10 the differences are nearer"]:
+    for sentence in said or ["f' and f'' are not contradicted: with h / 10 the differences come "
+                             "nearer to autograd, as far as rounding lets them"]:  # fmt: skip
         print(f"   -> {sentence}")
     draw_curves(text, chain[:3], at, log_dir)
     return {"f": value, "autograd": exact[:2], "central": central, "theory": theory, "doubts": said}
 
 
 def show_playground(at, log_dir):
-    print("4. The playground: any f of x that you type. Here sin(x) * x**2")
+    print("4. The playground: are the derivatives of a function that you type right?")
     measured = play("sin(x) * x**2", at, log_dir)
     sin, cos = math.sin(at), math.cos(at)
     by_hand = [at**2 * cos + 2 * at * sin, (2 - at**2) * sin + 4 * at * cos]

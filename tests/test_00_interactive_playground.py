@@ -81,8 +81,8 @@ def test_the_jacobian_section_compares_all_it_prints(lesson, capsys, monkeypatch
     measured = lesson.show_jacobian()
     out = capsys.readouterr().out
     assert out.count("    0.8660   -1.0000    0.5000    1.7321\n") == 3
-    assert max(measured["jacobian_off"]) < 1e-15 and measured["determinant"] == pytest.approx(2)
-    assert "det J = 2.0000: a small patch of (r, t) is 2.0000 times as large in (x, y)" in out
+    assert len(measured["jacobian_off"]) == 3 and max(measured["jacobian_off"]) < 1e-15
+    assert "-> the two calls and the Jacobian by hand differ by at most " in out
     for module, name in ((torch.func, "jacrev"), (torch.autograd.functional, "jacobian")):
         with monkeypatch.context() as patch:
             theirs = getattr(module, name)
@@ -92,13 +92,13 @@ def test_the_jacobian_section_compares_all_it_prints(lesson, capsys, monkeypatch
                 patch.setattr(module, name, lambda f, p, t=theirs: t(f, p).T)
             with pytest.raises(AssertionError):
                 lesson.show_jacobian()
-        assert "they differ by 1e+00; det" in capsys.readouterr().out
+        assert "differ by at most 1\n" in capsys.readouterr().out
 
 
 def test_what_is_printed_of_the_first_two_sections(lesson, capsys):
     assert lesson.show_first() == 8
     out = capsys.readouterr().out
-    assert "x = 3.0, x.grad = None\n" in out and "y = 15.0, and how" in out
+    assert "x = 3.0, x.grad = None\n" in out and "y = 15.0; y keeps its operations" in out
     assert "x.grad = 8.0\n" in out and "-> dy/dx is 8.0; by hand 2x + 2 = 8.0" in out
     torch.manual_seed(3)
     x = torch.randn(4)
@@ -111,7 +111,8 @@ def test_what_is_printed_of_the_first_two_sections(lesson, capsys):
         assert row in out
     assert "-> one backward() gave 4 derivatives; largest difference" in out
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    assert f"all derivatives at once? (torch on {device})\n" in out
+    title = "2. Does one backward() give all derivatives? y = sum over i of (2 x_i + 1)^2"
+    assert f"{title}, torch on {device}\n" in out
 
 
 def printed(lesson, capsys, text, x, tmp_path):
@@ -131,7 +132,10 @@ def test_what_is_printed_of_a_function(lesson, capsys, tmp_path):
         "f'": ["3.151643664", "3.151498462", "-1.452e-04", "-1.452e-04"],
         "f''": ["0.1750494634", "0.174961344", "-8.812e-05", "-8.812e-05"],
     }
-    assert said == ["-> f' and f'' are confirmed: with h / 10 the differences are nearer"]
+    assert said == [
+        "-> f' and f'' are not contradicted: with h / 10 the differences come nearer to autograd, "
+        "as far as rounding lets them"
+    ]
 
 
 def test_try_what_relu_and_an_overflow_do_to_the_results(lesson, capsys, tmp_path):
@@ -226,10 +230,11 @@ def test_main_finds_every_derivative_equal(lesson, tmp_path, seed, x, capsys):
     for head in (
         "1. How fast does y = x^2 + 2x grow at x = 3?\n   line of code  ",
         "   i        x_i   x.grad[i]   by hand: 4 (2 x_i + 1)\n",
-        "3. f: (r, t) -> (x, y) = (r cos t, r sin t): what is its J at r = 2, t = pi / 6?\n",
+        "3. f: (r, t) -> (x, y) = (r cos t, r sin t): what is its Jacobian at r = 2, t = pi / 6?\n",
         "   call                                         dx/dr     dx/dt     dy/dr     dy/dt\n",
         f"   f(x) = sin(x) * x**2   x = {x:g}   h = 0.01\n",
-        "                autograd        differences   they are off by       theory\n",
+        "4. The playground: are the derivatives of a function that you type right?\n",
+        "   differences   differences - autograd   h^2 f'''/6, h^2 f''''/12\n",
     ):
         assert head in out
     *_, invitation, look = out.splitlines()
