@@ -303,7 +303,7 @@ def network(params, x, hidden, output):
 def squared_loss(out, y):
     """mean (out - y)^2 / 4: the error rate, where both are signs.
 
-    Raises ValueError where the shapes differ, as they would be broadcast. Exercise.
+    Raises ValueError where the shapes differ, as they would be broadcast.
     """
     if out.shape != y.shape:
         raise ValueError(f"out {tuple(out.shape)} and y {tuple(y.shape)} differ in shape")

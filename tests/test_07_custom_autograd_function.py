@@ -482,6 +482,16 @@ def test_main_learns_xor_by_the_lie_alone(lesson, tmp_path, events, capsys, monk
     assert [value.item() > 0.5 for value in corners] == [False, True, True, False]
 
 
+def test_what_is_printed_last_is_the_last_step(lesson, tmp_path, capsys, monkeypatch):
+    right = lesson.train
+    monkeypatch.setattr(lesson, "train", lambda *args: ([0.75, 0.5, 0.25], right(*args)[1]))
+    trained = lesson.main(log_dir=tmp_path, count=16, steps=3)["trained"]
+    assert trained["opposite"][0] == [0.75, 0.5, 0.25]
+    out = lines(capsys)
+    assert out[-2] == "   -> the lie ends with 25.0% errors, the truth with 25.0%"
+    assert all("   0.750   0.250   " in line for line in out[-7:-2])
+
+
 def test_a_second_run_in_the_same_folder_replaces_the_first(lesson, tmp_path, events):
     for _ in range(2):
         lesson.main(log_dir=tmp_path, count=16, steps=3)
