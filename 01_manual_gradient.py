@@ -1,18 +1,20 @@
 """Two derivatives written by hand are all that gradient descent needs to fit a line.
 
 Training lowers a loss L, one number that says how wrong the model is. Its gradient holds the
-derivative of L by each parameter, and a step against the gradient lowers L while the step is short.
-With too large a learning rate each step goes too far and L grows: one can say so before the run.
+derivative of L with respect to each parameter, and a step against the gradient lowers L if it is
+short enough. If the learning rate is too large, each step goes so far beyond the minimum that L
+grows; this can be predicted before the run.
 
-    L = mean(r^2),  r = w x + b - y                     r  by how much w x + b misses y, (N,)
+    L = mean(r^2),  r = w x + b - y                     r  residuals, one for each point, (N,)
     dL/dw = mean(2 r x)         dL/db = mean(2 r)       the gradient, by the chain rule
     w <- w - lr * dL/dw         b <- b - lr * dL/db     one step of gradient descent
-    w and b reach the minimum from every start if 0 < lr < 2 / lam_max, and only then
+    w and b converge to the minimum from every start exactly if 0 < lr < 2 / lam_max
 
-    x, y   the N data points, here y = 2x + 1     w, b   parameters     lr   learning rate
+    x, y   the N data points, here y = 2x + 1, x not all equal     w, b   parameters
+    lr     learning rate
     H      Hessian: the second derivatives of L, a matrix (2, 2); how the gradient changes
-    lam    eigenvalue of H: how much L curves along one direction, its eigenvector. H has two,
-           a flat and a steep one; lam_max belongs to the steep one
+    lam    eigenvalue of H: along its eigenvector e, H only multiplies by lam, H e = lam e.
+           H has two, a flat and a steep direction; lam_max is the lam of the steep one
 
 Needs          00_interactive_playground.py
 Checked here   gradient by hand = central differences = autograd; along each direction a step
@@ -97,17 +99,18 @@ def central_difference(f, p, h):
 
 
 def show_gradient(x, y):
-    p = TRUTH + 3 * torch.randn(2, dtype=x.dtype)  # somewhere
+    p = TRUTH + 3 * torch.randn(2, dtype=x.dtype)  # a random point
     by_hand = gradient(*p, x, y)
     by_difference = central_difference(lambda q: loss(*q, x, y), p, h=1.0)
     w, b = p.clone().requires_grad_()
+    # autograd.grad: the two derivatives as a tuple; it leaves w.grad and b.grad alone
     by_autograd = torch.stack(torch.autograd.grad(loss(w, b, x, y), (w, b)))
-    print(f"2. Is the gradient by hand right? At w = {w:.3f}, b = {b:.3f}, on {len(x)} points")
+    print(f"2. Is the gradient by hand right? At a random point, w = {w:.3f}, b = {b:.3f}")
     print("             by hand   central differences    autograd")
     for i, name in enumerate(("dL/dw", "dL/db")):
         print(f"   {name}   {by_hand[i]:9.5f}   {by_difference[i]:19.5f}   {by_autograd[i]:9.5f}")
     apart = (torch.stack([by_difference, by_autograd]) - by_hand).abs().max().item()
-    print(f"   -> they agree to {apart:.0e}: on a parabola differences are exact, even for h = 1")
+    print(f"   -> they agree to {apart:.0e}: along w or b L is a parabola, so even h = 1 is exact")
     assert apart < 1e-11
     return {"by_hand": by_hand.tolist(), "apart": apart}
 
@@ -133,22 +136,23 @@ def descend(x, y, lr, steps):
 def hessian(x):
     """H = 2 [[mean x^2, mean x], [mean x, 1]], (2, 2), for x (N,): the same at every (w, b).
 
-    Row 0 holds the derivatives of dL/dw by w and by b, row 1 those of dL/db. Exercise.
+    Row 0 holds the derivatives of dL/dw with respect to w and b, row 1 those of dL/db. Exercise.
     """
     mean, square = x.mean().item(), x.square().mean().item()
     return 2 * torch.tensor([[square, mean], [mean, 1]], dtype=x.dtype)
 
 
 def directions_of(H):
-    """lam (2,), rising, and the eigenvectors, the columns of (2, 2), with their w part positive."""
+    """lam (2,), rising, and the eigenvectors, the columns of (2, 2), with w not negative."""
     lam, vectors = torch.linalg.eigh(H)
-    return lam, vectors * vectors[0].sign()
+    return lam, vectors * torch.where(vectors[0] < 0, -1, 1)
 
 
 def error_factors(path, directions):
-    """(steps, 2): the error's parts after each step of a path (steps + 1, 2), over those before it.
+    """(steps, 2): each part of the error after a step, divided by the same part before the step.
 
-    The error is path - TRUTH; a part, its product with a column of `directions` (2, 2). Exercise.
+    The error is path - TRUTH, (steps + 1, 2). Its part along a direction is its dot product with
+    that column of `directions` (2, 2). Exercise.
     """
     parts = (path - TRUTH) @ directions  # (steps + 1, 2)
     return parts[1:] / parts[:-1]
@@ -157,19 +161,21 @@ def error_factors(path, directions):
 def show_error(x, y, lr, steps):
     H, path = hessian(x), descend(x, y, lr, steps)
     lam, directions = directions_of(H)
-    # L is a parabola, so gradient = H error; a step turns error into error - lr H error
+    # gradient = H error, so a step turns a part e of the error into (1 - lr lam) e
     factors, law = error_factors(path[:11], directions), 1 - lr * lam
-    print(f"3. What does one step at lr {lr:g} do to the error (w - 2, b - 1)?")
-    print(f"   H = [{H[0, 0]:.4f} {H[0, 1]:.4f}; {H[1, 0]:.4f} {H[1, 1]:.4f}]")
-    print("   part    along (w, b)      eigenvalue lam   1 - lr lam   measured: step 1   step 10")
+    print(f"3. What does a step do to the error (w - 2, b - 1) along H's eigenvectors? lr {lr:g}")
+    print(f"   H, the Hessian of L: [{H[0, 0]:.4f} {H[0, 1]:.4f}; {H[1, 0]:.4f} {H[1, 1]:.4f}]")
+    print("   part    direction (w, b)   eigenvalue lam   1 - lr lam   measured factor: "
+          "in step 1   in step 10")  # fmt: skip
     for i, name in ((1, "steep"), (0, "flat")):
         along = "({:.3f}, {:6.3f})".format(*directions[:, i])
-        print(f"   {name:<5}   {along}   {lam[i]:14.4f}   {law[i]:10.4f}   {factors[0, i]:16.4f}   "
-              f"{factors[-1, i]:7.4f}")  # fmt: skip
+        print(f"   {name:<5}   {along}   {lam[i]:15.4f}   {law[i]:10.4f}   {factors[0, i]:26.4f}   "
+              f"{factors[-1, i]:10.4f}")  # fmt: skip
     (flat, steep), (w, b) = factors[0], path[-1]
-    print(f"   -> a step leaves {steep:.2f} of the steep part and {flat:.2f} of the flat one; "
+    print(f"   -> a step multiplies the steep part by {steep:.2f} and the flat one by {flat:.2f}; "
           f"{steps} steps end at w {w:.4f}, b {b:.4f}")  # fmt: skip
-    torch.testing.assert_close(factors, law.expand_as(factors), rtol=1e-7, atol=1e-12)
+    parts = (path[:11] - TRUTH) @ directions
+    torch.testing.assert_close(parts[1:], law * parts[:-1], rtol=1e-7, atol=1e-12)
     return {"factors": factors[0].tolist(), "fit": path[-1].tolist()}
 
 
@@ -184,26 +190,26 @@ def largest_lr(x):
 def show_learning_rates(log_dir, x, y, lr, steps):
     limit, (lam, _) = largest_lr(x), directions_of(hessian(x))
     rates = {"slow": lr / 5, "fit": lr, "just_below": 0.98 * limit, "just_above": 1.02 * limit}
-    print(f"4. Which learning rates converge? Said before the run: those below {limit:.4f}")
+    print(f"4. Which lr converge? Prediction: lr < 2 / lam_max = 2 / {lam[1]:.4f} = {limit:.4f}")
     print(f"   run             lr   1 - lr lam: steep     flat   L at step 0   at step {steps}   "
-          "to 0? said   seen")  # fmt: skip
+          "converges? predicted   seen: L below 1%")  # fmt: skip
     final_loss, right = {}, 0
     for run, rate in rates.items():
-        said = "yes" if rate < limit else "no"
+        predicted = "yes" if rate < limit else "no"
         path = descend(x, y, rate, steps)
         losses = loss(path[:, :1], path[:, 1:], x, y)  # (steps + 1,)
-        happened = "yes" if losses[-1] < losses[0] / 100 else "no"
+        seen = "yes" if losses[-1] < losses[0] / 100 else "no"
         flat, steep = 1 - rate * lam
         print(f"   {run:<10}   {rate:.4f}   {steep:17.4f}   {flat:6.4f}   {losses[0]:11.2f}   "
-              f"{losses[-1]:11.1e}   {said:>10}   {happened:>4}")  # fmt: skip
-        right += said == happened
+              f"{losses[-1]:11.1e}   {predicted:>20}   {seen:>16}")  # fmt: skip
+        right += predicted == seen
         final_loss[run] = losses[-1].item()
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
             for step, value in enumerate(losses.clamp_min(1e-30).log10()):
                 writer.add_scalar("train/log10_loss", value, step)
             picture = draw_path(contours(x, y, size=420, reach=4.0), path[:21], rate, reach=4.0)
             writer.add_image("surface/path", picture, 0, dataformats="HWC")
-    print(f"   -> lr < 2 / lam_max was right about {right} of {len(rates)} learning rates")
+    print(f"   -> the rule lr < 2 / lam_max predicted {right} of {len(rates)} runs")
     return {"limit": limit, "final_loss": final_loss, "right": right}
 
 

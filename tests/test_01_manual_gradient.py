@@ -123,6 +123,19 @@ def test_directions_are_flat_then_steep_with_w_rising(lesson):
     torch.testing.assert_close(directions, torch.stack([flat, steep], 1).double())
 
 
+def test_directions_of_a_diagonal_hessian_keep_their_length(lesson):
+    lam, directions = lesson.directions_of(lesson.hessian(torch.tensor([-2.0, 2.0])))
+    torch.testing.assert_close(lam, torch.tensor([2.0, 8.0]))
+    torch.testing.assert_close(directions.abs(), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert directions[0, 1] > 0
+
+
+def test_a_start_without_one_of_the_two_parts_is_no_fault(lesson, capsys):
+    x = torch.tensor([-1.0, 1.0], dtype=torch.float64)  # lam = 2, 2
+    lesson.show_error(x, 2 * x + 1, 0.5, 12)  # the first step removes all of the error
+    assert "12 steps end at w 2.0000, b 1.0000" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_on_other_points_the_limit_is_2_by_their_largest_eigenvalue(lesson, seed):
     x, _ = scattered(9, seed)
@@ -250,24 +263,25 @@ def test_main_fits_below_the_limit_and_diverges_above(lesson, tmp_path, events, 
     by_hand = [f"{value:.5f}" for value in measured["gradient"]["by_hand"]]
     assert printed == [by_hand[0]] * 3 + [by_hand[1]] * 3
     assert (
-        "-> a step leaves 0.29 of the steep part and 0.88 of the flat one; 150 steps end at w 2"
+        "-> a step multiplies the steep part by 0.29 and the flat one by 0.88; 150 steps end at w 2"
         in out
     )
     for head in (
         "1. How do w and b find the line y = 2x + 1 through (1, 3) and (2, 5)?\n",
         "   step        w        b   r at each point   L = mean(r^2)     dL/dw    dL/db\n",
-        "2. Is the gradient by hand right? At w = ",
+        "2. Is the gradient by hand right? At a random point, w = ",
         "             by hand   central differences    autograd\n",
-        "3. What does one step at lr 0.12 do to the error (w - 2, b - 1)?\n",
-        "   H = [4.9474 -2.0000; -2.0000 2.0000]\n",
-        "   part    along (w, b)      eigenvalue lam   1 - lr lam   measured: step 1   step 10\n",
-        "   steep   (0.893, -0.451)           5.9580       0.2850             0.2850    0.2850\n",
-        "   flat    (0.451,  0.893)           0.9894       0.8813             0.8813    0.8813\n",
-        "lr   1 - lr lam: steep     flat   L at step 0   at step 150   to 0? said   seen\n",
+        "3. What does a step do to the error (w - 2, b - 1) along H's eigenvectors? lr 0.12\n",
+        "   H, the Hessian of L: [4.9474 -2.0000; -2.0000 2.0000]\n",
+        "   part    direction (w, b)   eigenvalue lam   1 - lr lam   measured factor: in step 1   ",
+        f"   steep   (0.893, -0.451)            5.9580       0.2850{0.2850:29.4f}{0.2850:13.4f}\n",
+        f"   flat    (0.451,  0.893)            0.9894       0.8813{0.8813:29.4f}{0.8813:13.4f}\n",
+        "lr   1 - lr lam: steep     flat   L at step 0   at step 150   converges? predicted   seen",
     ):
         assert head in out
-    assert "4. Which learning rates converge? Said before the run: those below 0.3357\n" in out
-    assert "-> lr < 2 / lam_max was right about 4 of 4 learning rates" in out
+    assert "4. Which lr converge? Prediction: lr < 2 / lam_max = 2 / 5.9580 = 0.3357\n" in out
+    assert "-> the rule lr < 2 / lam_max predicted 4 of 4 runs\n" in out
+    assert "along w or b L is a parabola, so even h = 1 is exact\n" in out
     lam, _, limit = rates(lesson, lesson.make_data()[0])
     said = {run: " ".join(row(out, run)[1:]) for run in final}
     for run, value in final.items():
