@@ -1,14 +1,16 @@
 """A Jacobian costs one backward pass per output or one forward pass per input: choose by its shape.
 
-f: R^n -> R^m has the Jacobian J (m, n): row i holds the slopes of output i, column j those by input
-j. A loss has one output, so that one backward pass is its whole gradient: networks learn in reverse
-mode. The Hessian H (n, n), the Jacobian of the gradient, holds the curvature of a loss. For a
-million weights it fits into no memory, but its product with a vector v does.
+f: R^n -> R^m has the Jacobian J (m, n): row i holds the derivatives of output i, column j those
+with respect to input j. Reverse mode (backward) goes from one output back to all inputs. Forward
+mode computes, with each value, its slope along one direction v of the inputs. A loss has one
+output, so one backward pass is its whole gradient: training uses backward(). The Hessian H (n, n),
+the Jacobian of the gradient, holds the curvature of a loss. For a million weights it needs 4 TB;
+its product with a vector v needs no more memory than a few gradients.
 
     VJP   u J    vector-Jacobian product: one backward pass;        u = e_i gives row i of J
     JVP   J v    Jacobian-vector product: one forward-mode pass;    v = e_j gives column j of J
-    HVP   H v    Hessian-vector product: the VJP of the gradient. It costs as many products of
-                 matrices as 2 gradients, at any n; H itself as 1 + n
+    HVP   H v    Hessian-vector product: the VJP of the gradient. For f(A x) it costs as many
+                 products of matrices as 2 gradients, at any n; H itself as 1 + n
 
     n  inputs     m  outputs     u (m,), v (n,)  any vectors     e_i  all 0, but 1 at place i
 
@@ -68,8 +70,9 @@ def show_everyday():
     for name, row in zip(("f0 = x0 x1", "f1 = x0^2", "f2 = x1"), J, strict=True):
         print(f"   row of {name:<15} {row[0]:9.1f}{row[1]:9.1f}")
     print(f"   jacfwd(f)(x)     differs by {(J_fwd - J).abs().max():g}")
-    print(f"   vjp: u J, u = (1, 0, 2)  {''.join(f'{t:9.1f}' for t in results['uJ'])}")
-    print(f"   jvp: J v, v = (1, -1)    {''.join(f'{t:9.1f}' for t in Jv)}")
+    print(f"   vjp: row 0 + 2 row 2     {''.join(f'{t:9.1f}' for t in results['uJ'])}")
+    print("   jvp: column 0 - column 1   for f0   for f1   for f2")
+    print(f"                            {''.join(f'{t:9.1f}' for t in Jv)}")
     print("   hessian of x0^2 x1          by x0    by x1")
     for name, row in zip(("d/dx0", "d/dx1"), H, strict=True):
         print(f"   row of its {name:<11} {row[0]:9.1f}{row[1]:9.1f}")
@@ -137,7 +140,7 @@ def flops(compute, *args):
 
 def show_modes(log_dir, n, outputs):
     print(f"2. J of f: R^{n} -> R^m, by rows and by columns: which costs less?")
-    print("       m   backward passes   forward passes   work, rows / columns   J's differ by")
+    print("       m   backward passes   forward passes   work, rows / columns   off by")
     counts, work = {}, {}
     for m in outputs:
         f, jacobian = two_layers(n, m)
@@ -156,7 +159,10 @@ def show_modes(log_dir, n, outputs):
         draw(log_dir / run, "jacobian/log2_passes", curve)
     rows = ", ".join(str(m) for m in outputs if work[m] < 1)
     columns = ", ".join(str(m) for m in outputs if work[m] > 1)
-    print(f"   -> by rows (jacrev) for m = {rows}; by columns (jacfwd) for m = {columns}")
+    print(f"   -> by rows it costs less for m = {rows}; by columns for m = {columns}")
+    print(
+        "      (a forward-mode pass carries value and slope, so it costs more than a backward one)"
+    )
     return {"counts": counts, "work": work}
 
 
@@ -184,8 +190,8 @@ def log_sum_exp(n):
 
 
 def show_hvp(log_dir, sizes, large):
-    print("3. H v and H of log sum exp(A x), x in R^n: cost in matrix products of one gradient")
-    print("         n   H v   H, by rows      memory of H   H v by hand differs by")
+    print("3. log sum exp(A x), x in R^n: what do H v and H cost, if one gradient costs 1?")
+    print("         n   H v   H, by rows      memory of H   H v - H v by hand, largest")
     costs = {"hvp": {}, "hessian": {}}
     for n in (*sizes, large):
         f, by_hand = log_sum_exp(n)
@@ -219,7 +225,7 @@ def rosenbrock(p):
 
 
 def newton(f, p, steps):
-    """Path (steps + 1, n) of p - H^-1 grad f: to a point without slope, a saddle as well."""
+    """Path (steps + 1, n) of p - H^-1 grad f: to any point where grad f is 0, also a saddle."""
     path = [p]
     for _ in range(steps):
         p = p - torch.linalg.solve(jacobian_by_rows(grad(f), p), grad(f)(p))
@@ -243,9 +249,11 @@ def next_error(f, best, e):
 
 
 def show_newton(log_dir, start=(0.8, 0.6), steps=6, lr=1e-3):
-    print(f"4. Rosenbrock's function from {start}: what does Newton's step x - H^-1 gradient buy?")
+    print(f"4. Rosenbrock's function from {start}: how much faster is Newton's x - H^-1 gradient?")
     print("          distance |e| to the minimum")
-    print("   step   gradient descent     Newton   Newton in theory, if the |e| before is small")
+    print(
+        f"   step   descent, lr {lr:g}     Newton   Newton in theory (-: |e| before is too large)"
+    )
     p, best = torch.tensor(start, dtype=F64), torch.ones(2, dtype=F64)
     slow = (descent(rosenbrock, p, lr, steps) - best).norm(dim=1).tolist()
     e = newton(rosenbrock, p, steps) - best  # (steps + 1, 2)
@@ -259,8 +267,9 @@ def show_newton(log_dir, start=(0.8, 0.6), steps=6, lr=1e-3):
         logs = {k: math.log10(max(error, 1e-16)) for k, error in enumerate(errors)}
         draw(log_dir / run, "newton/log10_error", logs)
     off = max((abs(fast[k] / law - 1) for k, law in theory.items()), default=math.nan)
-    left = f"{slow[-1]:.0e}, and {fast[-1]:.0e} by Newton"
-    print(f"   -> left after {steps} steps: {left}, within {off:.0%} of theory")
+    left = f"{slow[-1]:.0e} by descent, {fast[-1]:.0e} by Newton"
+    print(f"   -> left after {steps} steps: {left}, whose step costs {1 + len(p)} gradients")
+    print(f"   -> where theory speaks, at {len(theory)} steps, it is right within {off:.0%}")
     return {"descent": slow, "newton": fast, "theory": theory}
 
 
@@ -293,7 +302,9 @@ def train_critic(weight, create_graph, steps, shift=(3.0, 0.0), lr=0.02):
 
 
 def show_penalty(log_dir, steps=100, weight=10.0):
-    print("5. Raise D(d) - D(0), where D(x) = a . x: can a penalty hold the slope |dD/dx| = |a|?")
+    print(
+        "5. Raise D(d) - D(0), D(x) = a . x, d = (3, 0): can a penalty keep the slope |a| near 1?"
+    )
     print(f"   run               weight   create_graph   |a| after {steps} steps")
     runs = {"penalty": (weight, True), "none": (0.0, True), "no_create_graph": (weight, False)}
     lengths = {}
@@ -301,8 +312,8 @@ def show_penalty(log_dir, steps=100, weight=10.0):
         lengths[run] = train_critic(strength, create_graph, steps)
         draw(log_dir / run, "penalty/grad_norm", dict(enumerate(lengths[run], 1)))
         print(f"   {run:<16} {strength:7.0f}   {create_graph!s:>12}   {lengths[run][-1]:19.4f}")
-    same = "the same as" if lengths["none"] == lengths["no_create_graph"] else "not that of"
-    print(f"   -> without create_graph the penalty is a constant: {same} no penalty, and no error")
+    if lengths["none"] == lengths["no_create_graph"]:
+        print("   -> without create_graph it is as if there were no penalty, and nothing says so")
     print(f"   -> theory with it: 1 + |d| / (2 weight) = {1 + 3 / (2 * weight):.4f}")
     return lengths
 

@@ -58,10 +58,10 @@ def test_the_everyday_calls_give_the_slopes_by_hand(lesson, capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     numbers = [
         ["3.0", "2.0"], ["4.0", "0.0"], ["0.0", "1.0"], ["by", "0"], ["3.0", "4.0"],
-        ["4.0", "-1.0"], ["by", "x1"], ["6.0", "4.0"], ["4.0", "0.0"],
+        ["for", "f2"], ["4.0", "-1.0"], ["by", "x1"], ["6.0", "4.0"], ["4.0", "0.0"],
     ]  # fmt: skip
-    assert [row[-2:] for row in rows[2:11]] == numbers
-    assert " ".join(rows[11]) == "-> J has 3 rows, one per output, and 2 columns, one per input"
+    assert [row[-2:] for row in rows[2:12]] == numbers
+    assert " ".join(rows[12]) == "-> J has 3 rows, one per output, and 2 columns, one per input"
 
 
 # --- Jacobians ---------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_what_is_printed_of_the_modes_is_counted(lesson, tmp_path, events, capsy
         ways = (lesson.jacobian_by_rows, lesson.jacobian_by_columns)
         found = [way(f, x) for way in ways] + [way(f)(x) for way in (jacrev, jacfwd)]
         assert row[4] == f"{max((J - jacobian(x)).abs().max() for J in found):.0e}"
-    assert " ".join(rows[4]) == "-> by rows (jacrev) for m = 1; by columns (jacfwd) for m = 64"
+    assert " ".join(rows[4]) == "-> by rows it costs less for m = 1; by columns for m = 64"
     assert curve(events, tmp_path / "reverse", "jacobian/log2_passes") == {0: 0, 6: 6}
     assert curve(events, tmp_path / "forward", "jacobian/log2_passes") == {0: 2, 6: 2}
 
@@ -266,8 +266,9 @@ def test_what_is_printed_of_newton_is_measured(lesson, tmp_path, events, capsys)
         law = f"{theory[k]:.1e}" if k in theory else "-"
         assert line.split() == [str(k), f"{slow[k]:.1e}", f"{fast[k]:.1e}", law]
     off = max(abs(fast[k] / theory[k] - 1) for k in theory)
-    left = f"{slow[6]:.0e}, and {fast[6]:.0e} by Newton, within {off:.0%} of theory"
+    left = f"{slow[6]:.0e} by descent, {fast[6]:.0e} by Newton, whose step costs 3 gradients"
     assert lines[10] == f"   -> left after 6 steps: {left}"
+    assert lines[11] == f"   -> where theory speaks, at 2 steps, it is right within {off:.0%}"
     for run, errors in {"descent": slow, "newton": fast}.items():
         logs = {k: math.log10(error) for k, error in enumerate(errors)}
         assert curve(events, tmp_path / run, "newton/log10_error") == pytest.approx(logs)
@@ -328,7 +329,7 @@ def test_what_is_printed_of_the_penalty_is_measured(lesson, tmp_path, events, ca
     assert rows["penalty"] == ["10", "True", "1.1500"]
     assert rows["none"] == ["0", "True", last]
     assert rows["no_create_graph"] == ["10", "False", last]
-    assert "a constant: the same as no penalty, and no error\n" in out
+    assert "-> without create_graph it is as if there were no penalty, and nothing says so\n" in out
     assert "1 + |d| / (2 weight) = 1.1500\n" in out
     for run, values in lengths.items():
         found = curve(events, tmp_path / run, "penalty/grad_norm")
@@ -347,7 +348,7 @@ def test_main(lesson, tmp_path, capsys, seed):
     assert measured["costs"]["hvp"] == {4: 2, 16: 2, 2**12: 2}
     assert measured["costs"]["hessian"] == {4: 5, 16: 17}
     out = capsys.readouterr().out
-    assert "by rows (jacrev) for m = 1; by columns (jacfwd) for m = 256\n" in out
+    assert "by rows it costs less for m = 1; by columns for m = 256\n" in out
     assert f"look: tensorboard --logdir {tmp_path} " in out
     runs = {"reverse", "forward", "hvp", "hessian", "newton", "descent",
             "penalty", "none", "no_create_graph"}  # fmt: skip
