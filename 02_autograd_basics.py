@@ -5,8 +5,8 @@ therefore clears .grad first. The step is made under no_grad, since it must not 
 part of the loss. To keep a loss, write loss.item() or loss.detach(): otherwise the whole record of
 how it was computed stays in memory.
 
-    zeroed       p <- p - lr g_t                       the error shrinks
-    forgotten    p <- p - lr (g_0 + ... + g_t)         it swings: a pendulum without friction
+    zeroed       p <- p - lr g_t                    the error shrinks, if lr is small enough
+    forgotten    p <- p - lr (g_0 + ... + g_t)      it swings, a pendulum without friction
 
     p    the parameters w and b, fitted to y = 2x + 1 by L = mean((w x + b - y)^2)
     g_t  the gradient of L at step t, dL/dw and dL/db     lr  learning rate
@@ -81,8 +81,7 @@ def show_recorded():
     loss = (w * x).square().mean()
     with torch.no_grad():
         step = w - 0.1 * w
-    print("2. What does autograd record? All that is computed from a tensor that requires grad,")
-    print("   except by detach() and under no_grad()")
+    print("2. What is recorded? What comes from w, except by detach() and under no_grad()")
     print("   tensor                           requires_grad   grad_fn: how it was made")
     rows = {"x": x, "w, requires_grad=True": w, "loss = (w * x).square().mean()": loss,
             "loss.detach()": loss.detach(), "w - 0.1 * w, under no_grad()": step}  # fmt: skip

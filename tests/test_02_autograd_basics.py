@@ -94,7 +94,7 @@ def test_what_is_recorded(lesson, capsys):
     assert measured["recorded"] == [False, True, True, False, False]
     assert measured["chains"] == (50, 0)
     out = capsys.readouterr().out
-    made_by = [line.split()[-1] for line in out.splitlines()[3:8]]
+    made_by = [line.split()[-1] for line in out.splitlines()[2:7]]
     assert made_by == ["None", "None", "MeanBackward0", "None", "None"]
     assert "sum of 50 losses keeps 50 additions" in out and "50 detached losses keeps 0\n" in out
 
@@ -264,6 +264,13 @@ def test_inference_mode_refuses_later_what_no_grad_allows(lesson, use, message):
         assert said == "" if mode == "no_grad" or not message else message in said
 
 
+@pytest.mark.parametrize(("mode", "use"), [("no_grad", "w * y"), ("inference_mode", "w + y")])
+def test_what_is_made_in_either_mode_is_a_constant(lesson, mode, use):
+    w = torch.tensor(1.5, requires_grad=True)
+    assert lesson.refusal(f"with torch.{mode}(): y = 2 * w\n({use}).backward()", w=w) == ""
+    assert w.grad.item() == (3.0 if mode == "no_grad" else 1.0)  # y = 3, not dy/dw = 2
+
+
 def test_a_vector_has_only_a_product_v_J(lesson):
     torch.manual_seed(0)
     x, v = torch.randn(3, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
@@ -337,7 +344,7 @@ def test_main_swings_without_zeroing(lesson, tmp_path, events, capsys, seed):
     for head in (
         "1. How does a loop fit w x + b to the points (1, 3) and (2, 5)?\n",
         "   step   loss before   w.grad   b.grad   w after   b after\n",
-        "2. What does autograd record? All that is computed from a tensor that requires grad,\n",
+        "2. What is recorded? What comes from w, except by detach() and under no_grad()\n",
         "   tensor                           requires_grad   grad_fn: how it was made\n",
         "3. What does .grad hold after k backward() without a zero between them?\n",
         "   k     w.grad   k * by hand     b.grad   k * by hand\n",
