@@ -1,4 +1,5 @@
-"""Parts of a batch add up to the gradient of the whole batch, if each loss sum is divided by its N.
+"""Parts of a batch add up to the gradient of the whole batch if each loss sum is divided by N, the
+number of examples in all parts, and no layer mixes or drops examples.
 
 A batch too large for memory is taken in k parts: backward() adds the gradient of each part to
 .grad, and only then the optimizer makes one step. Whoever divides the mean loss of each part by k
@@ -7,14 +8,14 @@ belong to the same loop: clip a gradient that is too long, check one that you wr
 
     accumulate      g = sum over the parts of grad(loss sum of the part / N)
     clip by norm    g <- g * min(1, c / |g|)           one factor for all: the direction stays
-    clip by value   g_i <- min(max(g_i, -c), c)        each element alone: the direction turns
+    clip by value   g_i <- min(max(g_i, -c), c)        each element alone: the direction may turn
     check           f'(x) is about (f(x + h) - f(x - h)) / 2h; its error is h^2 f'''(x) / 6, and
                     rounding adds about u |f| / h
 
     N  examples in all parts     g  gradient of all parameters, |g| its length     c  the limit
     h  a small step     u  relative rounding: 6e-8 in float32, 1e-16 in float64
 
-Needs          02_autograd_basics.py
+Needs          02_autograd_basics.py; for sections 3 and 7 nn_common_layers.py and nn_optim.py
 Checked here   g by three divisors; which layers break the sum; clipping = torch's; a recurrent net
                that bursts unclipped and arrives clipped; what gradcheck passes; what freezing stops
 TensorBoard    accumulate/error by examples in the last part; layers/error by number of parts k;
@@ -54,26 +55,28 @@ EXACT = 1e-12  # float64: whatever is smaller is rounding
 
 
 def show_everyday(k=2):
-    print(f"1. In everyday code: y = w x, one step per k = {k} batches, the gradient clipped to 6")
+    print(f"1. In everyday code: y = w x, lr = 0.1, one step per k = {k} batches")
+    print("   .grad is that of loss / k (in the last step / 1, the batches left), clipped to 6")
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     print("   batch     x     y    loss   .grad   clipped   w after")
-    rows = []
-    for i, (x, y) in enumerate([(1.0, 2.0), (2.0, 4.0), (1.0, 2.0), (2.0, 4.0)], 1):
+    batches, rows = [(1.0, 2.0), (2.0, 4.0), (1.0, 2.0), (2.0, 4.0), (1.0, 2.0)], []
+    for i, (x, y) in enumerate(batches, 1):
         loss = F.mse_loss(model(torch.tensor([x])), torch.tensor([y]))
-        (loss / k).backward()  # adds to .grad; / k is right where all parts have one size
+        parts = k if i <= len(batches) // k * k else len(batches) % k  # those of this step
+        (loss / parts).backward()  # adds to .grad; right where all batches have one size
         grad, clipped = model.weight.grad.item(), math.nan
-        if i % k == 0:
+        if i % k == 0 or i == len(batches):  # the last batches get their step, too
             nn.utils.clip_grad_norm_(model.parameters(), max_norm=6.0)  # just before the step
             clipped = model.weight.grad.item()
             optimizer.step()
-            optimizer.zero_grad()  # only here: the next k gradients start from nothing
+            optimizer.zero_grad()  # only here: the next gradients start from nothing
         rows.append((loss.item(), grad, clipped, model.weight.item()))
         row = "  ".join(f"{value:6.2f}" for value in (loss, grad, clipped)).replace("nan", "  -")
         print(f"   {i:5d}  {x:4.1f}  {y:4.1f}  {row}    {rows[-1][3]:7.3f}")
     steps = len({w for *_, w in rows} - {0.0})
-    print(f"   -> {steps} steps for {len(rows)} batches: w moves after each sum of {k} gradients")
+    print(f"   -> {steps} steps for {len(rows)} batches: w moves after {k}, and after the last one")
 
     x = torch.tensor([0.5, 1.0], dtype=torch.float64, requires_grad=True)
     checked = gradcheck(torch.sin, (x,))  # True, or an error that shows both gradients
@@ -126,9 +129,12 @@ def mlp(*middle):
 
 def show_divisors(log_dir, size=16, k=4, last=2):
     full = (k - 1) * size
-    print(f"2. {full} examples in parts of {size}, then a last part: which loss goes backward?")
-    print("   loss of a part   weight of an example    relative error of g for a last part")
-    print(f"                    part of {size}, last of {last}   of {last:<12}   of {size}")
+    print(
+        f"2. By what must the loss sum be divided? N = {full} + last, k = {k} parts, n in one part"
+    )
+    print("   loss of a part   weight (1 = as in one batch)   relative error of the gradient")
+    heads = f"part of {size}   last of {last}", f"last of {last}", f"last of {size}"
+    print("                    {:<28}   {:<10}   {}".format(*heads))
     model, errors = mlp(), {}
     x, y = torch.randn(k * size, 8).double(), torch.randint(3, (k * size,))
     for rule, run in {"sum / N": "sum_by_N", "mean / k": "mean_by_k", "mean": "mean"}.items():
@@ -136,8 +142,8 @@ def show_divisors(log_dir, size=16, k=4, last=2):
         errors[rule] = {n: accumulation_error(model, *pairs[n], size, rule) for n in pairs}
         draw(log_dir / "accumulate" / run, "accumulate/error", errors[rule])
         weights = [(full + last) / divisor(rule, n, full + last, k) for n in (size, last)]
-        print(f"   {rule:<15}{weights[0]:10.2f}  {weights[1]:11.2f}   "
-              f"{errors[rule][last]:<15.1e}   {errors[rule][size]:.1e}")  # fmt: skip
+        print(f"   {rule:<15}{weights[0]:12.2f}   {weights[1]:9.2f}            "
+              f"{errors[rule][last]:<10.1e}   {errors[rule][size]:.1e}")  # fmt: skip
     exact = [rule for rule in errors if max(errors[rule].values()) < EXACT]
     print(f"   -> exact for every size of the last part: {', '.join(exact) or 'none'}")
     return errors
@@ -147,15 +153,15 @@ def show_divisors(log_dir, size=16, k=4, last=2):
 
 
 def middle_layers():
-    """The layers to try, each (B, 16) -> (B, 16). The one in eval mode has seen data before."""
+    """The layers to try, each (B, 16) -> (B, 16). The BatchNorm in eval mode has seen data."""
     used = nn.BatchNorm1d(16)
-    used(3 * torch.randn(64, 16) + 1)  # else its statistics were 0 and 1, and it the identity
+    used(3 * torch.randn(64, 16) + 1)  # a fresh one has mean 0, variance 1 and changes nothing
     return {"BatchNorm_train": nn.BatchNorm1d(16), "BatchNorm_eval": used.eval(),
             "LayerNorm": nn.LayerNorm(16), "Dropout_train": nn.Dropout(0.2)}  # fmt: skip
 
 
 def show_layers(log_dir, N=64, parts=(1, 2, 4, 8, 16)):
-    print(f"3. {N} examples in k equal parts: which layers change g? Relative error of g")
+    print(f"3. {N} examples in k equal parts: which layers change the gradient? Relative error")
     print("   layer, mode       " + "".join(f"{f'k = {k}':>9}" for k in parts))
     x, y = torch.randn(N, 8).double(), torch.randint(3, (N,))
     errors = {}
@@ -167,7 +173,7 @@ def show_layers(log_dir, N=64, parts=(1, 2, 4, 8, 16)):
     exact = [name for name in errors if max(errors[name].values()) < EXACT]
     random = [name for name in errors if errors[name][1] > EXACT]
     print(f"   -> exact at every k: {', '.join(exact)}")
-    print(f"   -> not even the same twice for one batch (k = 1): {', '.join(random)}, drawn anew")
+    print(f"   -> {', '.join(random)} differs at k = 1, too: it draws anew, in parts or not")
     return errors
 
 
@@ -237,7 +243,9 @@ def descend(lr, c, steps, T=20):
 
 
 def show_recurrent(log_dir, steps=500):
-    print("5. A recurrent net of one weight w gives w^20: does SGD bring w from 1.3 to w^20 = 1?")
+    print(
+        "5. One weight w, used 20 times (a recurrent net): does SGD bring w from 1.3 to w^20 = 1?"
+    )
     print("   run                  lr   clipped at   longest step   steps   w at the end")
     runs = {"unclipped": (1e-3, math.inf), "unclipped_1e-6": (1e-6, math.inf),
             "unclipped_1e-7": (1e-7, math.inf), "clipped": (1e-3, 1.0)}  # fmt: skip
@@ -249,7 +257,7 @@ def show_recurrent(log_dir, steps=500):
         print(f"   {name:<14} {lr:8.0e}   {c:10g}   {longest:12.3f}   "
               f"{len(path) - 1:5d}   {path[-1]:12.3f}")  # fmt: skip
     arrived = [name for name in runs if abs(paths[name][-1] - 1) < 1e-3]
-    print(f"   -> of these runs arrives: {', '.join(arrived)}")
+    print(f"   -> within {steps} steps, at these learning rates, arrives: {', '.join(arrived)}")
     return paths
 
 
@@ -276,15 +284,17 @@ def count_passes(wrong, dtype, draws, **options):
 
 
 def show_gradcheck(draws):
-    print("6. The slope of x^3: can a difference with h = 1e-6, gradcheck's default, stand for it?")
+    print(
+        "6. Is a gradient right? The slope of x^3 by differences with gradcheck's default h = 1e-6"
+    )
     x = torch.tensor([1.0, 2.0, 3.0])
     slopes = {"3 x^2": 3 * x**2, "float64": central_difference(cube, x.double(), 1e-6),
               "float32": central_difference(cube, x, 1e-6)}  # fmt: skip
-    print(f"   way to it          at x = {'          '.join(f'{t:g}' for t in x)}")
+    print(f"   slope by           at x = {'          '.join(f'{t:g}' for t in x)}")
     for name, slope in slopes.items():
         print(f"   {name:<17}" + " ".join(f"{s:10.6f}" for s in slope))
-    print(f"   Of {draws} inputs, at how many does gradcheck accept x^3, and a copy 1 % wrong?")
-    print("   input, options                  right   wrong")
+    print(f"   At how many of {draws} inputs does gradcheck accept")
+    print("   input, options                   x^3   gradient 1 % too large")
     f32, passes = torch.float32, {}
     for name, dtype, options in (
         ("float64", torch.float64, {}),
@@ -293,7 +303,7 @@ def show_gradcheck(draws):
         ("float32, eps=5e-3, atol=1e-4", f32, {"eps": 5e-3, "atol": 1e-4}),
     ):
         passes[name] = [count_passes(wrong, dtype, draws, **options) for wrong in (0, 0.01)]
-        print(f"   {name:<30} {passes[name][0]:6d}  {passes[name][1]:6d}")
+        print(f"   {name:<30} {passes[name][0]:6d}   {passes[name][1]:22d}")
     told = [name for name in passes if passes[name] == [draws, 0]]
     print(f"   -> it tells them apart at all inputs with: {'; '.join(told)}")
     return slopes, passes
@@ -312,8 +322,9 @@ def freeze(layer):
         p.grad = None
 
 
-def fine_tune(mode, steps):
+def fine_tune(mode, steps, seed=0):
     """Train around two frozen layers: net before, net after, optimizer, running mean's way."""
+    torch.manual_seed(seed)  # both modes start from the same net and data
     frozen = nn.Linear(16, 16), nn.BatchNorm1d(16).train(mode == "train")
     net = nn.Sequential(nn.Linear(8, 16), *frozen, nn.ReLU(), nn.Linear(16, 3))
     freeze(net[1:3])
@@ -328,12 +339,12 @@ def fine_tune(mode, steps):
     return before, net, optimizer, moved
 
 
-def show_freezing(log_dir, steps=50):
+def show_freezing(log_dir, steps=50, seed=0):
     print(f"7. Layers 1 and 2 frozen, {steps} steps of AdamW over all: what still changes?")
     print("   layer           elements   changed   with .grad   with optimizer state")
     moved, rows = {}, {}
     for mode in ("eval", "train"):
-        before, net, optimizer, curve = fine_tune(mode, steps)
+        before, net, optimizer, curve = fine_tune(mode, steps, seed)
         draw(log_dir / "freeze" / mode, "freeze/running_mean_moved", curve)
         same = torch.randn(32, 16)
         old, new = (model[1:3].eval()(same) for model in (before, net))
@@ -346,10 +357,13 @@ def show_freezing(log_dir, steps=50):
         kind = type(net[i]).__name__
         print(f"   {i} {kind:<12} {row[0]:9d} {row[1]:9d} {row[2]:12d} {row[3]:22d}")
     kept = [str(i) for i in rows if rows[i][1:] == (0, 0, 0)]
-    print(f"   -> frozen: layers {' and '.join(kept)}; layer 0 below them still gets a gradient")
-    print("   mode of the frozen BatchNorm   running mean moved   output for one input moved")
+    graded = [str(i) for i in rows if rows[i][2]]
+    print(f"   -> frozen: layers {' and '.join(kept)}; a gradient still gets to layers "
+          f"{' and '.join(graded)}")  # fmt: skip
+    print("                        change of the   largest change of the output")
+    print("   frozen BatchNorm in  running mean    for the same inputs")
     for mode, (mean, output) in moved.items():
-        print(f"   {mode:<28} {mean:20.2f}   {output:26.2f}")
+        print(f"   {mode:<18}   {mean:12.2f}    {output:19.2f}")
     still = [mode for mode in moved if moved[mode] == (0, 0)]
     print(f"   -> its output stays in mode {', '.join(still)}: after net.train(), call its .eval()")
     return {"rows": rows, "moved": moved}
@@ -374,7 +388,7 @@ def main(seed=0, log_dir=LOG_DIR, draws=20):
         "cosines": show_clipping(),
         "recurrent": show_recurrent(log_dir),
         "gradcheck": show_gradcheck(draws),
-        "freezing": show_freezing(log_dir),
+        "freezing": show_freezing(log_dir, seed=seed),
     }
     print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return measured
