@@ -1,25 +1,28 @@
-"""backward() is a walk over the nodes that the forward pass left: 25 lines of ours do the same.
+"""backward() walks over the nodes that the forward pass left; a small class of ours does it, too.
 
-Each operation leaves a node that knows its inputs and how to hand a gradient back to them.
-backward() visits each node after all that used it, and adds up what comes by several paths. A node
-keeps what it needs for that, so training pays memory for every layer. A change of what is kept
-would make the gradient wrong; PyTorch notices it, unless it is made through `.data`.
+An operation on a tensor that requires grad leaves a node. The node knows its inputs and how to hand
+a gradient back to them. backward() visits a node after all that used it, and adds the gradients
+that arrive along several paths. A node keeps the values that its derivative needs, so training pays
+memory for every layer. If they change, the gradient is wrong: PyTorch counts edits in place and
+refuses, unless the edit goes around its count, as `.data` and NumPy do.
 
     z = w x,  L = z (z + b)        dL/dz = (z + b) + z, by two paths;  dL/dw = x dL/dz,  dL/db = z
-    D layers act(a W) keep (D + 1) B n numbers with relu and 2 D B n with silu, beside the weights
+    D layers act(a W) keep (D + 1) B n numbers if act is relu, 2 D B n if it is x sigmoid(x), silu;
+    weights are not counted, the + 1 is the input of layer 1
 
     w, b   parameters    x   a constant    a   activations (B, n): B examples, n units    W (n, n)
 
-relu keeps its result, which the next layer keeps anyway; silu keeps its input on top of that. The
-graph is what ran and not a plan: a loop that turns four times leaves four nodes.
+relu keeps its result, which the next layer keeps anyway; silu keeps its input, and the next layer
+keeps its result: two. The graph is what ran and not a plan: four rounds of a loop leave four nodes.
 
 Needs          02_autograd_basics.py
 Checked here   the gradients of L by a Value class of ours = by backward() = by hand; detach() and
-               .data; what operations and layers keep; a second backward(); a node for each turn
+               .data; what operations and layers keep; a second backward(); a node per round
 TensorBoard    memory/kept_floats by depth D in the runs relu, silu, no_grad: three straight lines;
-               graph/tree as text: L, then the loop after 0, 1, 4 and 7 turns
+               graph/tree as text in the run tree: L, then the loop after 0, 1, 4 and 7 rounds
 Try            in Value.backward, put = for += : which gradient goes wrong, and why?
-Answer         dL/dw is 18 instead of 39: z was used twice, and one use overwrites the other
+Answer         dL/dw is 18, not 39, and dL/dx 12, not 26: z was used twice, and one use overwrites
+               the other
 Source         Griewank & Walther 2008, Evaluating Derivatives, chapter 3; Karpathy 2020, micrograd;
                PyTorch notes, "Autograd mechanics"
 """
@@ -70,6 +73,10 @@ def show_graph():
     for row in rows:
         print(f"   {row}")
     L.backward()
+    print(
+        "   (Mul, Add: products and sums; AccumulateGrad w: the end, which adds to w.grad; 1 again:"
+    )
+    print("   node 1, drawn above)")
     again = next(row.split()[0] for row in rows if "again" in row)
     print(
         f"   -> node {again} (z = {z:.0f}) has two uses; w.grad {w.grad:.0f}, b.grad {b.grad:.0f}"
@@ -127,7 +134,7 @@ def show_own():
     f(*theirs).backward()
     w, b, x = (value.data for value in own)
     by_hand = x * (2 * w * x + b), w * x, w * (2 * w * x + b)
-    print("2. Do 25 lines of our own find the gradients of L at w = 2, b = 1, x = 3?")
+    print("2. Does our own Value find the gradients of L at w = 2, b = 1, x = 3?")
     print("            our Value   backward()   by hand")
     for name, a, c, law in zip("wbx", own, theirs, by_hand, strict=True):
         print(f"   dL/d{name}   {a.grad:10.4f}   {c.grad:10.4f}   {law:7.4f}")
@@ -151,13 +158,13 @@ def refusal(action):
 def show_twins():
     s = torch.tensor(0.3).sigmoid()
     right = (s * (1 - s)).item()
-    print(f"3. y = sigmoid(w); a twin of y is zeroed; y.backward(): is w.grad dy/dw = {right:.4f}?")
-    print("   twin of y            memory   edits counted in y   w.grad   verdict")
+    print(f"3. y = sigmoid(w), then a tensor made from y is set to 0. Is dy/dw still {right:.4f}?")
+    print("   made from y          memory   edits y counted      w.grad   verdict")
     verdicts = {}
     for code in ("y.detach()", "y.data", "y.detach().clone()"):
         w = torch.tensor(0.3, requires_grad=True)
         y = w.sigmoid()
-        twin = eval(code, {"y": y})
+        twin = eval(code, {"y": y})  # the code that the row shows
         twin.zero_()
         memory = "shared" if twin.data_ptr() == y.data_ptr() else "its own"
         if refusal(y.backward):
@@ -167,7 +174,8 @@ def show_twins():
             verdicts[code] = "right" if off < 1e-6 else "wrong, and silent"
         print(f"   {code:<18}   {memory:<7}  {y._version:18}   {grad:6}   {verdicts[code]}")
     silent = [code for code, verdict in verdicts.items() if verdict == "wrong, and silent"]
-    print(f"   -> sigmoid keeps y for backward(); only {' '.join(silent)} changes it unnoticed")
+    seen = " ".join(silent)
+    print(f"   -> sigmoid keeps y for backward(); of these only {seen} changes it unnoticed")
     z = torch.tensor(3.0, requires_grad=True)
     (z * z.detach()).backward()
     print(f"   -> detach() makes a constant: z * z.detach() at z = 3 has slope {z.grad:g}, not 6")
@@ -197,7 +205,7 @@ def kept_by(action, *args):
 def show_kept():
     w, v, x = (torch.rand(3, requires_grad=grad) for grad in (True, True, False))
     print("4. What does y keep for backward(), and what does a second y.sum().backward() do?")
-    print("   y (x: a constant)   tensors kept   2nd backward()   after retain_graph=True")
+    print("   y (x: a constant)   tensors kept   2nd backward()   2nd, after retain_graph=True")
     kept, second = {}, {}
     for code in ("w + v", "w * v", "w * x", "w.exp()"):
         kept[code] = len(kept_by(eval, code, {"w": w, "v": v, "x": x}))
@@ -206,7 +214,7 @@ def show_kept():
             y.sum().backward(retain_graph=retain)
             first = w.grad.clone()
             said = refusal(y.sum().backward)
-            second[code, retain] = "refused" if said else f"w.grad * {(w.grad / first).mean():.0f}"
+            second[code, retain] = "refused" if said else f"adds: x {(w.grad / first).mean():.0f}"
         print(f"   {code:<17}   {kept[code]:12}   {second[code, False]:<14}   {second[code, True]}")
     freed = [code for code in kept if second[code, False] == "refused"]
     print(f"   -> backward() frees what was kept: {len(freed)} of {len(kept)} refuse a second one")
@@ -255,8 +263,8 @@ def show_memory(log_dir, batch, width, depth):
 
 
 def show_loop():
-    print("6. How long is the graph of a loop? y = x, and y = 2 * y as long as y < 10")
-    print("   x       nodes of 2 * y   turns by theory   x.grad   2^turns")
+    print("6. How long is the graph of a loop? y = x, then y = 2 * y while y < 10")
+    print("   x       nodes of 2 * y   rounds by theory  x.grad   2^rounds")
     drawn, counts = [], []
     for start in (10.0, 6.0, 1.0, 0.1):
         x = y = torch.tensor(start, requires_grad=True)
