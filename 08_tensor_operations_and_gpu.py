@@ -1,32 +1,34 @@
 """A tensor is flat memory read with strides, so most operations on its shape copy nothing.
 
-Models are made of a few calls: cat, stack, sum(dim=...), @, indexing, broadcasting. Three things go
-wrong in silence. Writing to what shares memory with x changes x. Subtracting (B,) from (B, 1) gives
-(B, B), and a loss still comes out. And a GPU only queues what it is told, so that a clock which
-does not wait for it times the queueing.
+Models are made of a few calls: cat, stack, sum(dim=...), the matrix product @, indexing and
+broadcasting. Two things go wrong in silence. A part of x may share memory with x: writing to the
+part then changes x. And a column (B, 1) minus a row (B,), of B examples, is a table (B, B): the
+mean of its squares looks like a loss.
 
     address of x[i, j, ...] = offset + i * stride_0 + j * stride_1 + ...      (counted in elements)
 
     offset   where the first element lies      stride_k  how far one step along axis k goes
     view     a tensor that reads the memory of another one, with strides of its own
 
-Slices, transposes, expand and most reshaping give a view; a list or a mask of indices gives a copy.
-Broadcasting reads an axis of size 1 as if it had n, by a stride of 0. Of two types the higher of
-bool < integer < float wins; within it a tensor beats one without axes, and that beats a number.
+Slices, transposes, expand and most reshaping give a view. Reading at a list or a mask of indices
+gives a copy; on the left of = it writes to x. Broadcasting reads an axis of size 1 as if it had n,
+by a stride of 0. Types: of bool < integer < float the higher kind decides. In one kind a tensor
+with axes decides over one without, and that over a number; else the type can hold both.
 
 Needs          nothing
 Checked here   types; the address formula; where view fails, reshape copies; what writing to a part
                changes; a loss that broadcasts; einsum and distances against loops; the device
-TensorBoard    memory/views_1, views_2, copies: the address of every element; by log2 n
-               time/log10_seconds_per_pair: the loop stays level, vectorised falls
+TensorBoard    memory/views_1, memory/views_2, memory/copies: the address of every element.
+               time/log10_seconds_per_pair by log2 n: the loop stays level, vectorised falls
 Try            in show_views, write (6, 2, 2) in the row ("x.T", x.T, (24,)): does view work now?
-Answer         Yes, with strides (1, 12, 6): one stride for each new axis is enough to read it
+Answer         Yes, strides (1, 12, 6): the 4 became 2 x 2, one stride each; (24,) would need two
 Source         PyTorch docs: "Tensor Views", Tensor.view, "Broadcasting semantics", "Tensor
                Attributes" (type promotion), "CUDA semantics" (asynchronous execution)
 """
 
 import itertools
 import math
+import re
 import signal
 import time
 import timeit
@@ -56,7 +58,7 @@ def stack(tensors, dim):
 
 
 def show_everyday():
-    print("1. In everyday code: x is [[1, 2, 3], [4, 5, 6]], b is [10, 20, 30]")
+    print("1. In everyday code: x is [[1., 2., 3.], [4., 5., 6.]], b is [10., 20., 30.]")
     print("   call                          shape       values")
     x, b = torch.tensor([[1.0, 2, 3], [4, 5, 6]]), torch.tensor([10.0, 20, 30])
     results = {
@@ -71,10 +73,12 @@ def show_everyday():
         "torch.stack([x, x])": torch.stack([x, x]),
     }
     for call, y in results.items():
-        print(f"   {call:<27}   {tuple(y.shape)!s:<9}   {str(y.int().tolist()).replace(' ', '')}")
+        values = re.sub(r"\.0\b", ".", str(y.tolist()).replace(" ", ""))  # 2. for 2.0, as torch
+        print(f"   {call:<27}   {tuple(y.shape)!s:<9}   {values}")
     joined, stacked = results["torch.cat([x, x])"], results["torch.stack([x, x])"]
     assert torch.equal(stacked, stack([x, x], 0))
-    print(f"   -> cat: {len(x)} rows become {len(joined)}; stack: {x.dim()} axes, {stacked.dim()}")
+    print(f"   -> cat joins along an axis that is there: {len(x)} rows become {len(joined)}")
+    print(f"   -> stack makes a new axis: {x.dim()} axes become {stacked.dim()}")
     return results
 
 
@@ -82,15 +86,18 @@ def show_everyday():
 
 
 def show_types():
-    print("2. Types: which one has the result?")
+    print("2. Types: what is the type of a + b? (no axes: as torch.tensor(2))")
     print("   a               b                      a + b    its type")
     byte, half = torch.tensor([200], dtype=torch.uint8), torch.tensor([0.5], dtype=torch.half)
     double, long = torch.tensor([0.5], dtype=torch.double), torch.tensor([2])
+    signed = torch.tensor([-1], dtype=torch.int8)
     types = {}
     for a, b, y in (
         ("uint8 [200]", "the number 100", byte + 100),
         ("uint8 [200]", "int64 2, no axes", byte + long[0]),
         ("uint8 [200]", "int64 [2]", byte + long),
+        ("uint8 [200]", "int8 [-1]", byte + signed),
+        ("int64 [2]", "the number 0.5", long + 0.5),
         ("float16 [0.5]", "int64 [2]", half + long),
         ("float16 [0.5]", "float64 0.5, no axes", half + double[0]),
         ("float16 [0.5]", "float64 [0.5]", half + double),
@@ -124,8 +131,9 @@ def addresses(x):
 
 
 def show_memory(log_dir):
-    print("3. Memory: how is x = torch.arange(24).view(4, 6) read, and which memory?")
-    print("   tensor                 shape    strides   offset   formula   memory")
+    print("3. Memory: x = torch.arange(24).view(4, 6). Who reads its memory, and who copied?")
+    print("   The formula: address of [i, j] = offset + i * stride_0 + j * stride_1")
+    print("   tensor                 shape    strides   offset   [1, 1] at   formula   memory")
     x, views, right = torch.arange(24).view(4, 6), {}, {}
     tensors = {
         "x": x,
@@ -143,9 +151,11 @@ def show_memory(log_dir):
         memory = torch.empty(0, dtype=y.dtype).set_(y.untyped_storage())  # all of it, (n,)
         right[name], views[name] = torch.equal(memory[addresses(y)], y), shares_memory(x, y)
         row = f"{name:<20}   {tuple(y.shape)!s:<6}   {y.stride()!s:<7}   {y.storage_offset():6}"
+        at = addresses(y)[1, 1].item()
         formula, whose = "right" if right[name] else "WRONG", "of x" if views[name] else "new"
-        print(f"   {row}   {formula:<7}   {whose}")
-    print(f"   -> copied: {', '.join(name for name in views if not views[name])}")
+        print(f"   {row}   {at:9}   {formula:<7}   {whose}")
+    copies = [name for name in views if not views[name]]
+    print(f"   -> {len(copies)} of {len(views) - 1} ways to rearrange x copy: {', '.join(copies)}")
     log_memory(log_dir, tensors, views)
     return {"views": views, "right": right}
 
@@ -195,33 +205,34 @@ def show_views():
 
 def show_writing():
     print("5. Writing: x holds 24 ones. Does writing to a part of it change x?")
-    print("   statement                             written   zeros in x afterwards")
-    a, b, c, d, e, f, g = (torch.ones(4, 6) for _ in range(7))
+    print("   statement                         numbers set   zeros in x afterwards")
+    ones, a, b, c, d, e, f, g = (torch.ones(4, 6) for _ in range(8))
     mask = a > 0
     a[:, 0].zero_()
     b[mask].zero_()
     c[[0, 1]].zero_()
     d[mask] = 0
     e[[0, 1], [2, 3]] = 0
-    f.numpy()[0] = 0
+    f.numpy()[0] = 0  # on the CPU alone
     torch.tensor(g.numpy()).zero_()
     zeros = {}
-    for statement, written, x in (
-        ("x[:, 0].zero_()", 4, a),
-        ("x[x > 0].zero_()", int(mask.sum()), b),
-        ("x[[0, 1]].zero_()", 12, c),
-        ("x[x > 0] = 0", int(mask.sum()), d),
-        ("x[[0, 1], [2, 3]] = 0", 2, e),
-        ("x.numpy()[0] = 0", 6, f),
-        ("torch.tensor(x.numpy()).zero_()", 24, g),
+    for statement, part, x in (
+        ("x[:, 0].zero_()", ones[:, 0], a),
+        ("x[x > 0].zero_()", ones[mask], b),
+        ("x[[0, 1]].zero_()", ones[[0, 1]], c),
+        ("x[x > 0] = 0", ones[mask], d),
+        ("x[[0, 1], [2, 3]] = 0", ones[[0, 1], [2, 3]], e),
+        ("x.numpy()[0] = 0", ones[0], f),
+        ("torch.tensor(x.numpy()).zero_()", ones, g),
     ):
-        zeros[statement] = written, int((x == 0).sum())
-        print(f"   {statement:<35}   {written:7}   {zeros[statement][1]:4}")
+        zeros[statement] = part.numel(), int((x == 0).sum())
+        print(f"   {statement:<35}   {zeros[statement][0]:7}   {zeros[statement][1]:4}")
     print(f"   -> lost in a copy: {', '.join(name for name, (_, n) in zeros.items() if n == 0)}")
     once, index = torch.zeros(2), torch.tensor([0, 0, 1])
     once[index] += 1
     summed = torch.zeros(2).index_add(0, index, torch.ones(3))
-    print(f"   -> y[[0, 0, 1]] += 1 makes zeros {once.tolist()}, index_add {summed.tolist()}")
+    print(f"   -> y = zeros(2): y[[0, 0, 1]] += 1 gives {once.tolist()}, place 0 is written once")
+    print(f"   -> y.index_add(0, [0, 0, 1], ones(3)) gives {summed.tolist()}: place 0 twice")
     return {"zeros": zeros, "once": once.tolist(), "summed": summed.tolist()}
 
 
@@ -243,9 +254,8 @@ def show_broadcasting():
     aligned = (prediction.squeeze(1) - truth).square().mean().item()
     shape = tuple((prediction - truth).shape)
     print(f"   -> the squared loss of perfect predictions is {aligned:.4f} if both are (64,)")
-    print(
-        f"   -> (64, 1) minus (64,) is {shape}, and the loss {loss:.4f}: 2 variances, {theory:.4f}"
-    )
+    print(f"   -> (64, 1) minus (64,) is {shape}, and the loss is {loss:.4f}")
+    print(f"   -> twice the variance of the 64 truths is {theory:.4f}")
     return {"loss": loss, "theory": theory, "aligned": aligned}
 
 
@@ -256,7 +266,7 @@ def loop_einsum(equation, *operands):
     """torch.einsum by a loop over all places, that is over all values of all letters.
 
     At each place the operands, each read at its own letters, are multiplied, and the product is
-    added to the output at the letters behind `->`: the other letters are summed over.
+    added to the output at the letters after `->`: the other letters are summed over.
     Raises ValueError where one letter stands for two sizes. Exercise.
     """
     *inputs, output = equation.replace("->", ",").split(",")
@@ -275,8 +285,9 @@ def loop_einsum(equation, *operands):
 
 
 def show_einsum():
-    print("7. einsum: every letter that is not behind -> is summed over")
-    print("   equation          in words                                                 off by")
+    print('7. einsum, as torch.einsum("ij,jk->ik", A, B): is it a loop over all letters?')
+    print("   One letter names one axis. A letter that does not stand after -> is summed over.")
+    print("   equation          in words                                     largest difference")
     size = {"b": 2, "h": 2, "i": 3, "j": 3, "k": 2, "t": 3, "s": 4, "d": 2}
     errors = {}
     for equation, words in {
@@ -284,13 +295,13 @@ def show_einsum():
         "ij,jk->ik": "the matrix product A @ B",
         "ii->": "the sum of the diagonal",
         "bi,ij,bj->b": "x^T A y for each example b",
-        "bhtd,bhsd->bhts": "attention: in example b, head h, query t times key s",
+        "bhtd,bhsd->bhts": "attention scores: q[b, h, t] times k[b, h, s]",
     }.items():
         inputs = equation.split("->")[0].split(",")
         operands = [torch.randn([size[c] for c in letters]) for letters in inputs]
         gap = loop_einsum(equation, *operands) - torch.einsum(equation, *operands)
         errors[equation] = gap.abs().max().item()
-        print(f"   {equation:<15}   {words:<52}   {errors[equation]:9.0e}")
+        print(f"   {equation:<15}   {words:<45}   {errors[equation]:15.0e}")
     print(f"   -> torch.einsum is the loop, to within {max(errors.values()):.0e}")
     return errors
 
@@ -317,8 +328,8 @@ def seconds(work, *inputs, repeat):
 
 def show_time(log_dir, powers):
     print("8. Time: squared distances of n points to n points, by a loop and in one expression")
-    print("   n      furthest apart   timing: the loop takes so many times as long")
-    ratios, errors = {}, {}
+    print("   n      a[0] to b[0]   largest difference   timing: loop / expression")
+    ratios, errors, library = {}, {}, 0.0
     with (
         SummaryWriter(log_dir / "loop", purge_step=0) as loop,
         SummaryWriter(log_dir / "vectorised", purge_step=0) as vectorised,
@@ -326,15 +337,18 @@ def show_time(log_dir, powers):
         for power in range(2, powers + 1):
             n = 2**power
             a, b = torch.randn(n, 3), torch.randn(n, 3)
-            errors[n] = (loop_distances(a, b) - distances(a, b)).abs().max().item()
+            ours = distances(a, b)
+            errors[n] = (loop_distances(a, b) - ours).abs().max().item()
+            library = max(library, (torch.cdist(a, b).square() - ours).abs().max().item())
             slow = seconds(loop_distances, a, b, repeat=2)
             fast = seconds(distances, a, b, repeat=20)
             loop.add_scalar("time/log10_seconds_per_pair", math.log10(slow / n**2), power)
             vectorised.add_scalar("time/log10_seconds_per_pair", math.log10(fast / n**2), power)
             ratios[n] = slow / fast
-            print(f"   {n:<4}   {errors[n]:14.0e}   {ratios[n]:6.0f}")
+            print(f"   {n:<4}   {ours[0, 0]:12.4f}   {errors[n]:18.0e}   {ratios[n]:6.0f}")
+    print(f"   -> torch.cdist(a, b) squared is the same to within {library:.0e}")
     print(f"   -> timing: for {n * n} pairs the loop takes {ratios[n]:.0f} times as long")
-    return {"ratios": ratios, "errors": errors}
+    return {"ratios": ratios, "errors": errors, "library": library}
 
 
 # --- 9. the device -----------------------------------------------------------------------------
@@ -345,17 +359,17 @@ def show_device():
     print(f"9. The device: the same lines on whatever is there, which is {device.type}")
     x, W = torch.tensor([[1.0, 2.0]]), torch.tensor([[10.0], [1.0]])
     y = x.to(device)
-    z = y @ W.to(device)  # both must be on one device
+    z = y @ W.to(device)  # on one device (one without axes may be on the CPU)
     try:
-        z + torch.zeros(1, 1, device="meta")  # a device that keeps shapes and no numbers
+        z + torch.zeros(1, 1, device="meta")  # it keeps shapes and no numbers
         refused = "nothing"
     except RuntimeError as error:
         refused = str(error)
-    print("   call                     device   result")
-    print(f"   y = x.to(device)         {y.device.type:<6}   {y.tolist()}")
-    print(f"   z = y @ W.to(device)     {z.device.type:<6}   {z.tolist()}")
-    print(f"   z + a tensor elsewhere   -        {refused}")
-    print(f"   -> to(device) {'copied nothing, as x is there' if y is x else 'copied x there'}")
+    print("   call                                     device   result")
+    print(f"   y = x.to(device)                         {y.device.type:<6}   {y.tolist()}")
+    print(f"   z = y @ W.to(device)                     {z.device.type:<6}   {z.tolist()}")
+    print(f"   z + zeros(1, 1) on the device meta       -        {refused}")
+    print(f"   -> to(device) {'returned x itself, as x was there' if y is x else 'copied x there'}")
     return {"device": device.type, "copied": y is not x, "z": z.item(), "refused": refused}
 
 
@@ -374,11 +388,12 @@ def cuda_times(work, repeats=10):
 def show_cuda(n=4096):
     if not torch.cuda.is_available():
         print(
-            "   skipped, as there is no CUDA: when its calls return, and how fast pinned memory is"
+            "   skipped, as there is no CUDA: that its calls return before the GPU is done,\n"
+            "   and how fast a copy is from pinned memory, which the GPU may read itself"
         )
         return {}
     x = torch.randn(n, n)
-    y, pinned = x.to("cuda"), x.pin_memory()  # pinned: in memory that the GPU may read itself
+    y, pinned = x.to("cuda"), x.pin_memory()  # non_blocking: leave it alone until synchronize
     times = {
         "y @ y": cuda_times(lambda: y @ y),
         "x.to('cuda')": cuda_times(lambda: x.to("cuda")),
