@@ -1,27 +1,29 @@
 """Autograd believes any backward you write, and a wrong one can train what the right one cannot.
 
-A Function is a forward and a backward of your own. You write one where autograd's backward is of no
-use (a sign, a rounding), where it could be cheaper, or around code that is not PyTorch. ctx carries
-from forward to backward what is needed there. A wrong backward trains something else, and nothing
-says so; gradcheck finds it, as it compares backward with differences of forward, in float64.
+A Function is a forward and a backward of your own. You write one where the true gradient is 0
+almost everywhere (a sign, a rounding), to save time or memory, or around code that is not PyTorch.
+The object ctx carries from forward to backward what is needed there. A wrong backward trains
+something else, and nothing says so. gradcheck compares backward with differences of forward, in
+float64; it finds a wrong one only at the points that it is given.
 
-    backward gets g = dL/dy and returns dL/d(argument) for each argument of forward:
+    L  the loss     x  input     y  output     n  a whole number from 1 on     W, b  weights, biases
+    backward gets g = dL/dy, and returns dL/d(argument) for each argument of forward:
 
-    Power                  y = x^n                  n x^(n-1) g for x; None for n: no tensor
+    Power                  y = x^n                  g n x^(n-1) for x; None for n, not a tensor
     ReLU                   y = max(x, 0)            g where x > 0, else 0
     Affine                 y = x W^T + b            g W for x,  g^T x for W,  the sum of g for b
-    Sign                   y = 1 if x >= 0 else -1  0: true, and of no use
-    StraightThroughSign    y = 1 if x >= 0 else -1  g where |x| < 1, else 0: a lie; of hardtanh,
-                                                    min(max(x, -1), 1), it would be true
-    L  the loss     x  input     y  output     n  a whole number     W, b  weights and biases
+    Sign                   y = 1 if x >= 0 else -1  0: true except at x = 0, and of no use
+    StraightThroughSign    y = 1 if x >= 0 else -1  g where |x| < 1, else 0: a lie; this is the
+                                                    gradient of min(max(x, -1), 1)
 
 Needs          02_autograd_basics.py, 03_computational_graph.py
-Checked here   each backward against differences and a library twin; gradcheck; what is not computed
-               where no gradient is wanted; XOR is learned by the lie, not by the truth
+Checked here   each backward against differences and PyTorch's own; gradcheck; what is not computed
+               where no gradient is wanted; XOR (1 in two opposite quadrants of a square, -1 in the
+               others) is learned by the lie, not by the truth
 TensorBoard    train/error by step: straight_through falls to 0, true_gradient stays where it began;
                regions/...: which points of the square each run calls +1
 Try            in StraightThroughSign.backward, return g alone, for all x: is XOR still learned?
-Answer         Yes. For one Affine and a Sign it is the perceptron's rule: w += y x if x is wrong
+Answer         Yes. By SGD, Affine and a Sign learn by the perceptron's rule: W += lr y x if wrong
 Source         Bengio et al. 2013, arXiv:1308.3432 (straight-through); Courbariaux et al. 2016,
                arXiv:1602.02830 (where |x| < 1); PyTorch notes, "Extending PyTorch"
 """
@@ -49,7 +51,7 @@ LOG_DIR = Path(__file__).resolve().parent / "runs" / "07_custom_autograd_functio
 
 
 class Power(Function):
-    """x ** n for a tensor x and a whole number n."""
+    """x ** n for a tensor x and a whole number n from 1 on."""
 
     @staticmethod
     def forward(ctx, x, n):
@@ -74,14 +76,15 @@ class Power(Function):
 def show_everyday():
     print("1. In everyday code: y = Power.apply(x, 3), then y.sum().backward()")
     x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
-    y = Power.apply(x, 3)  # never Power.forward itself
+    y = Power.apply(x, 3)  # Power.forward alone would not record backward
     y.sum().backward()
     points = torch.randn(4).double().requires_grad_()
     passed = gradcheck(lambda x: Power.apply(x, 3), points, raise_exception=False)
     print("   x                  1      2      3")
     print(f"   y = x^3        {numbers(y)}")
     print(f"   x.grad = 3x^2  {numbers(x.grad)}")
-    print(f"   -> gradcheck {'passes' if passed else 'FAILS'}: backward is the slope of forward")
+    verdict = "passes: backward is" if passed else "FAILS: backward is not"
+    print(f"   -> gradcheck {verdict} the slope of forward")
     return {"y": y.tolist(), "grad": x.grad.tolist(), "passed": passed}
 
 
@@ -93,7 +96,7 @@ def numbers(values):
 
 
 class ReLU(Function):
-    """max(x, 0), in the form that torch.func asks for: ctx is filled by a function of its own."""
+    """max(x, 0). Both forms work; torch.func needs this one, where setup_context fills ctx."""
 
     generate_vmap_rule = True  # both are made of torch operations, so that vmap may trace them
 
@@ -165,10 +168,11 @@ class OppositeSign(StraightThroughSign):
 relu, sign, straight_through = ReLU.apply, Sign.apply, StraightThroughSign.apply
 
 
-def gradients(f, *inputs):
-    """The gradient of sum(f(*inputs)) for each input."""
+def gradients(f, *inputs, g=None):
+    """The gradient of sum(g * f(*inputs)) for each input; without g it is that of the plain sum."""
     inputs = [x.detach().requires_grad_() for x in inputs]
-    return torch.autograd.grad(f(*inputs).sum(), inputs)
+    y = f(*inputs)
+    return torch.autograd.grad(y, inputs, torch.ones_like(y) if g is None else g)
 
 
 def differences(f, x, h=1e-6):
@@ -187,8 +191,9 @@ def verdicts(f, *inputs):
 
 def show_truth():
     print("2. Is backward the slope of forward, at x = -2, -0.5, 0.5 and 2?")
-    print("                        backward                      differences")
-    print("   Function               -2   -0.5    0.5      2       -2   -0.5    0.5      2   check")
+    print("                        backward, for g = 1           slope of forward (differences)")
+    print("   Function               -2   -0.5    0.5      2       -2   -0.5    0.5      2   "
+          "gradcheck")  # fmt: skip
     x, checked = torch.tensor([-2, -0.5, 0.5, 2]).double(), {}
     for name, f in {
         "ReLU": relu,
@@ -202,6 +207,8 @@ def show_truth():
               f"{'passes' if checked[name][0] else 'FAILS'}")  # fmt: skip
     liars = [name for name, (first, _) in checked.items() if not first]
     print(f"   -> gradcheck finds {' and '.join(liars)}")
+    part = checked["ReLUWithoutMask, x > 0"] = verdicts(ReLUWithoutMask.apply, x[2:])
+    print(f"   -> at 0.5 and 2 alone, ReLUWithoutMask {'passes' if part[0] else 'FAILS'}")
     kink = torch.zeros(1).double()
     checked["ReLU at 0, its kink"] = verdicts(relu, kink)
     print(f"   -> at 0, its kink, ReLU {'passes' if checked['ReLU at 0, its kink'][0] else 'fails'}"
@@ -261,12 +268,12 @@ def backward_products(f, inputs, wanted):
 
 
 def show_affine():
-    print("3. Several inputs: what does the backward of Affine compute?")
+    print("3. Several inputs: how many matrix products does the backward of Affine need?")
     inputs = {"x": torch.randn(5, 3), "W": torch.randn(4, 3), "b": torch.randn(4)}
-    pairs = zip(gradients(affine, *inputs.values()), gradients(F.linear, *inputs.values()),
-                strict=True)  # fmt: skip
-    off = max((ours - library).abs().max().item() for ours, library in pairs)
-    print("   gradients wanted for     products: ours   F.linear   theory")
+    g = torch.randn(5, 4)
+    ours, theirs = (gradients(f, *inputs.values(), g=g) for f in (affine, F.linear))
+    off = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    print("   gradients wanted for     products: ours   F.linear   needed")
     products, agree = {}, 0
     for wanted, theory in {"xWb": 2, "Wb": 1, "x": 1, "b": 0}.items():
         ours = products[wanted] = backward_products(affine, inputs, wanted)
@@ -275,7 +282,7 @@ def show_affine():
         print(f"   {' '.join(wanted):<22}   {ours:14g}   {library:8g}   {theory:6}")
     checked = verdicts(affine, *inputs.values())
     print(f"   -> matrix products are as few as in F.linear in {agree} of {len(products)} rows")
-    print(f"   -> its gradients are F.linear's, to within {off:.0e}, and gradcheck "
+    print(f"   -> the largest difference from F.linear's gradients is {off:.0e}; gradcheck "
           f"{'passes' if checked[0] else 'FAILS'}")  # fmt: skip
     return {"products": products, "off": off, "checked": checked}
 
@@ -311,7 +318,7 @@ def squared_loss(out, y):
 
 
 def show_reach(params, x, y):
-    print("4. XOR: which points get a gradient through the last Function?")
+    print("4. XOR, the points 4 times as far out: which get a gradient through the last Sign?")
     z = network(params, 4 * x, relu, nn.Identity())  # (B,); 4 x so that some |z| are above 1
     wrong = sign(z) != y
     reached = {"points": len(y), "wrong": wrong.sum().item(),
@@ -319,10 +326,11 @@ def show_reach(params, x, y):
     for name, f in {"Sign": sign, "StraightThroughSign": straight_through}.items():
         (dz,) = gradients(lambda z, f=f: squared_loss(f(z), y), z)
         reached[name] = (dz != 0).sum().item()
+    print("   z is the number before the last Sign, and a point is wrong if its sign is")
     print("   points   wrong   of these |z| < 1   with a gradient: Sign   StraightThroughSign")
     print("   {:6}   {:5}   {:16}   {:21}   {:19}".format(*reached.values()))
-    print(f"   -> Sign teaches {reached['Sign']} of the {reached['wrong']} wrong points, "
-          f"StraightThroughSign {reached['StraightThroughSign']}")  # fmt: skip
+    print(f"   -> with Sign {reached['Sign']} of the {reached['wrong']} wrong ones get a gradient, "
+          f"with StraightThroughSign {reached['StraightThroughSign']}")  # fmt: skip
     return reached
 
 
@@ -330,7 +338,7 @@ def show_reach(params, x, y):
 
 
 def train(params, x, y, hidden, output, steps, lr):
-    """Error rates (steps,), each before an update by Adam, and the parameters at the end."""
+    """Error rates (steps + 1,), before each update by Adam and at the end; the parameters then."""
     params = [p.clone().requires_grad_() for p in params]
     optimizer = torch.optim.Adam(params, lr)
     errors = []
@@ -340,6 +348,7 @@ def train(params, x, y, hidden, output, steps, lr):
         optimizer.zero_grad()
         squared_loss(out, y).backward()
         optimizer.step()
+    errors.append((sign(network(params, x, hidden, output)) != y).float().mean().item())
     return errors, [p.detach() for p in params]
 
 
@@ -352,20 +361,20 @@ def region(params, hidden, side=90):
 
 
 def show_training(log_dir, params, x, y, steps, lr):
-    print(f"5. Is XOR learned in {steps} steps of Adam, from the same weights?")
-    print("   (the lie: StraightThroughSign)           error rate")
+    print(f"5. Is XOR learned in {steps} steps of Adam, with the points as they are?")
+    print("   (STE: StraightThroughSign)               error rate")
     print("   run                hidden   output       first    last   changed")
     trained, pictures = {}, {}
     for run, inner, outer, hidden, output in (
-        ("straight_through", "relu", "the lie", relu, straight_through),
+        ("straight_through", "relu", "STE", relu, straight_through),
         ("true_gradient", "relu", "Sign", relu, sign),
-        ("opposite", "relu", "minus lie", relu, OppositeSign.apply),
-        ("no_hidden_layer", "-", "the lie", nn.Identity(), straight_through),
+        ("opposite", "relu", "-STE", relu, OppositeSign.apply),
+        ("linear_hidden", "-", "STE", nn.Identity(), straight_through),
         ("sign_within", "Sign", "-", sign, nn.Identity()),
     ):
         errors, after = train(params, x, y, hidden, output, steps, lr)
         pairs = zip(("W1", "b1", "W2", "b2"), params, after, strict=True)
-        moved = " ".join(name for name, p, q in pairs if not torch.equal(p, q)) or "not one bit"
+        moved = " ".join(name for name, p, q in pairs if not torch.equal(p, q)) or "nothing"
         trained[run] = errors, moved
         row = f"{run:<16}   {inner:<6}   {outer:<10}   {errors[0]:.3f}   {errors[-1]:.3f}"
         print(f"   {row}   {moved}")
@@ -374,7 +383,8 @@ def show_training(log_dir, params, x, y, steps, lr):
             for step, error in enumerate(errors):
                 writer.add_scalar("train/error", error, step)
     lie, truth = trained["straight_through"][0][-1], trained["true_gradient"][0][-1]
-    print(f"   -> the lie ends with {lie:.1%} errors, the truth with {truth:.1%}")
+    print(f"   -> on these {len(y)} points STE ends with {lie:.1%} errors, Sign with {truth:.1%}")
+    print(f"   -> Sign in the middle passes no gradient: only {trained['sign_within'][1]} changed")
     title = "light = the network says +1; XOR wants it top right and bottom left"
     row = caption_row(title, pictures.values(), pictures)
     with SummaryWriter(log_dir / "regions", purge_step=0) as writer:

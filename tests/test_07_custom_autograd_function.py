@@ -57,7 +57,7 @@ def test_the_first_table(lesson, capsys):
     out = lines(capsys)
     assert [line.split()[-3:] for line in out[1:4]] == [
         ["1", "2", "3"], ["1", "8", "27"], ["3", "12", "27"]]  # fmt: skip
-    assert out[-1].startswith("   -> gradcheck passes")
+    assert out[-1] == "   -> gradcheck passes: backward is the slope of forward"
 
 
 def test_the_first_table_says_so_if_backward_is_wrong(lesson, capsys, monkeypatch):
@@ -72,7 +72,7 @@ def test_the_first_table_says_so_if_backward_is_wrong(lesson, capsys, monkeypatc
 
     monkeypatch.setattr(lesson, "Power", Wrong)
     assert lesson.show_everyday()["passed"] is False
-    assert lines(capsys)[-1].startswith("   -> gradcheck FAILS")
+    assert lines(capsys)[-1] == "   -> gradcheck FAILS: backward is not the slope of forward"
 
 
 # --- true and false backwards ------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_try_without_the_mask_xor_is_learned_all_the_same(lesson, tmp_path, caps
     assert measured["reached"]["StraightThroughSign"] == measured["reached"]["wrong"]
     assert measured["reached"]["wrong"] > measured["reached"]["wrong, |z| < 1"]
     lie = measured["trained"]["straight_through"][0][-1]
-    assert f"-> the lie ends with {lie:.1%} errors" in capsys.readouterr().out
+    assert f"STE ends with {lie:.1%} errors" in capsys.readouterr().out
     for seed in range(1, 5):
         torch.manual_seed(seed)
         (x, y), params = edit.xor_data(128), edit.init_params()
@@ -332,6 +332,7 @@ def test_the_second_table(lesson, capsys):
         "ReLUWithoutMask": (False, True),
         "Sign": (True, True),
         "StraightThroughSign": (False, True),
+        "ReLUWithoutMask, x > 0": (True, True),
         "ReLU at 0, its kink": (False, False),
     }
     out = lines(capsys)
@@ -341,7 +342,8 @@ def test_the_second_table(lesson, capsys):
         ["Sign", *"00000000", "passes"],
         ["StraightThroughSign", *"01100000", "FAILS"],
     ]
-    assert out[-2] == "   -> gradcheck finds ReLUWithoutMask and StraightThroughSign"
+    assert out[-3] == "   -> gradcheck finds ReLUWithoutMask and StraightThroughSign"
+    assert out[-2] == "   -> at 0.5 and 2 alone, ReLUWithoutMask passes"
     assert out[-1] == "   -> at 0, its kink, ReLU fails, too: backward 0, difference 0.5"
 
 
@@ -355,17 +357,29 @@ def test_the_third_table(lesson, capsys, seed):
     assert [line.split()[-3:] for line in out[2:6]] == [list("222"), list("111"), list("111"),
                                                        list("000")]  # fmt: skip
     assert "in 4 of 4 rows" in out[-2]
-    assert f"to within {measured['off']:.0e}, and gradcheck passes" in out[-1]
+    assert f"gradients is {measured['off']:.0e}; gradcheck passes" in out[-1]
 
 
 def test_a_wrong_affine_is_told(lesson, capsys, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(lesson, "affine", lambda x, W, b: F.linear(2 * x, W, b))
     measured = lesson.show_affine()
-    assert measured["off"] > 0.1 and f"to within {measured['off']:.0e}" in lines(capsys)[-1]
+    assert measured["off"] > 0.1 and f"gradients is {measured['off']:.0e};" in lines(capsys)[-1]
     monkeypatch.setattr(lesson, "affine", lambda x, W, b: lesson.ReLUWithoutMask.apply(x @ W.T + b))
     assert lesson.show_affine()["checked"][0] is False
     assert lines(capsys)[-1].endswith("gradcheck FAILS")
+
+
+def test_an_affine_that_forgets_g_is_told(lesson, monkeypatch):
+    class Forgets(lesson.Affine):
+        @staticmethod
+        def backward(ctx, g):
+            return Affine.backward(ctx, torch.ones_like(g))
+
+    torch.manual_seed(0)
+    Affine = lesson.Affine
+    monkeypatch.setattr(lesson, "Affine", Forgets)
+    assert lesson.show_affine()["off"] > 0.1
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 104])
@@ -379,9 +393,10 @@ def test_the_lie_teaches_the_wrong_points_within_reach(lesson, capsys, seed):
     assert list(reached.values()) == [256, int(wrong.sum()), near, 0, near]
     assert 0.1 < near / int(wrong.sum()) < 0.9  # some of the wrong points are far, some are not
     out = lines(capsys)
-    assert out[2].split() == [str(v) for v in reached.values()]
-    assert out[-1].endswith(
-        f"teaches 0 of the {int(wrong.sum())} wrong points, StraightThroughSign {near}"
+    assert out[3].split() == [str(v) for v in reached.values()]
+    assert out[-1] == (
+        f"   -> with Sign 0 of the {int(wrong.sum())} wrong ones get a gradient, "
+        f"with StraightThroughSign {near}"
     )
 
 
@@ -408,7 +423,8 @@ def test_train_leaves_its_starting_weights_alone_and_is_adam(lesson):
         optimizer.zero_grad()
         ((out - y) ** 2).mean().div(4).backward()
         optimizer.step()
-    assert errors == expected
+    out = lesson.network(twin, x, lesson.relu, lesson.straight_through)
+    assert errors == [*expected, (out != y).float().mean().item()]
     for p, q in zip(after, twin, strict=True):
         torch.testing.assert_close(p, q.detach())
 
@@ -431,7 +447,7 @@ def test_a_region_is_light_where_the_network_says_one(lesson):
     assert torch.equal(right.unique(), torch.tensor([0.25, 0.85]))
 
 
-RUNS = ["straight_through", "true_gradient", "opposite", "no_hidden_layer", "sign_within"]
+RUNS = ["straight_through", "true_gradient", "opposite", "linear_hidden", "sign_within"]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 104])
@@ -444,7 +460,7 @@ def test_main_learns_xor_by_the_lie_alone(lesson, tmp_path, events, capsys, monk
 
     monkeypatch.setattr(lesson, "caption_row", row)
     measured = lesson.main(seed=seed, log_dir=tmp_path, count=128, **FEW)
-    assert measured["everyday"]["passed"] and len(measured["checked"]) == 5
+    assert measured["everyday"]["passed"] and len(measured["checked"]) == 6
     assert measured["affine"]["products"]["b"] == 0
     trained = measured["trained"]
     assert list(trained) == RUNS
@@ -452,27 +468,30 @@ def test_main_learns_xor_by_the_lie_alone(lesson, tmp_path, events, capsys, monk
     assert errors["straight_through"][0] > 0.25 > 0.06 > errors["straight_through"][-1]
     assert set(errors["true_gradient"]) == {errors["straight_through"][0]}
     assert errors["opposite"][0] == errors["straight_through"][0]
-    assert min(errors["opposite"]) > 0.2 and min(errors["no_hidden_layer"]) > 0.2
+    assert min(errors["opposite"]) > 0.2 and min(errors["linear_hidden"]) > 0.2
     assert {run: moved for run, (_, moved) in trained.items()} == {
         "straight_through": "W1 b1 W2 b2",
-        "true_gradient": "not one bit",
+        "true_gradient": "nothing",
         "opposite": "W1 b1 W2 b2",
-        "no_hidden_layer": "W1 b1 W2 b2",
+        "linear_hidden": "W1 b1 W2 b2",
         "sign_within": "W2 b2",
     }
     out = lines(capsys)
     assert [line[0] for line in out if line[0].isdigit()] == list("12345")
-    for line, run in zip(out[-7:-2], RUNS, strict=True):
+    for line, run in zip(out[-8:-3], RUNS, strict=True):
         first, last = errors[run][0], errors[run][-1]
         assert line.split()[0] == run and f"   {first:.3f}   {last:.3f}   " in line
         assert line.endswith(trained[run][1])
     last = errors["straight_through"][-1], errors["true_gradient"][-1]
-    assert out[-2] == f"   -> the lie ends with {last[0]:.1%} errors, the truth with {last[1]:.1%}"
+    assert out[-3] == (
+        f"   -> on these 128 points STE ends with {last[0]:.1%} errors, Sign with {last[1]:.1%}"
+    )
+    assert out[-2] == "   -> Sign in the middle passes no gradient: only W2 b2 changed"
     assert out[-1].startswith(f"look: tensorboard --logdir {tmp_path} ")
     assert {path.name for path in tmp_path.iterdir()} == {*RUNS, "regions"}
     for run in RUNS:
         scalars = events(tmp_path / run).Scalars("train/error")
-        assert [event.step for event in scalars] == list(range(60))
+        assert [event.step for event in scalars] == list(range(61))
         assert [event.value for event in scalars] == pytest.approx(errors[run])
     (picture,) = events(tmp_path / "regions").Images("regions/after_training")
     assert picture.step == 60
@@ -488,11 +507,11 @@ def test_what_is_printed_last_is_the_last_step(lesson, tmp_path, capsys, monkeyp
     trained = lesson.main(log_dir=tmp_path, count=16, steps=3)["trained"]
     assert trained["opposite"][0] == [0.75, 0.5, 0.25]
     out = lines(capsys)
-    assert out[-2] == "   -> the lie ends with 25.0% errors, the truth with 25.0%"
-    assert all("   0.750   0.250   " in line for line in out[-7:-2])
+    assert out[-3] == "   -> on these 16 points STE ends with 25.0% errors, Sign with 25.0%"
+    assert all("   0.750   0.250   " in line for line in out[-8:-3])
 
 
 def test_a_second_run_in_the_same_folder_replaces_the_first(lesson, tmp_path, events):
     for _ in range(2):
         lesson.main(log_dir=tmp_path, count=16, steps=3)
-    assert len(events(tmp_path / "sign_within").Scalars("train/error")) == 3
+    assert len(events(tmp_path / "sign_within").Scalars("train/error")) == 4
