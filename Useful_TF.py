@@ -1,23 +1,25 @@
-"""Each transform is one small formula on pixels, and what is drawn at random repeats with its seed.
+"""Most transforms are one small formula on pixels; what is drawn at random repeats with its seed.
 
-Transforms stand between the picture file and the network. Resize and crops make one size of many,
-Normalize gives the numbers mean 0 and deviation 1, flips and ColorJitter show the network each
-picture in a new form every time; Compose([f, g]) is g(f(x)). Who knows the formulas can undo them.
-Who forgets to undo Normalize looks at pictures that are half black.
-
-    Normalize       (x - mean) / std, each colour with its own two; undone by x * std + mean
-    Resize(s)       the short side becomes s, the long one int(s * long / short)
-    Resize((h, w))  exactly h by w pixels, whatever the shape was
-    RandomCrop      the window x[:, i:i+h, j:j+w]; every corner (i, j) is equally likely
-    Horizontal flip x.flip(-1), with probability p
-    ColorJitter     f * x + (1 - f) * other, cut to [0, 1]; f is drawn; other is black (brightness),
-                    the mean grey (contrast), or x in grey (saturation)
+Transforms stand between the picture file and the network. Resize and crops make one size of many.
+Normalize gives mean 0 and standard deviation 1, if mean and std are those of the data. Flips and
+ColorJitter show the network each picture in a new form every time. Compose([f, g]) is g(f(x)).
+Normalize and flips can be undone; crops, Resize and ColorJitter cannot. If you forget to undo
+Normalize, you look at pictures that are half black.
 
     x  picture (3, H, W) in [0, 1]     h, w, s  sizes in pixels     i, j  the window's first pixel
 
+    Normalize       (x - mean) / std, a mean and a std for each colour; undone by x * std + mean
+    Resize(s)       the short side becomes s, the long one int(s * long / short)
+    Resize((h, w))  exactly h by w pixels; a new pixel is always a weighted mean of old ones
+    RandomCrop      the window x[:, i:i+h, j:j+w]; every corner (i, j) is equally likely
+    Horizontal flip x.flip(-1), with probability p
+    ColorJitter     f * x + (1 - f) * other, with what is below 0 or above 1 set to 0 or 1; f is
+                    drawn; other is black (brightness), the mean grey (contrast), or x in grey
+                    (saturation). The three come in a random order. A fourth part, hue, is left out
+
 Needs          test_Tf.py
-Checked here   every formula against torchvision.transforms.v2; which transforms may change places
-               with Normalize; where in x a crop lies; that a seed repeats it
+Checked here   Normalize, Resize's size, flip and blends against torchvision.transforms.v2; what may
+               change places with Normalize; where in x a crop lies; that a seed repeats it
 TensorBoard    rows of pictures, one step each: useful_tf/normalize, resize, crops, flips, jitter
                (the three formulas), jitter_drawn (f drawn by four seeds)
 Try            in show_crops, put v2.RandomResizedCrop(64) for v2.RandomCrop(64): where is it found?
@@ -51,26 +53,39 @@ def log_row(writer, tag, title, images, height=None):
 # --- 1. in everyday code -----------------------------------------------------------------------
 
 
-def show_everyday():
-    print("1. In everyday code: four grey pixels go through")
+def show_everyday(picture):
+    print("1. In everyday code: what becomes of a picture file, and of four grey pixels?")
+    usual = v2.Compose([
+        v2.ToImage(),  # from PIL to a tensor (3, H, W)
+        v2.Resize(100),
+        v2.RandomCrop(64),
+        v2.RandomHorizontalFlip(p=0.5),
+        v2.ToDtype(torch.float32, scale=True),  # from 0 ... 255 to 0 ... 1
+        v2.Normalize(mean=[0.5] * 3, std=[0.5] * 3),
+    ])  # fmt: skip
+    y = usual(picture)
+    print(f"   width, height {picture.size} -> {tuple(y.shape)} {y.dtype}, "
+          f"{y.min():.2f} to {y.max():.2f}")  # fmt: skip
+    print("   pipeline = Compose([RandomCrop((1, 3)), RandomHorizontalFlip(p=0.5), "
+          "Normalize([0.5], [0.5])])")  # fmt: skip
     x = torch.tensor([[[0.0, 0.25, 0.75, 1.0]]])  # (C = 1, H = 1, W = 4)
     pipeline = v2.Compose([
         v2.RandomCrop((1, 3)),  # height 1, width 3
         v2.RandomHorizontalFlip(p=0.5),
         v2.Normalize(mean=[0.5], std=[0.5]),
     ])  # fmt: skip
-    drawn = [pipeline(x) for _ in range(8)]
+    drawn = [pipeline(x) for _ in range(64)]
 
     for name, y in (
         ("x", x),
         ("CenterCrop((1, 2))(x)", v2.CenterCrop((1, 2))(x)),
-        ("RandomHorizontalFlip(1)(x)", v2.RandomHorizontalFlip(1)(x)),
+        ("RandomHorizontalFlip(p=1)(x)", v2.RandomHorizontalFlip(p=1)(x)),
         ("Normalize([0.5], [0.5])(x)", v2.Normalize([0.5], [0.5])(x)),
         *((f"pipeline(x), call {call}", y) for call, y in enumerate(drawn[:3], 1)),
     ):
         print(f"   {name:<28} {'  '.join(f'{v:5.2f}' for v in y.flatten().tolist())}")
     kinds = len({tuple(y.flatten().tolist()) for y in drawn})
-    print(f"   -> {len(drawn)} calls of the pipeline gave {kinds} of the 4 possible results")
+    print(f"   -> {len(drawn)} calls gave {kinds} of 4 possible results: 2 windows, flipped or not")
     return kinds
 
 
@@ -94,9 +109,9 @@ def denormalize(x, mean, std):
 
 
 def show_normalize(writer, x):
-    print("2. Normalize: what becomes of mean and std, and can it be undone?")
-    print("             before            after                                undone,")
-    print("   colour     mean     std      mean     std   smallest   largest   off by")
+    print("2. Normalize by the picture's own mean and std: what comes out, and can it be undone?")
+    print("             before            after                                largest error")
+    print("   colour     mean     std      mean     std   smallest   largest   after undoing")
     mean, std = x.mean((1, 2)), x.std((1, 2))  # of this picture; usually of a whole data set
     y = v2.Normalize(mean.tolist(), std.tolist())(x)
     torch.testing.assert_close(y, normalize(x, mean, std))
@@ -107,7 +122,7 @@ def show_normalize(writer, x):
         print(f"   {name:<7}   {row}   {(back - x)[c].abs().max():.0e}")
     error, black = (back - x).abs().max().item(), (y <= 0).float().mean().item()
     print(f"   -> undone, x is back to within {error:.0e}")
-    print(f"   -> not undone, {black:.0%} of the numbers are 0 or less: a picture shows them black")
+    print(f"   -> if you do not undo it, {black:.0%} of the numbers are 0 or less, and drawn black")
     log_row(writer, "normalize", "Normalize, and the way back", {
         "x": x,
         "Normalize: below 0 is\nblack, above 1 white": y,
@@ -156,22 +171,25 @@ def show_resize(writer, x, s=64):
 
 def show_order(x):
     print("4. May a transform T change places with Normalize, which is a * x + b?")
-    print("   (a T that moves or averages pixels: T(a * x + b) = a * T(x) + b, and white stays 1)")
-    print("   T                          T of a white picture   furthest apart")
+    print("   If T only moves or averages pixels, T(a * x + b) = a * T(x) + b: both orders agree.")
+    print("   T                        mean of T(white)   largest difference of the two orders")
     norm = v2.Normalize([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
-    apart, white = {}, {}  # furthest apart of the two orders; mean of T(white)
+    apart, white = {}, {}  # the two orders; mean of T(white)
     for name, T in {
         "Resize(64)": v2.Resize(64),
         "CenterCrop(64)": v2.CenterCrop(64),
         "RandomHorizontalFlip(1)": v2.RandomHorizontalFlip(1),
         "brightness times 0.7": lambda x: tv.adjust_brightness(x, 0.7),
+        "contrast times 0.4": lambda x: tv.adjust_contrast(x, 0.4),
     }.items():
         apart[name] = (v2.Compose([T, norm])(x) - v2.Compose([norm, T])(x)).abs().max().item()
         white[name] = T(torch.ones_like(x)).mean().item()
-        print(f"   {name:<25}  {white[name]:20.3f}   {apart[name]:14.1e}")
+        print(f"   {name:<23}  {white[name]:16.3f}   {apart[name]:14.1e}")
     free = [name for name, gap in apart.items() if gap < 1e-4]
     print(f"   -> yes: {', '.join(free)}")
     print(f"   -> no: {', '.join(name for name in apart if name not in free)}")
+    not_enough = [name for name in apart if name not in free and abs(white[name] - 1) < 1e-3]
+    print(f"   -> white stays 1, and yet no: {', '.join(not_enough) or 'none'}")
     return apart, white
 
 
@@ -179,6 +197,7 @@ def show_order(x):
 
 
 def seeded(transform, x, seed):
+    """transform(x) after the seed was set: in this process, each DataLoader worker has its own."""
     torch.manual_seed(seed)
     return transform(x)
 
@@ -221,8 +240,8 @@ def blend(x, other, f):
 
 
 def show_colours(writer, x, seed):
-    print("6. ColorJitter: is each colour change a blend of x with another picture?")
-    print("   change         f     other picture    furthest from torchvision")
+    print("6. f * x + (1 - f) * other, cut to [0, 1]: is this what ColorJitter does?")
+    print("   change         f     other picture    largest difference from torchvision")
     weights = torch.tensor([0.2989, 0.587, 0.114])  # how bright red, green and blue look
     grey = (weights[:, None, None] * x).sum(0, keepdim=True).expand_as(x)  # (3, H, W)
     errors, images = {}, {"x": x}
@@ -234,10 +253,11 @@ def show_colours(writer, x, seed):
     ):
         y = images[f"{name}\nf = {f}"] = blend(x, other, f)
         errors[name, f] = (y - library(x, f)).abs().max().item()
-        print(f"   {name:<10}   {f:.1f}     {words:<13}    {errors[name, f]:25.0e}")
+        print(f"   {name:<10}   {f:.1f}     {words:<13}    {errors[name, f]:20.0e}")
     print(f"   -> yes, to within {max(errors.values()):.0e}")
     log_row(writer, "jitter", "f * x + (1 - f) * other, cut to [0, 1]", images, 72)
     flips = {"horizontal": v2.RandomHorizontalFlip(1)(x), "vertical": v2.RandomVerticalFlip(1)(x)}
+    assert torch.equal(flips["horizontal"], x.flip(-1))
     log_row(writer, "flips", "the two flips, with p = 1", {"x": x} | flips)
     jitter = v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5)
     drawn = {f"seed {s}": seeded(jitter, x, s) for s in range(seed, seed + 4)}
@@ -249,11 +269,12 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET):
     torch.manual_seed(seed)
     folder = hymenoptera(root)
     print(hymenoptera_source(folder))
-    x = tv.to_dtype(tv.pil_to_tensor(first_picture(folder, "bees")), scale=True)
+    picture = first_picture(folder, "bees")
+    x = tv.to_dtype(tv.pil_to_tensor(picture), scale=True)
     x = v2.Resize(100)(x)
     with SummaryWriter(log_dir, purge_step=0) as writer:
         measured = {
-            "kinds": show_everyday(),
+            "kinds": show_everyday(picture),
             "normalize": show_normalize(writer, x),
             "aspects": show_resize(writer, x),
             "order": show_order(x),
