@@ -12,8 +12,8 @@ mean of its squares looks like a loss.
 
 Slices, transposes, expand and most reshaping give a view. Reading at a list or a mask of indices
 gives a copy; on the left of = it writes to x. Broadcasting reads an axis of size 1 as if it had n,
-by a stride of 0. Types: of bool < integer < float the higher kind decides. In one kind a tensor
-with axes decides over one without, and that over a number; else the type can hold both.
+by a stride of 0. The type of a + b is of the higher kind: bool < integer < float. In one kind, a
+tensor with axes decides over one without, and that over a number; two alike give what holds both.
 
 Needs          nothing
 Checked here   types; the address formula; where view fails, reshape copies; what writing to a part
