@@ -1,25 +1,28 @@
 """TensorBoard draws what tag, step and folder say: a wrong one draws a wrong curve, without a word.
 
-A SummaryWriter appends events to a file in its folder; TensorBoard reads the files of all folders
-below --logdir. A folder is a run: one colour, and one curve per tag. Without a step all points lie
-at step 0; a second run in the same folder takes the place of the first, or is mixed with it.
+A SummaryWriter writes its points to a file in its folder. TensorBoard reads the files of all
+folders below --logdir. One folder is one run: it has one colour, and one curve for each tag. If no
+step is given, all points lie at step 0. If a second writer writes to the same folder, its curve
+replaces the first one from its own first step on, or the two are mixed.
 
     add_scalar(tag, y, step)         one point (step, y) of the curve named tag
     add_image(tag, picture, step)    (C, H, W), or (H, W, C) with dataformats="HWC"
+    purge_step=s                     TensorBoard shall forget the older points from step s on
 
-    C  channels     H, W  height and width in pixels     purge_step  a run's first step that is new
+    C  channels     H, W  height and width in pixels. Numbers: floats in [0, 1], or uint8
 
-TensorBoard keeps 1,000 points and 10 pictures per tag, and its fast loader, the default except on
-Windows, ignores purge_step. With OPTIONS (below) it keeps more, and obeys purge_step if each writer
-in the folder was given one. So take a new folder for each run. Files are read in the order of their
-names, which begin with the time: after a clock was set back, the newer file counts as the older.
+TensorBoard has two loaders. The fast one, the default where it is installed (not on Windows), does
+not read purge_step: each new point removes the older points of its tag at the same or a later step.
+The other one obeys purge_step if each writer in the folder was given one. Of a tag both keep 10
+pictures and 1,000 points, a random choice with the last one. Options choose the loader, and keep
+more. So take a new folder for each run, always give a step, and give purge_step where you resume.
 
 Needs          nothing
-Checked here   what TensorBoard answers over HTTP, started as by default and with OPTIONS
+Checked here   what TensorBoard shows, started without options and with those that the lesson prints
 TensorBoard    line/y by step: one run for each mistake and each cure; y = 2 step, and 3 step where
                a second writer went on. image/bee, histogram/normal, text/note, graph: run everyday
 Try            in write_curves, write with_step in reverse: range(points - 1, -1, -1)
-Answer         The fast loader shows one point, the last one written; with OPTIONS all are there
+Answer         The fast loader shows one point, the last one written; with the options all are there
 Source         torch.utils.tensorboard; TensorBoard's README; github.com/tensorflow/tensorboard 4784
 """
 
@@ -58,35 +61,41 @@ OPTIONS = ["--load_fast=false", "--samples_per_plugin=images=200,scalars=5000"]
 def write_everyday(log_dir, picture):
     """One of each kind; `picture` is (H, W, 3) uint8."""
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    with SummaryWriter(log_dir / "everyday", purge_step=0) as writer:
+    with SummaryWriter(log_dir / "everyday", purge_step=0) as writer:  # 0: replace older runs
         for step in range(20):
             writer.add_scalar("line/y", 2 * step, step)
         writer.add_image("image/bee", picture, 0, dataformats="HWC")
         writer.add_histogram("histogram/normal", torch.randn(1000), 0)
         writer.add_text("text/note", "The line is **y = 2 x**.", 0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # add_graph uses torch.jit.trace, which is deprecated
+            warnings.simplefilter("ignore")  # add_graph calls torch.jit.trace, which is deprecated
             writer.add_graph(model, torch.zeros(1, 4))
 
 
 def show_everyday(address):
-    print("1. What has TensorBoard read of the run everyday?")
+    print("1. In everyday code: is all that was written to the run everyday there?")
+    print("   call            written                         TensorBoard shows")
     curve = ask(address, "scalars/scalars", run="everyday", tag="line/y")
     pictures = ask(address, "images/images", run="everyday", tag="image/bee", sample=0)
     bins = ask(address, "histograms/histograms", run="everyday", tag="histogram/normal")[0][2]
     note = ask(address, "text/text", run="everyday", tag="text/note/text_summary")[0]["text"]
     graph = ask(address, "graphs/graph", run="everyday", conceptual="false")
-    answers = {
-        "add_scalar": f"{len(curve)} points, the last one at step {curve[-1][1]}: {curve[-1][2]:g}",
-        "add_image": f"{len(pictures)} picture, at step {pictures[0]['step']}",
-        "add_histogram": f"{sum(count for *_, count in bins):.0f} values",
-        "add_text": re.search("<p>.*</p>", note)[0],
-        "add_graph": f"{graph.count('node {')} nodes",
-    }
-    for call, answer in answers.items():
-        print(f"   {call:<13}   {answer}")
-    print(f"   -> all {len(answers)} kinds are there")
-    return answers
+    values, nodes = sum(count for *_, count in bins), graph.count("node {")
+    rows = (
+        ("add_scalar", "20 points, y = 2 step",
+         f"{len(curve)} points, the last one at step {curve[-1][1]}: y = {curve[-1][2]:g}",
+         len(curve) == 20 and curve[-1][1:] == [19, 38]),
+        ("add_image", "1 picture of a bee", f"{len(pictures)} picture, at step "
+         f"{pictures[0]['step']}", len(pictures) == 1),
+        ("add_histogram", "1000 normal numbers", f"{values:.0f} numbers", round(values) == 1000),
+        ("add_text", "The line is **y = 2 x**.", re.search("<p>.*</p>", note)[0],
+         "<strong>y = 2 x</strong>" in note),
+        ("add_graph", "3 layers (a deprecated call)", f"{nodes} nodes of the graph", nodes > 3),
+    )  # fmt: skip
+    for call, written, answer, _ in rows:
+        print(f"   {call:<13}   {written:<29}   {answer}")
+    print(f"   -> {sum(right for *_, right in rows)} of {len(rows)} are as they were written")
+    return {call: answer for call, _, answer, _ in rows}
 
 
 # --- 2. curves ---------------------------------------------------------------------------------
@@ -103,16 +112,6 @@ def write_line(folder, steps, slope, purge_step=None, tags=("line/y",)):
                 writer.add_scalar(tag, slope * step, step)
 
 
-def set_clock_back(folder, seconds=86_400):
-    """Rename the newest event file in `folder` as if it were written `seconds` earlier.
-
-    It is called events.out.tfevents.1700000000.host.pid.number: the time is in seconds. Exercise.
-    """
-    newest = max(folder.glob("events.out.tfevents.*"))
-    stamp = newest.name.split(".")[3]
-    newest.rename(folder / newest.name.replace(stamp, f"{int(stamp) - seconds:010d}", 1))
-
-
 def write_curves(log_dir, points, many):
     half = points // 2
     write_line(log_dir / "with_step", range(points), 2, purge_step=0)
@@ -120,7 +119,7 @@ def write_curves(log_dir, points, many):
         for step in range(points):
             writer.add_scalar("line/y", 2 * step)
     write_line(log_dir / "long", range(many), 2, purge_step=0)
-    for run in ("one_folder", "folder_a", "resumed", "clock_back"):
+    for run in ("one_folder", "folder_a", "resumed"):
         write_line(log_dir / run, range(points), 2, purge_step=0)
     write_line(log_dir / "purge_step", range(points), 2, 0, tags=("line/y", "line/old"))
 
@@ -129,8 +128,6 @@ def write_curves(log_dir, points, many):
     write_line(log_dir / "folder_b", range(half), 3, purge_step=0)
     write_line(log_dir / "resumed", range(half, points), 3)
     write_line(log_dir / "purge_step", range(half, points), 3, purge_step=half)
-    write_line(log_dir / "clock_back", range(half, points), 3, purge_step=half)
-    set_clock_back(log_dir / "clock_back")
 
 
 def describe(curve):
@@ -150,26 +147,30 @@ def show_curves(default, with_options, points, many):
         ("folder_b", "line/y", "      the second run", part),
         ("resumed", "line/y", f"stopped, then from step {half}", resumed),
         ("purge_step", "line/y", f"cure: purge_step={half}", resumed),
-        ("purge_step", "line/old", "      a curve not resumed", old),
-        ("clock_back", "line/y", "the same, clock set back", resumed),
+        ("purge_step", "line/old", "      a tag not resumed", old),
         ("long", "line/y", f"{many} points", (many, many, 2.0 * many - 2)),
     ]
-    print("2. Which curves are shown? points / different steps, and the last y")
-    print("   run and tag           how it was written           right              "
-          "by default         with OPTIONS")  # fmt: skip
+    print("2. Which curves does TensorBoard show? (steps: different ones; x: not what was meant)")
+    groups = "".join(f"   {name:^20}" for name in ("right", "by default", "with options"))
+    print(f"   {'':<46}{groups}".rstrip())
+    print(
+        "   run        tag        how it was written     "
+        + "   points steps last y " * 2
+        + "   points steps last y"
+    )
     shown, wrong = {}, ([], [])
     for run, tag, how, right in rows:
         answers = [describe(ask(address, "scalars/scalars", run=run, tag=tag))
                    for address in (default, with_options)]  # fmt: skip
         shown[run, tag] = answers
+        cells = "{:9} {:5} {:6g} ".format(*right) if right else f"{'two curves':>22} "
         for names, answer in zip(wrong, answers, strict=True):
             if answer != right:
                 names.append(run if tag == "line/y" else f"{run} {tag}")
-        cells = [f"{n}/{steps} y={y:g}" for n, steps, y in (right or (0, 0, 0), *answers)]
-        cells[0] = cells[0] if right else "two curves"
-        print(f"   {run:<10} {tag:<8}   {how:<26}   {cells[0]:<16}   {cells[1]:<16}   {cells[2]}")
+            cells += "{:9} {:5} {:6g}".format(*answer) + (" " if answer == right else "x")
+        print(f"   {run:<10} {tag:<8}   {how:<25}{cells}".rstrip())
     print(f"   -> wrong by default:   {', '.join(wrong[0])}")
-    print(f"   -> wrong with OPTIONS: {', '.join(wrong[1])}")
+    print(f"   -> wrong with options: {', '.join(wrong[1])}")
     return {"shown": shown, "wrong": wrong}
 
 
@@ -201,10 +202,13 @@ def show_pictures(log_dir, picture, default, with_options, count):
     print(f"3. {count} pictures of one tag: how many can be looked at?")
     kept = [len(ask(address, "images/images", run="pictures", tag="image/bee", sample=0))
             for address in (default, with_options)]  # fmt: skip
-    print(f"   right   {count:5d}   by default   {kept[0]:5d}   with OPTIONS   {kept[1]:5d}")
+    print("   written   by default   with options")
+    print(f"   {count:7}   {kept[0]:10}   {kept[1]:12}")
+    print(f"   -> by default {count - kept[0]} are missing, with options {count - kept[1]}")
     error = layout_error(log_dir, picture)
-    print(f"   and an (H, W, 3) picture without dataformats='HWC': {error}")
-    print(f"   -> by default {count - kept[0]} are missing, with OPTIONS {count - kept[1]}")
+    print(f"   an (H, W, 3) picture without dataformats='HWC': {error or 'no error'}")
+    print(f"   -> add_image took {len(picture)}, the height, for the number of channels, and "
+          f"{'refused it' if error else 'drew it'}")  # fmt: skip
     return {"kept": kept, "error": error}
 
 
@@ -270,7 +274,7 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET, points=20, many=1500, pictures=3
     write_curves(log_dir, points, many)
     write_pictures(log_dir, picture, pictures)
     print(f"by default:   tensorboard --logdir {log_dir}")
-    print(f"with OPTIONS: the same, and {' '.join(OPTIONS)}")
+    print(f"with options: the same, and {' '.join(OPTIONS)}")
     with tensorboard(log_dir) as default, tensorboard(log_dir, *OPTIONS) as with_options:
         for address in (default, with_options):
             wait_until_read(address, log_dir)
