@@ -1,24 +1,25 @@
 """Hooks read and change a network's values and gradients while its code stays as it is.
 
-A hook is a function that PyTorch calls when a layer has its output, or a tensor its gradient. What
-the hook returns goes on in its place; None changes nothing. So you see into a network that somebody
+A hook is a function that PyTorch calls before or after a layer runs, or when a gradient arrives.
+What the hook returns is used instead; None changes nothing. So you see into a network that somebody
 else wrote: print shapes, clip a gradient, find the layer that makes a NaN, ask where in a picture
 a class was seen. A hook that nobody removes stays, runs in every later call and may keep memory.
 
-    a.register_hook(f)                   f(g): g is dL/da, the gradient of the loss L by tensor a
+    a.register_hook(f)                   f(g): g = dL/da, gradient of the loss L with respect to a
     m.register_forward_pre_hook(f)       f(m, args): before module m computes m(*args)
     m.register_forward_hook(f)           f(m, args, output): after it
-    m.register_full_backward_hook(f)     f(m, grad_input, grad_output): dL/dargs and dL/doutput
-    Grad-CAM   heat = relu(sum_k alpha_k A_k),   alpha_k = mean over all places of dz_c/dA_k
+    m.register_full_backward_hook(f)     f(m, grad_input, grad_output): tuples dL/dargs, dL/doutput
 
-Grad-CAM is short for "gradient-weighted class activation map". A_k, channel k of a layer's output,
-says where a pattern was found; alpha_k says how much more of it would raise z_c, the logit of class
-c. So the heat is high where there is what speaks for c. In a picture of two shapes a map that does
-not know c answers "where is c?" rightly for one of them only: Grad-CAM has to beat that half.
+Grad-CAM, "gradient-weighted class activation map", is high at the places that raise z_c, the logit
+of class c. A_k, channel k of a layer's output, says where a pattern was found; alpha_k says how
+much z_c rises if there is more of it. In a picture of two shapes a map that does not know c is
+right about one of the two, a share of 0.5. Grad-CAM must be better.
+
+    heat = relu(sum_k alpha_k A_k),   alpha_k = mean over all places of dz_c/dA_k
 
 Needs          02_autograd_basics.py; for section 6 model.py
 Checked here   what hooks see, change and keep alive; NaN traced to its layer; in which half of a
-               picture Grad-CAM sees a shape, against maps that know no class
+               picture Grad-CAM sees a shape, untrained and asked for a wrong class too
 TensorBoard    leak/hidden_kB by call: the run forgotten rises, removed is 0; the picture cam/heat,
                in the runs untrained and trained: is the heat on the shape that was asked for?
 Try            in reverse_by_hook, take out the line with view_as: whose gradient turns as well?
@@ -55,15 +56,15 @@ def show_everyday():
     print("1. In everyday code: what is the shape of every layer's output?")
     print("   layer         output")
     net = nn.Sequential(nn.Conv2d(3, 8, kernel_size=3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
-    for name, layer in net.named_children():
+    for name, layer in net.named_children():  # name=name: each hook keeps its own name
         layer.register_forward_hook(lambda m, args, output, name=name: print(
             f"   {name}   {type(m).__name__:<8}  {tuple(output.shape)}"))  # fmt: skip
-    net(torch.zeros(5, 3, 8, 8))
+    net(torch.zeros(5, 3, 8, 8))  # net ends with this function: no hook has to be removed
 
     print("   A gradient seen, clipped, seen again: a = 3 x, L = sum of a^2, x = (-2, 1, 2)")
     x = torch.tensor([-2.0, 1.0, 2.0], requires_grad=True)
     a = 3 * x
-    a.retain_grad()  # without it only leaves, such as x, get a .grad
+    a.retain_grad()  # keeps in a.grad what is left after all hooks of a
     a.register_hook(lambda g: print(f"   dL/da = 2 a            {g.tolist()}"))  # returns None
     a.register_hook(lambda g: g.clamp(-10, 10))  # returns what goes on
     a.register_hook(lambda g: print(f"   after clamp(-10, 10)   {g.tolist()}"))
@@ -71,7 +72,8 @@ def show_everyday():
     print(f"   a.grad                 {a.grad.tolist()}")
     print(f"   x.grad = 3 times it    {x.grad.tolist()}")
     state = "changed" if x.grad.tolist() != (18 * x).tolist() else "as without hooks"
-    print(f"   -> hooks ran in the order of their registration: x.grad is {state}")
+    when = "after" if a.grad.abs().max() <= 10 else "before"
+    print(f"   -> x.grad is {state}; retain_grad kept the gradient {when} the clamp")
     return a.grad, x.grad
 
 
@@ -79,10 +81,10 @@ def show_everyday():
 
 
 def reverse_by_hook(a, lam):
-    """a, but a gradient that comes back through what is returned is multiplied by -lam.
+    """Returns a view of a: forward the same numbers, backward the gradient times -lam.
 
-    What else reads a keeps its gradient: the hook sits on a view, a.view_as(a). Where a requires no
-    gradient there is nothing to hook. Exercise.
+    What else reads a keeps its gradient: the hook sits on the view a.view_as(a), not on a. If a
+    requires no gradient, there is nothing to hook. Exercise.
     """
     a = a.view_as(a)
     if a.requires_grad:
@@ -91,7 +93,10 @@ def reverse_by_hook(a, lam):
 
 
 def show_reversal(lam=0.5):
-    print(f"2. Two losses read a = 2 x at x = 1, the second one through reverse_by_hook(a, {lam})")
+    print(
+        f"2. In your own code: two losses read a = 2 x at x = 1, one by reverse_by_hook(a, {lam})"
+    )
+    print("   (domain adaptation: the features a shall not tell from which domain x is)")
     print("   loss           dL/dx   without a hook")
     x, slopes = torch.tensor(1.0, requires_grad=True), {}
     a = 2 * x
@@ -113,7 +118,7 @@ def record_calls(model, log):
     Returns the handles of the hooks, three for each child; their remove() takes them off. Exercise.
     """
     handles = []
-    for name, layer in model.named_children():
+    for name, layer in model.named_children():  # n=name: each hook keeps its own name
         handles += [
             layer.register_forward_pre_hook(lambda *_, n=name: log.append(f"pre {n}")),
             layer.register_forward_hook(lambda *_, n=name: log.append(f"forward {n}")),
@@ -123,7 +128,7 @@ def record_calls(model, log):
 
 
 def show_module_hooks():
-    print("3. Hooks of modules: in which order do they run, and what does a ReLU's see?")
+    print("3. Hooks of modules: in which order do they run, and what does one on a ReLU get?")
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     x, log = torch.randn(6, 3, requires_grad=True), []
     handles = record_calls(net, log)
@@ -138,10 +143,10 @@ def show_module_hooks():
     with net[1].register_full_backward_hook(lambda m, gi, go: seen.extend([*go, *gi])):
         net[1](a).backward(torch.tensor([3.0, 5.0]))
     go, gi = (g.tolist() for g in seen)
-    print(f"   ReLU at {a.tolist()}: grad_output {go}, grad_input {gi}")
-    print(
-        f"   -> {noted} calls in one pass; after remove() {len(log) - noted} more in the next one"
-    )
+    print(f"   ReLU at {a.tolist()}: in comes grad_output = dL/doutput = {go},")
+    print(f"                        out goes grad_input = dL/dinput = {gi}")
+    later = len(log) - noted
+    print(f"   -> {noted} calls in one pass; after remove() {later} more in the next one")
     return {"log": log, "relu": (go, gi)}
 
 
@@ -155,6 +160,7 @@ def leak(calls, remove, detach=False, batch=32, width=256):
     """
     model = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
     x, hidden, alive, runs = torch.randn(batch, 64), [], [], []
+    # A weak reference keeps nothing alive: it becomes None when nobody else holds the output.
     model[1].register_forward_hook(lambda m, args, output: hidden.append(weakref.ref(output)))
 
     def read_logits():
@@ -177,6 +183,8 @@ def leak(calls, remove, detach=False, batch=32, width=256):
 
 def show_leak(log_dir, calls=20):
     print(f"4. Logits read by a hook in {calls} calls: what does a forgotten hook cost?")
+    print("   (a forgotten hook runs in all later calls too: "
+          f"1 + 2 + ... + {calls} = {calls * (calls + 1) // 2})")  # fmt: skip
     print("   hook                  hooks ran   hidden activations kept alive")
     measured = {
         "forgotten": leak(calls, remove=False),
@@ -190,8 +198,7 @@ def show_leak(log_dir, calls=20):
         draw(log_dir / name, "leak/hidden_kB", curve)
     leaks = [name for name, (alive, _) in measured.items() if alive[-1]]
     once = [name for name, (_, runs) in measured.items() if runs == calls]
-    words = f"{', '.join(leaks)}; a hook runs once per call only if {', '.join(once)}"
-    print(f"   -> memory leaks if {words}")
+    print(f"   -> memory leaks: {' and '.join(leaks)}; one run per call: {' and '.join(once)}")
     return measured
 
 
@@ -238,8 +245,9 @@ def find_nan(model, x):
 
 
 def show_nan(depth=6, width=8):
-    print(f"5. A faulty layer put before each of {depth} layers in turn: what do hooks on all say?")
-    print("   faulty layer                 found   last message")
+    print(f"5. A faulty layer put before each of {depth} layers in turn: which one do hooks name?")
+    print("   (the slope of sqrt(x) is NaN for x < 0, and 0 * NaN is NaN; w is a layer's weight)")
+    print(f"   faulty layer                 found   message when it was layer {depth - 1}")
     layers, found = [nn.Linear(width, width) for _ in range(depth)], {}
     x = torch.randn(16, width)
     for form, f, what in (
@@ -285,7 +293,7 @@ def grad_cam(model, layer, x, c):
     if c.shape != z.shape[:1]:
         raise ValueError(f"classes {tuple(c.shape)} for logits {tuple(z.shape)}")
     (A,) = kept
-    (G,) = torch.autograd.grad(z.gather(1, c[:, None]).sum(), A)
+    (G,) = torch.autograd.grad(z.gather(1, c[:, None]).sum(), A)  # gather: z_c of each picture
     alpha = G.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
     return F.relu((alpha * A).sum(1)).detach()
 
@@ -355,8 +363,8 @@ def show_grad_cam(log_dir, root, images, epochs, batch, asked):
     x, labels = open_shapes(root, train=True, count=images)
     test_x, test_labels = open_shapes(root, train=False, count=600)
     pictures, classes = pair_up(test_x, test_labels, asked)
-    absent = (3 - classes.sum(1, keepdim=True)).expand(-1, 2)  # 0 + 1 + 2 = 3
     model = make_network().eval()
+    wrong = (classes + 1) % 3  # the class of the other shape, or of none
     blocks, heats = model[0], {"untrained": ask(model, model[0], pictures, classes)}
     train(model, x, labels, epochs, batch)
     heats["trained"] = ask(model, blocks, pictures, classes)
@@ -364,24 +372,24 @@ def show_grad_cam(log_dir, root, images, epochs, batch, asked):
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
             writer.add_image("cam/heat", heat_pictures(pictures, classes, pair), 0)
 
-    accuracy = (model(test_x).argmax(1) == test_labels).float().mean().item()
+    with torch.no_grad():
+        accuracy = (model(test_x).argmax(1) == test_labels).float().mean().item()
+        equal = blocks(pictures).abs().sum(1)
     print(f"   classes of single test shapes: {accuracy:.3f} right, chance 0.333")
-    print(f"   map                                share right, of {2 * len(pictures)} questions")
-    blind, left = blocks(pictures).abs().sum(1), torch.tensor([[[1.0, 0.0]]])
+    print(f"   {'map':<42}   share right, of {2 * len(pictures)} questions; chance 0.5")
     found = {
         "Grad-CAM, block 3 (the last)": share_found(heats["trained"]),
         "Grad-CAM, block 2": share_found(ask(model, blocks[1], pictures, classes)),
         "Grad-CAM, block 1": share_found(ask(model, blocks[0], pictures, classes)),
         "Grad-CAM, block 3, untrained": share_found(heats["untrained"]),
-        "Grad-CAM, block 3, absent class": share_found(ask(model, blocks, pictures, absent)),
-        "sum of |A_k|, block 3, no class": share_found([blind, blind]),
-        "always left, no network": share_found([left, left]),
+        "Grad-CAM, block 3, next class": share_found(ask(model, blocks, pictures, wrong)),
+        "sum of |channels| (equal maps: always 0.5)": share_found([equal, equal]),
     }
     for name, share in found.items():
-        print(f"   {name:<34} {share:.3f}")
-    best, *_, wrong, no_class, no_network = found.values()
-    nulls = max(wrong, no_class, no_network)
-    print(f"   -> asked for the class, block 3 finds {best:.2f}; for none or another {nulls:.2f}")
+        print(f"   {name:<42}   {share:.3f}")
+    best, _, _, untrained, other, _ = found.values()
+    nulls = f"untrained in {untrained:.3f}, asked for the next class in {other:.3f}"
+    print(f"   -> block 3 is right in {best:.3f} of the questions; {nulls}")
     return {"accuracy": accuracy, "found": found}
 
 
