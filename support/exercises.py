@@ -180,7 +180,7 @@ def judge(attempts, bar):
 
 def why_ended(one, log):
     """One line on an attempt that did not let its process live."""
-    if "Timeout" not in log:
+    if "Timeout (" not in log:
         return f"Python itself ended: {' '.join(log.splitlines()[-1:])}"
     place = re.escape(str(Path(one["folder"], one["lesson"])))
     lines = [int(number) for number in re.findall(f'File "{place}", line ([0-9]+)', log)]

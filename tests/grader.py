@@ -28,8 +28,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
 COMPARE = {"==": eq, "!=": ne, "<": lt, "<=": le, ">": gt, ">=": ge}
 
 
@@ -76,11 +74,11 @@ def differing(got, expected):
 
 
 def statement(path, line):
-    """The statement of a file that holds this line, as a syntax tree."""
+    """The statement of a file that holds this line, as a syntax tree, or None."""
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     around = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)
               and node.lineno <= line <= node.end_lineno]  # fmt: skip
-    return max(around, key=lambda node: node.lineno)
+    return max(around, key=lambda node: node.lineno, default=None)
 
 
 def compared_in(node):
@@ -143,10 +141,8 @@ class Grader:
             self.tell(test=item.nodeid)
             record.append([item, time.perf_counter() - begin, self.passed])
             if self.failure and not attempt["record"]:
-                with suppress(Exception):  # what it leaves behind is no concern of the exercise
-                    session._setupstate.teardown_exact(
-                        None
-                    )  # fixtures hold this copy of the lesson
+                with suppress(Exception):  # fixtures may hold this copy of the lesson: all must end
+                    session._setupstate.teardown_exact(None)  # as pytest does after its last test
                 break
         faulthandler.cancel_dump_traceback_later()
         return self.failure, [
@@ -175,7 +171,10 @@ class Grader:
         report = yield
         self.passed &= report.passed
         if report.failed and report.when != "teardown" and not self.failure:
-            self.failure = self.explain(item, call.excinfo)
+            try:
+                self.failure = self.explain(item, call.excinfo)
+            except Exception:  # what a learner's objects do when they are shown, nobody knows
+                self.failure = [self.sentence(item), f"raised     {call.excinfo.typename}"]
         self.compared = None
         return report
 
@@ -186,7 +185,7 @@ class Grader:
         if not own:
             return [f"{type(value).__name__}: {shorten(str(value))}"]
         node = statement(own[-1].path, own[-1].lineno + 1)
-        line = shorten(ast.unparse(node).splitlines()[0])
+        line = shorten(ast.unparse(node).splitlines()[0]) if node else "a line that is not there"
         lines = [self.sentence(item)]
         if self.last:
             given = [f"{key} = {show(given)}" for key, given in self.last.items()
