@@ -101,7 +101,7 @@ def normalize(x, mean, std):
 
 
 def denormalize(x, mean, std):
-    """The way back from normalize: x * std + mean, each colour (first axis) with its own two.
+    """The way back from normalize: x * std + mean; mean and std are (3,) again.
 
     Exercise.
     """
@@ -171,7 +171,8 @@ def show_resize(writer, x, s=64):
 
 def show_order(x):
     print("4. May a transform T change places with Normalize, which is a * x + b?")
-    print("   If T only moves or averages pixels, T(a * x + b) = a * T(x) + b: both orders agree.")
+    print("   If every pixel of T(x) is a weighted mean of pixels of x in the same colour,")
+    print("   T(a * x + b) = a * T(x) + b: both orders agree.")
     print("   T                        mean of T(white)   largest difference of the two orders")
     norm = v2.Normalize([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
     apart, white = {}, {}  # the two orders; mean of T(white)
@@ -254,7 +255,8 @@ def show_colours(writer, x, seed):
         y = images[f"{name}\nf = {f}"] = blend(x, other, f)
         errors[name, f] = (y - library(x, f)).abs().max().item()
         print(f"   {name:<10}   {f:.1f}     {words:<13}    {errors[name, f]:20.0e}")
-    print(f"   -> yes, to within {max(errors.values()):.0e}")
+    worst = max(errors.values())
+    print(f"   -> {'yes' if worst < 1e-5 else 'no'}, the largest difference is {worst:.0e}")
     log_row(writer, "jitter", "f * x + (1 - f) * other, cut to [0, 1]", images, 72)
     flips = {"horizontal": v2.RandomHorizontalFlip(1)(x), "vertical": v2.RandomVerticalFlip(1)(x)}
     assert torch.equal(flips["horizontal"], x.flip(-1))
