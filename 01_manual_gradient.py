@@ -14,7 +14,8 @@ grows; this can be predicted before the run.
     lr     learning rate
     H      Hessian: the second derivatives of L, a matrix (2, 2); how the gradient changes
     lam    eigenvalue of H: along its eigenvector e, H only multiplies by lam, H e = lam e.
-           H has two, a flat and a steep direction; lam_max is the lam of the steep one
+           H has two: L curves least along the flat one and most along the steep one, lam_max
+    error  (w, b) less its value at the minimum, here (w - 2, b - 1)
 
 Needs          00_interactive_playground.py
 Checked here   gradient by hand = central differences = autograd; along each direction a step

@@ -3,14 +3,15 @@
 An operation on a tensor that requires grad leaves a node. The node knows its inputs and how to hand
 a gradient back to them. backward() visits a node after all that used it, and adds the gradients
 that arrive along several paths. A node keeps the values that its derivative needs, so training pays
-memory for every layer. If they change, the gradient is wrong: PyTorch counts edits in place and
-refuses, unless the edit goes around its count, as `.data` and NumPy do.
+memory for every layer. If one of them changes before backward(), the gradient is wrong: PyTorch
+counts edits in place and refuses, unless an edit goes around its count, as `.data` and NumPy do.
 
     z = w x,  L = z (z + b)        dL/dz = (z + b) + z, by two paths;  dL/dw = x dL/dz,  dL/db = z
-    D layers act(a W) keep (D + 1) B n numbers if act is relu, 2 D B n if it is x sigmoid(x), silu;
-    weights are not counted, the + 1 is the input of layer 1
+    D layers act(a W) keep (D + 1) B n numbers if act is relu, 2 D B n if it is silu; weights are
+    not counted, the + 1 is the input of layer 1
 
     w, b   parameters    x   a constant    a   activations (B, n): B examples, n units    W (n, n)
+    act    a function of each number: relu(t) = max(0, t); silu(t) = t / (1 + e^-t)
 
 relu keeps its result, which the next layer keeps anyway; silu keeps its input, and the next layer
 keeps its result: two. The graph is what ran and not a plan: four rounds of a loop leave four nodes.
@@ -214,7 +215,9 @@ def show_kept():
             y.sum().backward(retain_graph=retain)
             first = w.grad.clone()
             said = refusal(y.sum().backward)
-            second[code, retain] = "refused" if said else f"adds: x {(w.grad / first).mean():.0f}"
+            second[code, retain] = (
+                "refused" if said else f".grad is {(w.grad / first).mean():.0f} times"
+            )
         print(f"   {code:<17}   {kept[code]:12}   {second[code, False]:<14}   {second[code, True]}")
     freed = [code for code in kept if second[code, False] == "refused"]
     print(f"   -> backward() frees what was kept: {len(freed)} of {len(kept)} refuse a second one")

@@ -9,8 +9,8 @@ its product with a vector v needs no more memory than a few gradients.
 
     VJP   u J    vector-Jacobian product: one backward pass;        u = e_i gives row i of J
     JVP   J v    Jacobian-vector product: one forward-mode pass;    v = e_j gives column j of J
-    HVP   H v    Hessian-vector product: the VJP of the gradient. For f(A x) it costs as many
-                 products of matrices as 2 gradients, at any n; H itself as 1 + n
+    HVP   H v    Hessian-vector product: the VJP of the gradient. Counted in matrix products, for
+                 a loss f(A x) with a matrix A, it costs 2 gradients at any n; all of H costs 1 + n
 
     n  inputs     m  outputs     u (m,), v (n,)  any vectors     e_i  all 0, but 1 at place i
 
@@ -304,6 +304,9 @@ def train_critic(weight, create_graph, steps, shift=(3.0, 0.0), lr=0.02):
 def show_penalty(log_dir, steps=100, weight=10.0):
     print(
         "5. Raise D(d) - D(0), D(x) = a . x, d = (3, 0): can a penalty keep the slope |a| near 1?"
+    )
+    print(
+        "   loss = D(0) - D(d) + weight (|dD/dx| - 1)^2; create_graph: may dD/dx be differentiated?"
     )
     print(f"   run               weight   create_graph   |a| after {steps} steps")
     runs = {"penalty": (weight, True), "none": (0.0, True), "no_create_graph": (weight, False)}

@@ -56,16 +56,16 @@ EXACT = 1e-12  # float64: whatever is smaller is rounding
 
 def show_everyday(k=2):
     print(f"1. In everyday code: y = w x, lr = 0.1, one step per k = {k} batches")
-    print("   .grad is that of loss / k (in the last step / 1, the batches left), clipped to 6")
+    print("   .grad is that of loss sum / N, N examples in a step (2, last 1), clipped to 6")
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     print("   batch     x     y    loss   .grad   clipped   w after")
     batches, rows = [(1.0, 2.0), (2.0, 4.0), (1.0, 2.0), (2.0, 4.0), (1.0, 2.0)], []
     for i, (x, y) in enumerate(batches, 1):
-        loss = F.mse_loss(model(torch.tensor([x])), torch.tensor([y]))
-        parts = k if i <= len(batches) // k * k else len(batches) % k  # those of this step
-        (loss / parts).backward()  # adds to .grad; right where all batches have one size
+        loss = F.mse_loss(model(torch.tensor([x])), torch.tensor([y]), reduction="sum")
+        N = k if i <= len(batches) // k * k else len(batches) % k  # examples in this step's batches
+        (loss / N).backward()  # adds to .grad; right for batches of any size
         grad, clipped = model.weight.grad.item(), math.nan
         if i % k == 0 or i == len(batches):  # the last batches get their step, too
             nn.utils.clip_grad_norm_(model.parameters(), max_norm=6.0)  # just before the step

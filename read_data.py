@@ -1,10 +1,11 @@
-"""A Dataset needs no more than __len__ and __getitem__; images of unequal size need a collate, too.
+"""A Dataset needs no more than __len__ and __getitem__; unequal images need a collate_fn, too.
 
 A Dataset reads one item when it is asked for it, so that memory holds a batch and never the whole
 set. You write one when files lie in a way of their own; for one folder per class there is
-ImageFolder. A DataLoader stacks the items of a batch, and tensors of unequal shape do not stack:
-photographs must be resized, cropped or, as here, padded. A label that cannot be read has to be
-named with its file, or one wrong file among thousands is not found.
+ImageFolder. A DataLoader joins items into batches by its collate_fn. The default one stacks them,
+and tensors of unequal shape do not stack: photographs are resized, cropped or, as here, padded. A
+label that cannot be read has to be named with its file, or one wrong file among thousands is not
+found.
 
     batch[b, :, :H_b, :W_b] = image b     for b < B; the rest of batch (B, 3, max H_b, max W_b) is 0
     padded share = 1 - sum of H_b W_b / (B max H_b max W_b)

@@ -234,10 +234,10 @@ def test_what_is_printed_of_what_is_kept(lesson, capsys):
     assert measured["tensors"] == {"w + v": 0, "w * v": 2, "w * x": 1, "w.exp()": 1}
     out = capsys.readouterr().out
     for code, count in measured["tensors"].items():
-        first = "refused" if count else "adds: x 2"
+        first = "refused" if count else ".grad is 2 times"
         assert measured["second"][code, False] == first
-        assert measured["second"][code, True] == "adds: x 2"
-        assert row(out, code) == f"{count} {first} adds: x 2".split()
+        assert measured["second"][code, True] == ".grad is 2 times"
+        assert row(out, code) == f"{count} {first} .grad is 2 times".split()
     assert "-> backward() frees what was kept: 3 of 4 refuse a second one\n" in out
 
 
