@@ -64,7 +64,8 @@ def program(request, tmp_path):
         source = f"{head}LOG_DIR = 'runs/x'\ndef main():\n{lines}\nguard(main)\n"
         script.write_text(source, encoding="utf-8")
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
-        how["env"] = {**os.environ, "PYTHONPATH": str(files.ROOT), **how.get("env", {})}
+        plain = {**os.environ, "PYTHONPATH": str(files.ROOT), "PYTHONUNBUFFERED": ""}
+        how["env"] = plain | how.get("env", {})
         return subprocess.run(
             [sys.executable, *flags, script, *arguments], encoding="utf-8", cwd=tmp_path, **how
         )
