@@ -15,8 +15,9 @@ values is only an approximation, and needs two runs of your code for every input
     python 00_interactive_playground.py "sin(x) * x**2" --at 1.5     a function of yours
     python 00_interactive_playground.py -i        asks again and again: sin(x), or sin(x) at 2
 
-Autograd uses the exact derivative of each operation. At a kink it is only a choice, and an
-intermediate number may overflow; so the playground checks if differences agree with each result.
+Autograd uses the exact derivative of each operation. At a kink, a corner as that of |x| at 0, there
+is none, and autograd only chooses a number; an intermediate number may overflow. So the playground
+checks if differences agree with each result.
 
 Needs          nothing: this is the first lesson
 Checked here   2x + 2; 4 (2x + 1); a Jacobian by hand and by two calls; f' and f'' by hand

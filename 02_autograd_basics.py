@@ -218,7 +218,7 @@ def refusal(code, **tensors):
 def show_refused():
     value = torch.rand(()) + 0.5
     rows = [  # code; words of the error, or w.grad by hand; what the words mean
-        ("w -= 0.1", "a leaf Variable that requires grad", "a leaf has no grad_fn"),
+        ("w -= 0.1", "a leaf Variable that requires grad", "w is a leaf: edit under no_grad()"),
         ("with torch.no_grad(): w -= 0.1\n(w * w).backward()", 2 * value - 0.2, ""),
         ("y = w.exp(); y.mul_(2); y.backward()", "modified by an inplace operation",
          "exp keeps y for backward()"),

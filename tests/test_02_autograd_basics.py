@@ -291,7 +291,7 @@ def test_what_the_table_of_refusals_shows(lesson, capsys, seed):
     value = float(lines[0].split(" w = ")[1].split()[0])
     table = {line[3:54].strip(): line[56:].strip() for line in lines[2:-1]}
     assert [words for words in table.values() if words.startswith("refused")] == [
-        'refused   "a leaf Variable that requires grad": a leaf has no grad_fn',
+        'refused   "a leaf Variable that requires grad": w is a leaf: edit under no_grad()',
         'refused   "modified by an inplace operation": exp keeps y for backward()',
         'refused   "only for scalar outputs": y has two numbers',
     ]
