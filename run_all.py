@@ -26,8 +26,8 @@ LESSONS = """
 07_custom_autograd_function.py 08_tensor_operations_and_gpu.py
 generate_labels.py read_data.py test_Tf.py Useful_TF.py test_tb.py
 dataset_transform.py dataloader.py
-nn_module.py nn_relu.py nn_maxpool.py nn_conv.py nn_conv2d.py nn_linear.py nn_seq.py
-nn_common_layers.py nn_loss.py model.py nn_loss_network.py nn_optim.py
+nn_module.py nn_linear.py nn_relu.py nn_loss.py nn_optim.py nn_conv2d.py nn_conv.py nn_maxpool.py
+nn_common_layers.py nn_seq.py model.py nn_loss_network.py
 model_save.py model_load.py model_pretrained.py
 train.py train_gpu_1.py train_gpu_2.py Console.py
 training_engineering/optimizer_scheduler.py training_engineering/amp_training.py
