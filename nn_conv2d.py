@@ -1,19 +1,27 @@
-"""Each output channel is a grey picture of its own: six of them are no two RGB images.
+"""nn.Conv2d makes one grey picture per filter; its number of weights does not depend on the image's
+size.
 
-    y[j] = b[j] + sum over c, u, v of w[j, c, u, v] * x[c, u:u+H', v:v+W']       H' = H - k + 1
+A filter is a small block of weights. At each place of the image it is multiplied with the window of
+pixels that it covers, and the products are summed: one number of the output. So the same weights
+find an edge or a corner wherever it lies. nn.Linear needs a weight for each pair of an input and an
+output number instead. A common mistake is to take the output channels for colours: section 5.
 
-    parameters        C_out (C_in k k + 1)          no H, no W: one filter serves every place
-    multiply-adds     C_out C_in k k H' W'          for one image
+    y[j, r, s] = b[j] + sum over c, u, v of w[j, c, u, v] * x[c, r + u, s + v]
 
-Every filter looks at all input channels and its products are summed, so a channel of the output has
-no colour. Reshaped to (-1, 3, H', W') to please add_images, six channels of B images pass for 2B
-images. A filter over RGB, however, has three channels as an image has: it may be shown in colour.
+    x  image (C_in, H, W): C_in channels such as red, green and blue, H rows, W columns
+    w  weights (C_out, C_in, k, k) of C_out filters     b  (C_out,), one number that each adds
+    y  output (C_out, H', W'): channel j is the picture of filter j; H' = H - k + 1, W' = W - k + 1
+    r, s  row and column in the output     u, v  row and column in the window, 0 to k - 1
+    parameters  C_out (C_in k k + 1)     multiplications for an image  C_out C_in k k H' W'
 
-Checked here   nn.Conv2d against the formula; both counts, the work product by product and by
-               FlopCounterMode; six filters set by hand against slices of the image; grey images
-               turned to colour by the reshape
-TensorBoard    conv2d/input, conv2d/filters, conv2d/output_…: one picture a channel (step = image)
-Try            stride=2: how many parameters, how much work? The same 168; a quarter: 36,450
+Needs          nn_module.py, nn_linear.py
+Checked here   nn.Conv2d = the sum above; both counts; which of six filters set by hand finds which
+               edge, dot or colour; three channels shown as one picture: grey images get colours
+TensorBoard    conv2d/filters; conv2d/outputs: by image (step), the image and its six channels;
+               conv2d/reshaped: channels that are wrongly shown as colours
+Try            in show_counts, add (nn.Conv2d(3, 6, 3, stride=2), 32) at the end of layers: with
+               steps of two pixels, how many parameters, how many multiplications?
+Answer         168 as in the first row; a quarter of its work, 36,450: the output is 15 x 15
 Source         torch.nn.Conv2d; Dumoulin & Visin 2016, arXiv:1603.07285
 """
 
@@ -31,29 +39,73 @@ from torch.utils.tensorboard import SummaryWriter
 
 from support.data import as_tensors, open_images, source_line
 from support.files import DATASET2, guard
-from support.pictures import caption_grid
+from support.pictures import caption_row
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_conv2d"
 
 
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def show_everyday():
+    images = torch.rand(4, 3, 32, 32)  # 4 images, 3 channels, 32 rows, 32 columns
+    plain = nn.Conv2d(3, 6, kernel_size=3)  # 3 channels in, 6 filters with windows of 3 x 3
+    padded = nn.Conv2d(3, 6, kernel_size=3, padding=1)  # adds a frame of zeros, 1 pixel wide
+    halved = nn.Conv2d(3, 6, kernel_size=3, padding=1, stride=2)  # moves the window by 2 pixels
+    shapes = [tuple(layer(images).shape) for layer in (plain, padded, halved)]
+    print("1. What comes out of nn.Conv2d(3, 6, 3)?")
+    print("   padding   stride   images in         channels out")
+    for padding, stride, shape in zip((0, 1, 1), (1, 1, 2), shapes, strict=True):
+        print(f"   {padding:7d}   {stride:6d}   {tuple(images.shape)}    {shape}")
+
+    edge = nn.Conv2d(1, 1, kernel_size=3, bias=False)  # one filter; its weights are set by hand
+    with torch.no_grad():  # an edit that autograd shall not record
+        edge.weight.copy_(torch.tensor([[0.0, 0, 0], [-1, 0, 1], [0, 0, 0]]))  # right minus left
+    x = torch.tensor([[[[2.0, 2, 2, 9, 9], [2, 2, 2, 9, 9], [2, 2, 2, 9, 9]]]])  # (1, 1, 3, 5)
+    found = edge(x)  # (1, 1, 1, 3)
+    print("   One filter on one image of 3 x 5 pixels: what does it find? Row by row")
+    for name, numbers in (("filter", edge.weight), ("image", x), ("output", found)):
+        print(f"   {name:<6}   {'   '.join(map(str, numbers[0, 0].int().tolist()))}")
+    low, high = found.min().item(), found.max().item()
+    print(f"   -> {high:.0f} where the right neighbour is lighter, {low:.0f} where both are equal")
+    return shapes, found.flatten().tolist()
+
+
+# --- 2. from scratch ---------------------------------------------------------------------------
+
+
 def conv2d_by_shifts(x, weight, bias):
-    """(B, C_in, H, W) -> (B, C_out, H', W') at stride 1, and the multiply-adds for one image.
+    """(B, C_in, H, W) -> (B, C_out, H', W') at stride 1 without padding.
 
     The formula on top, as a loop over j, c, u, v: to channel j of y, which begins as bias[j], comes
-    weight[j, c, u, v] times channel c of x, shifted by (u, v). Each turn is H' W' multiply-adds.
-
-    ValueError "weight is for n channels, x (shape) has m" if x has not the C_in channels of weight
-    (C_out, C_in, k, k). Exercise.
+    weight[j, c, u, v] times channel c of x, shifted by (u, v): its rows u to u + H' - 1, columns v
+    to v + W' - 1. ValueError "weight is for n channels, x (shape) has m" if x has not the C_in
+    channels of weight (C_out, C_in, k, k). Exercise.
     """
     C_out, C_in, k, _ = weight.shape
     if x.shape[1] != C_in:
         raise ValueError(f"weight is for {C_in} channels, x {tuple(x.shape)} has {x.shape[1]}")
-    H, W = x.shape[2] - k + 1, x.shape[3] - k + 1
-    y, count = bias.view(C_out, 1, 1).repeat(len(x), 1, H, W), 0  # (B, C_out, H, W)
-    for j, c, u, v in product(range(C_out), range(C_in), range(k), range(k)):
+    H, W = x.shape[2] - k + 1, x.shape[3] - k + 1  # of the output
+    y = bias.view(C_out, 1, 1).repeat(len(x), 1, H, W)  # (B, C_out, H', W')
+    for j, c, u, v in product(range(C_out), range(C_in), range(k), range(k)):  # four loops in one
         y[:, j] += weight[j, c, u, v] * x[:, c, u : u + H, v : v + W]
-        count += H * W
-    return y, count
+    return y
+
+
+def show_from_scratch(x):
+    layer = nn.Conv2d(3, 6, kernel_size=3)
+    y, by_hand = layer(x), conv2d_by_shifts(x, layer.weight, layer.bias)
+    print(f"2. Is it the sum over shifted images? Conv2d(3, 6, 3) on {len(x)} images")
+    print("   filter j   y[j, 0, 0] of image 0 by nn.Conv2d   by hand")
+    for j in range(6):
+        print(f"   {j:8d}   {y[0, j, 0, 0]:35.4f}   {by_hand[0, j, 0, 0]:7.4f}")
+    torch.testing.assert_close(by_hand, y)
+    off = (by_hand - y).abs().max().item()
+    print(f"   -> the {y.numel():,} numbers of the outputs differ by at most {off:.0e}")
+    return off
+
+
+# --- 3. what it costs --------------------------------------------------------------------------
 
 
 def parameter_formula(C_in, C_out, k):
@@ -61,47 +113,86 @@ def parameter_formula(C_in, C_out, k):
     return C_out * (C_in * k * k + 1)
 
 
-def work_formula(C_in, C_out, k, H, W):
-    """Multiply-adds for one image of H by W, at stride 1 without padding. Exercise."""
-    return C_out * C_in * k * k * (H - k + 1) * (W - k + 1)
+def work_formula(C_in, C_out, k, H_out, W_out):
+    """How many multiplications make an output of H_out rows, W_out columns, C_out channels.
+
+    For one image of C_in channels: C_in k k of them for every number of the output. Exercise.
+    """
+    return C_out * C_in * k * k * H_out * W_out
+
+
+def show_counts():
+    print("3. What does a layer cost for one image? Counted, and by the two formulas on top")
+    print("                                        parameters               multiplications")
+    print("   layer                       image    counted      formula     counted      formula")
+    layers = [(nn.Conv2d(3, 6, 3), 32), (nn.Conv2d(3, 6, 3), 64), (nn.Conv2d(3, 6, 5), 32)]
+    counts = []
+    for layer, side in layers:
+        with FlopCounterMode(display=False) as flops:  # it counts products and sums: 2 a product
+            y = layer(torch.rand(1, 3, side, side))
+        counted = sum(p.numel() for p in layer.parameters()), flops.get_total_flops() // 2
+        C_in, C_out, k = layer.in_channels, layer.out_channels, layer.kernel_size[0]
+        formulas = parameter_formula(C_in, C_out, k), work_formula(C_in, C_out, k, *y.shape[2:])
+        assert counted == formulas
+        counts.append(counted)
+        name = f"Conv2d({C_in}, {C_out}, {k}), stride {layer.stride[0]}"
+        print(f"   {name:<25}   {side} x {side}   {counted[0]:6,}   {formulas[0]:10,}   "
+              f"{counted[1]:9,}   {formulas[1]:10,}")  # fmt: skip
+    inputs, outputs = 3 * 32 * 32, 6 * 30 * 30  # numbers of an image, and of the first output
+    dense, name = (inputs * outputs + outputs, inputs * outputs), f"Linear({inputs}, {outputs})"
+    print(f"   {name:<25}   32 x 32   {'-':>6}   {dense[0]:10,}   {'-':>9}   {dense[1]:10,}")
+    (few, work), (same, more) = counts[:2]
+    print(f"   -> 64 x 64 pixels, not 32 x 32: {same / few:g} times the parameters, "
+          f"{more / work:.1f} times the work;")  # fmt: skip
+    print(f"      a Linear layer: {dense[0] / few:,.0f} times, {dense[1] / work:.0f} times")
+    return counts, dense
+
+
+# --- 4. filters set by hand --------------------------------------------------------------------
 
 
 def filters_by_hand():
     """Six filters (3, 3, 3) by name. The weights of each sum to 0: a uniform grey gives 0."""
     grey = torch.full((3, 1, 1), 1 / 3)  # the mean of red, green and blue
     rise = torch.tensor([[0.0, 0, 0], [-1, 0, 1], [0, 0, 0]])
-    slant = torch.tensor([[-1.0, 0, 0], [0, 0, 0], [0, 0, 1]])
-    bump = torch.tensor([[0.0, -1, 0], [-1, 4, -1], [0, -1, 0]])
     spot = torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]])
     return {
         "left_to_right": grey * rise,
         "top_to_bottom": grey * rise.T,
-        "diagonal": grey * slant,
-        "laplacian": grey * bump,
+        "diagonal": grey * torch.tensor([[-1.0, 0, 0], [0, 0, 0], [0, 0, 1]]),
+        "laplacian": grey * torch.tensor([[0.0, -1, 0], [-1, 4, -1], [0, -1, 0]]),
         "red_minus_green": torch.tensor([1.0, -1, 0]).view(3, 1, 1) * spot,
         "blue_minus_yellow": torch.tensor([-0.5, -0.5, 1]).view(3, 1, 1) * spot,
     }
 
 
-def channels_by_slicing(x):
-    """What those filters make of images (B, 3, H, W), each (B, H-2, W-2), without a convolution.
+def simple_images():
+    """Five images (3, 7, 7) by name: black, but for what the name says, which is white or red."""
+    images = {name: torch.zeros(3, 7, 7) for name in ("right half", "lower half", "dot", "red")}
+    images["right half"][:, :, 4:] = 1
+    images["lower half"][:, 4:] = 1
+    images["dot"][:, 3, 3] = 1
+    images["red"][0] = 1
+    return images | {"all white": torch.ones(3, 7, 7)}
 
-    {name: channel}, names and order as in filters_by_hand. The first four are differences of the
-    grey image, x's mean over its channels: right - left, below - above, lower right - upper left,
-    and 4 times the middle minus its four neighbours. Then red - green, and blue - (red + green) /
-    2, of the middle pixel. Exercise.
-    """
-    grey, (red, green, blue) = x.mean(1), x[:, :, 1:-1, 1:-1].unbind(1)
-    up, down = grey[:, :-2, 1:-1], grey[:, 2:, 1:-1]
-    left, right = grey[:, 1:-1, :-2], grey[:, 1:-1, 2:]
-    return {
-        "left_to_right": right - left,
-        "top_to_bottom": down - up,
-        "diagonal": grey[:, 2:, 2:] - grey[:, :-2, :-2],
-        "laplacian": 4 * grey[:, 1:-1, 1:-1] - up - down - left - right,
-        "red_minus_green": red - green,
-        "blue_minus_yellow": blue - (red + green) / 2,
-    }
+
+def show_by_hand():
+    layer, filters, images = nn.Conv2d(3, 6, 3), filters_by_hand(), simple_images()
+    with torch.no_grad():
+        layer.weight.copy_(torch.stack([*filters.values()]))  # (6, 3, 3, 3)
+        layer.bias.zero_()
+    found = layer(torch.stack([*images.values()])).abs().amax((2, 3)).detach()  # (5, 6)
+    print("4. Which filter finds what? Largest output, without its sign, on images black but for")
+    print(f"   {'filter':<17}   " + "   ".join(f"{name:>10}" for name in images))
+    for name, row in zip(filters, found.T, strict=True):
+        print(f"   {name:<17}   " + "   ".join(f"{number:10.2f}" for number in row))
+    silent = [name for name, column in zip(images, found, strict=True) if column.max() < 1e-6]
+    print(f"   -> left_to_right finds the edge of a right half ({found[0, 0]:.0f}), not of a lower "
+          f"half ({found[1, 0]:.0f}); no filter finds {' or '.join(silent)}")  # fmt: skip
+    return layer, found
+
+
+# --- 5. a channel is no colour -----------------------------------------------------------------
 
 
 def as_picture(x):
@@ -113,82 +204,60 @@ def as_picture(x):
 
 
 def colourfulness(images):
-    """Mean over all pixels of max - min of the three channels of (B, 3, H, W), a float.
-
-    Exercise.
-    """
+    """Mean over the pixels of (B, 3, H, W) of max - min of their 3 channels, a float. Exercise."""
     return (images.amax(1) - images.amin(1)).mean().item()
 
 
-@torch.no_grad()
+def show_reshaped(layer, x):
+    print(f"5. {len(x)} images made grey, 6 channels of each: may three channels pass for colours?")
+    print("   shown                      pictures   colour: mean of max - min of a pixel")
+    grey = x.mean(1, keepdim=True).expand_as(x)
+    y, shown = layer(grey).detach(), {}  # y (B, 6, 30, 30)
+    rows = {"the grey images": grey, "y.reshape(-1, 3, 30, 30)": y.reshape(-1, 3, 30, 30),
+            "y.reshape(-1, 1, 30, 30)": y.reshape(-1, 1, 30, 30).expand(-1, 3, -1, -1)}  # fmt: skip
+    for name, pictures in rows.items():
+        shown[name] = len(pictures), colourfulness(pictures)
+        print(f"   {name:<24}   {shown[name][0]:8d}   {shown[name][1]:36.3f}")
+    wrong = [name for name, (_, colour) in shown.items() if colour > 0.01]
+    print(f"   -> {', '.join(wrong)} gives grey images colours: log each channel as a grey picture")
+    return shown, grey, y
+
+
+# --- the lesson --------------------------------------------------------------------------------
+
+
+def draw(log_dir, layer, x, grey, y_grey, images):
+    """The filters; the first images beside their channels; channels that pass for colours."""
+    filters = filters_by_hand()
+    words = [name.replace("_", " ") for name in filters]
+    with SummaryWriter(log_dir, purge_step=0) as writer:
+        title = "Six filters, their weights as colours: mid-grey is 0, light is more, dark is less"
+        picture = caption_row(title, [as_picture(w) for w in filters.values()], words, height=120)
+        writer.add_image("conv2d/filters", picture, 0)
+        title = "An image and its six output channels: mid-grey is 0, light is more, dark is less"
+        for step in range(min(len(x), images)):
+            channels = [as_picture(channel)[None] for channel in layer(x[step])]  # (1, 30, 30) each
+            picture = caption_row(title, [x[step], *channels], ["the image", *words], height=128)
+            writer.add_image("conv2d/outputs", picture, step)
+        title = "A grey image; its channels 0 to 2, then 3 to 5, wrongly shown as red, green, blue"
+        row = [grey[0], as_picture(y_grey[0, :3]), as_picture(y_grey[0, 3:])]
+        captions = ["the image", "channels 0 1 2", "channels 3 4 5"]
+        writer.add_image("conv2d/reshaped", caption_row(title, row, captions, height=200), 0)
+
+
+@torch.no_grad()  # nothing is trained here
 def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=8):
     torch.manual_seed(seed)
     dataset = open_images(root, train=False)
     print(source_line(dataset))
     x = as_tensors(dataset)[0][:count] / 255  # (B, 3, 32, 32) in [0, 1]
-
-    print("1. nn.Conv2d(3, 6, 3) against the sum of shifted images")
-    conv = nn.Conv2d(3, 6, kernel_size=3)
-    y, _ = conv2d_by_shifts(x, conv.weight, conv.bias)
-    torch.testing.assert_close(conv(x), y)
-    error = (conv(x) - y).abs().max().item()
-    print(f"   {tuple(x.shape)} -> {tuple(y.shape)}   largest difference {error:.1e}")
-
-    print("2. parameters, and multiply-adds for one image, counted (by the formulas)")
-    counts = {}
-    for k, side in ((3, 32), (3, 64), (5, 32)):
-        layer, image = nn.Conv2d(3, 6, k), torch.rand(1, 3, side, side)
-        parameters = sum(p.numel() for p in layer.parameters())
-        _, work = conv2d_by_shifts(image, layer.weight, layer.bias)
-        with FlopCounterMode(display=False) as flops:
-            layer(image)
-        formulas = parameter_formula(3, 6, k), work_formula(3, 6, k, side, side)
-        assert parameters == formulas[0] and work == formulas[1] == flops.get_total_flops() / 2
-        counts[k, side] = parameters, work
-        print(f"   Conv2d(3, 6, {k}) on {side} x {side}    parameters {parameters:5,} "
-              f"({formulas[0]:,})   multiply-adds {work:9,} ({formulas[1]:,})")  # fmt: skip
-    work = x[0].numel() * y[0].numel()  # every input number times a weight for every output number
-    dense = work + y[0].numel()
-    print(f"   Linear(3072, 5400) instead    parameters {dense:10,}   multiply-adds {work:10,}")
-
-    print("3. filters set by hand: each channel against slices of the image")
-    before, by_hand = conv(x + 0.2) - conv(x), filters_by_hand()
-    conv.weight.copy_(torch.stack([*by_hand.values()]))  # (6, 3, 3, 3)
-    conv.bias.zero_()
-    y = conv(x)
-    channels = dict(zip(by_hand, y.unbind(1), strict=True))  # name: (B, 30, 30)
-    for name, expected in channels_by_slicing(x).items():
-        channel = channels[name]
-        torch.testing.assert_close(channel, expected)
-        off = (channel - expected).abs().max()
-        print(f"   {name:<18} {channel.min():+.2f} to {channel.max():+.2f}   off by {off:.0e}")
-    light = {"by hand": (conv(x + 0.2) - y).abs().max(), "as initialised": before.abs().max()}
-    changes = "   ".join(f"{name} {change:.1e}" for name, change in light.items())
-    print(f"   largest change under 0.2 more light: {changes}")
-
-    print("4. the six channels of images made grey, reshaped to (-1, 3, 30, 30)")
-    grey = x.mean(1, keepdim=True).expand_as(x)
-    folded = conv(grey).reshape(-1, 3, *y.shape[2:])
-    assert torch.equal(folded[1], conv(grey)[0, 3:])
-    colour = {"images": colourfulness(grey), "folded": colourfulness(folded)}
-    print(f"   images {len(x):2d}   colour {colour['images']:.3f}")
-    print(f"   folded {len(folded):2d}   colour {colour['folded']:.3f}")
-
-    with SummaryWriter(log_dir, purge_step=0) as writer:
-        pictures = (torch.stack([as_picture(w) for w in by_hand.values()]) * 255).byte()
-        writer.add_image("conv2d/filters", caption_grid(pictures, [*by_hand], 3, scale=36), 0)
-        for step in range(min(count, 4)):
-            writer.add_image("conv2d/input", x[step], step)
-            for j, (name, channel) in enumerate(channels.items()):
-                picture = as_picture(channel[step : step + 1])  # (1, 30, 30)
-                writer.add_image(f"conv2d/output_{j}_{name}", picture, step)
-    return {
-        "counts": counts,
-        "dense": dense,
-        "light": {name: change.item() for name, change in light.items()},
-        "folded": len(folded),
-        "colour": colour,
-    }
+    measured = {"everyday": show_everyday(), "off": show_from_scratch(x)}
+    measured["counts"], measured["dense"] = show_counts()
+    layer, measured["found"] = show_by_hand()
+    measured["shown"], grey, y_grey = show_reshaped(layer, x)
+    draw(log_dir, layer, x, grey, y_grey, images=4)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":
