@@ -1,34 +1,39 @@
-"""A saved model is not whole: it only names its class, and once that has moved, loading fails.
+"""A state dict brings a network back bit for bit; to go on with its training takes more.
 
-    torch.save(model, path)                the tensors, and the name of every class around them
-    torch.save(model.state_dict(), path)   the same tensors, each under its own name
+A state dict is a dict that holds every weight and bias of a network under its name. It is what you
+save, and what you load into a new network with the same layers. torch.save(net, path) would save
+the whole network, but it can be loaded only while its class is found where it was. A training has
+more to remember: Adam keeps two running averages per weight, and the learning rate often depends on
+the epoch. If they are lost, the training goes on in another way, and no error tells.
 
-A whole model needs its classes where they were when it is loaded; a state dict needs a model with
-the same layers, from anywhere. Neither notices that forward was rewritten. To go on with training,
-weights are not enough: Adam's next step depends on its moving averages and step count, and the
-learning rate here on the epoch. Whatever is saved is written beside its place and then renamed, so
-that a save that fails leaves the last good file.
+    torch.save(net.state_dict(), path)                          the weights of net, to a file
+    new.load_state_dict(torch.load(path, weights_only=True))    from the file, into a network new
+    lr = 0.05 (1 + cos(pi epoch / total)) / 2                   the learning rate in section 3
 
-Checked here   both files hold the same bytes of weights; what each makes of four changes to the
-               class; a resumed fit ends as one never stopped, but not without optimizer or epoch;
-               a save that fails over a good file, by torch.save and by our `save`
-TensorBoard    train/log10_loss of never_stopped, resumed, without_optimizer, without_epoch
-Try            keep best = net.state_dict() in memory, train on: is it still the best? No: it shares
-               the weights' memory and moves with them; copy.deepcopy of it stays
-Source         PyTorch tutorial "Saving and Loading Models"; Kingma & Ba 2015, arXiv:1412.6980
+    epoch  how many epochs are done, of total in all            pi  3.14159...
+
+Needs          nn_module.py, nn_optim.py
+Checked here   loaded outputs = saved outputs; what is left of the best epoch; a resumed fit = a fit
+               that was never stopped, but not without the optimizer or the epoch; which changes of
+               a class the two kinds of file survive; what is left when a save fails
+TensorBoard    train/log10_loss by epoch in the runs never_stopped, resumed, without_optimizer,
+               without_epoch: resumed lies on never_stopped, the two others leave it
+Try            in make_optimizer, write torch.optim.SGD for torch.optim.Adam: which runs of table 3
+               now end with the weights of never_stopped?
+Answer         resumed and without_optimizer: plain SGD remembers nothing from step to step, so that
+               nothing is lost with it. With momentum=0.9 it would remember, as Adam does
+Source         PyTorch tutorial "Saving and Loading Models"; Adam: Kingma & Ba 2015, arXiv:1412.6980
 """
 
-import inspect
+import copy
 import io
 import math
-import pickletools
 import signal
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import PicklingError
 from types import ModuleType
-from zipfile import ZipFile
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
@@ -38,147 +43,123 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from model import Moli
 from support.files import guard, write_whole
 
 ROOT = Path(__file__).resolve().parent
 LOG_DIR = ROOT / "runs" / "model_save"
 CHECKPOINT_DIR = ROOT / "checkpoints" / "model_save"
-CHANGES = {  # what is replaced in the text of Net, and by what
-    "nothing": ("", ""),
-    "class moved": None,
-    "class renamed": ("class Net", "class Network"),
-    "layer renamed": ("hidden", "first"),
-    "tanh to relu": ("tanh", "relu"),
-}
 
 
-class Net(nn.Module):
-    """(B, 1) -> (B, 1)"""
-
-    def __init__(self, width=32):
-        super().__init__()
-        self.hidden = nn.Linear(1, width)
-        self.out = nn.Linear(width, 1)
-
-    def forward(self, x):
-        return self.out(torch.tanh(self.hidden(x)))
+# --- 1. in everyday code -----------------------------------------------------------------------
 
 
-# --- what is in a file -----------------------------------------------------------------------
+def show_everyday(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    path, x = folder / "linear.pth", torch.tensor([[1.0, 2.0]])
+    net = nn.Linear(2, 1)
+    torch.save(net.state_dict(), path)
+
+    new = nn.Linear(2, 1)  # the same layer, with random numbers of its own
+    before = new(x).item()
+    state = torch.load(path, weights_only=True)  # weights_only: no code runs from the file
+    new.load_state_dict(state)
+    new.eval()  # for predictions: Dropout and BatchNorm work differently in training
+    saved, after = net(x).item(), new(x).item()
+
+    print("1. In everyday code: is the loaded network the saved one?")
+    print("   in the file          shape     values")
+    for name, tensor in state.items():
+        values = ", ".join(f"{value:.4f}" for value in tensor.flatten().tolist())
+        print(f"   {name:<20} {tuple(tensor.shape)!s:<9} {values}")
+    print("   network              output for x = (1, 2)")
+    for name, output in (("saved", saved), ("new, before loading", before), ("new, after", after)):
+        print(f"   {name:<20} {output:21.4f}")
+    same = [output == saved for output in (before, after)]
+    print(f"   -> is it the saved output? Before loading {same[0]}, after it {same[1]}")
+    return same
+
+
+# --- 2. keep the best epoch --------------------------------------------------------------------
 
 
 def save(thing, path):
-    """torch.save to `path`, whole or not at all. Raises DataError if the disk refuses.
+    """torch.save to `path`, whole or not at all (section 5). DataError if the disk refuses.
 
     torch.save into an io.BytesIO first; then write its bytes by write_bytes to the path that
     write_whole(path), a context manager, gives. Exercise.
     """
-    buffer = io.BytesIO()  # so that only write_bytes meets the disk, and its OSError says why
+    buffer = io.BytesIO()  # a file in memory: what cannot be saved fails before the disk is met
     torch.save(thing, buffer)
     with write_whole(path) as beside:
         beside.write_bytes(buffer.getvalue())
 
 
-def read_zip(path):
-    """(pickle, [bytes of each tensor, in order]) of a file of torch.save, which is a zip.
+def make_net():
+    return nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 1))
 
-    Within its one folder the pickle is called data.pkl, and each tensor data/0, data/1 and so on,
-    in the order of namelist(). Exercise.
+
+def fit_best(net, x, y, x_val, y_val, epochs, folder):
+    """Fit net(x) to y by Adam(net.parameters(), lr=0.05), one step an epoch on the mean square.
+
+    After each step comes the validation loss, the mean squared error of net(x_val) and y_val. When
+    it is lower than ever, `save` writes the state dict to folder/best.pth, and after the last epoch
+    to folder/last.pth.
+    Returns the lowest validation loss, net.state_dict() of its epoch, and a deep copy. Exercise.
     """
-    with ZipFile(path) as file:
-        records = {name.partition("/")[2]: file.read(name) for name in file.namelist()}
-    return records["data.pkl"], [data for name, data in records.items() if name.startswith("data/")]
+    optimizer, best = torch.optim.Adam(net.parameters(), lr=0.05), math.inf
+    for _ in range(epochs):
+        loss = F.mse_loss(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            val_loss = F.mse_loss(net(x_val), y_val).item()
+        if val_loss < best:
+            best, kept = val_loss, net.state_dict()
+            copied = copy.deepcopy(kept)
+            save(kept, folder / "best.pth")
+    save(net.state_dict(), folder / "last.pth")
+    return best, kept, copied
 
 
-def names_in(path):
-    """The classes and functions that loading a file would import, read without loading it.
-
-    A sorted list without repeats. pickletools.genops(pickle) yields (code, argument, place); where
-    code.name is GLOBAL, the argument is "module name": here it becomes "module.name". Exercise.
-    """
-    pickle, _ = read_zip(path)
-    operations = pickletools.genops(pickle)
-    return sorted({name.replace(" ", ".") for code, name, _ in operations if code.name == "GLOBAL"})
-
-
-# --- the class changes -----------------------------------------------------------------------
-
-
-@contextmanager
-def net_py(text):
-    """Inside the block there is an importable net.py with this text; with None there is none."""
-    module = ModuleType("net")
-    if text is not None:
-        exec("import torch\nfrom torch import nn\n\n" + text, vars(module))
-        sys.modules["net"] = module
-    try:
-        yield module
-    finally:
-        sys.modules.pop("net", None)
+def show_best(folder, epochs):
+    x, x_val = torch.linspace(-1, 1, 16)[:, None], torch.linspace(-1, 1, 101)[:, None]  # (N, 1)
+    y, y_val = torch.sin(3 * x) + torch.randn(16, 1) / 2, torch.sin(3 * x_val)
+    best, kept, copied = fit_best(make_net(), x, y, x_val, y_val, epochs, folder)
+    print(f"2. How do you keep the best epoch? Its validation loss, the lowest, is {best:.4f}")
+    print(f"   what is loaded after {epochs} epochs           validation loss")
+    states = {"last.pth": torch.load(folder / "last.pth", weights_only=True),
+              "best.pth": torch.load(folder / "best.pth", weights_only=True),
+              "best = net.state_dict()": kept,
+              "best = copy.deepcopy(net.state_dict())": copied}  # fmt: skip
+    losses = {}
+    for name, state in states.items():
+        net = make_net()
+        net.load_state_dict(state)
+        losses[name] = F.mse_loss(net(x_val), y_val).item()
+        print(f"   {name:<40} {losses[name]:15.4f}")
+    print(f"   -> these are the best epoch: {', '.join(n for n in losses if losses[n] == best)}")
+    print("      (net.state_dict() shares memory with the weights, and changes with them)")
+    return {"best": best, "kept": losses}
 
 
-def load_whole(path):
-    return torch.load(path, weights_only=False)  # runs what the file says: only for your own files
+# --- 3. go on with a training ------------------------------------------------------------------
 
 
-def load_state(path, net_class):
-    """A net_class() with the state dict that lies at `path`, loaded with weights_only=True.
-
-    Exercise.
-    """
-    net = net_class()
-    net.load_state_dict(torch.load(path, weights_only=True))
-    return net
-
-
-def outcome(load, x, y):
-    """What becomes of a saved model that gave y (B, 1) for x (B, 1)."""
-    try:
-        net = load()
-    except (AttributeError, ImportError, RuntimeError) as error:
-        return f"{type(error).__name__} on loading"
-    try:
-        return "same outputs" if torch.equal(net(x), y) else "other outputs, no error"
-    except AttributeError as error:
-        return f"loads; {type(error).__name__} on calling"
-
-
-def survive(folder, x):
-    """For each of CHANGES, what comes of the whole model and of the state dict saved before it."""
-    whole, state, text = folder / "net_whole.pth", folder / "net_state.pth", inspect.getsource(Net)
-    with net_py(text) as module:
-        net = module.Net()
-        save(net, whole)
-        save(net.state_dict(), state)
-        y = net(x)
-    outcomes = {}
-    for change, edit in CHANGES.items():
-        with net_py(edit and text.replace(*edit)) as module:
-            net_class = getattr(module, "Network", getattr(module, "Net", Net))  # moved: to here
-            outcomes[change] = (
-                outcome(lambda: load_whole(whole), x, y),
-                outcome(lambda c=net_class: load_state(state, c), x, y),
-            )
-    return outcomes
-
-
-# --- going on with a fit ---------------------------------------------------------------------
+def make_optimizer(net):
+    return torch.optim.Adam(net.parameters())
 
 
 def learning_rate(epoch, total):
-    """From 0.05 down to 0 over `total` epochs, along half a cosine: a float.
-
-    0.05 (1 + cos(pi epoch / total)) / 2. Exercise.
-    """
+    """0.05 (1 + cos(pi epoch / total)) / 2: from 0.05 down to 0, a float. Exercise."""
     return 0.05 * (1 + math.cos(math.pi * epoch / total)) / 2
 
 
 def fit(net, optimizer, x, y, epochs, total):
-    """Adam, one step an epoch, for `epochs`, a range out of `total`. Returns each epoch's loss.
+    """Fit net(x) to y, one step an epoch, for each epoch of `epochs`, a range within `total`.
 
     Before each step every parameter group gets learning_rate(epoch, total). The loss is the mean
-    squared error of net(x) and y, taken before the step; a list of floats. Exercise.
+    squared error, taken before the step; returned is a list of all losses, floats. Exercise.
     """
     losses = []
     for epoch in epochs:
@@ -193,89 +174,154 @@ def fit(net, optimizer, x, y, epochs, total):
 
 
 def resume(path, forget=None):
-    """(net, optimizer, epoch) of a checkpoint, as if it held no `forget`.
+    """(net, optimizer, epoch) of a checkpoint, loaded by weights_only=True, without its `forget`.
 
-    The file holds the state dicts "model" of a Net and "optimizer" of a torch.optim.Adam, and
-    "epoch". Forgotten, the optimizer is a new one, and the epoch 0. Exercise.
+    The file holds the state dict "model" of a make_net(), the state dict "optimizer" of its
+    make_optimizer(net), and "epoch". If "optimizer" is forgotten, the optimizer is a new one; if
+    "epoch" is, the epoch is 0. Exercise.
     """
     state = torch.load(path, weights_only=True)
-    net = Net()
+    net = make_net()
     net.load_state_dict(state["model"])
-    optimizer = torch.optim.Adam(net.parameters())
+    optimizer = make_optimizer(net)
     if forget != "optimizer":
         optimizer.load_state_dict(state["optimizer"])
     return net, optimizer, 0 if forget == "epoch" else state["epoch"]
 
 
-def after_failed_save(way, good, path):
-    """Save by `way`, over a file of the bytes `good`, what cannot be pickled: the bytes then."""
-    path.write_bytes(good)
-    with suppress(PicklingError, AttributeError):
-        way({"schedule": lambda epoch: 0.1}, path)
-    left = path.read_bytes()
-    path.unlink()
-    return left
-
-
-def is_readable(data):
-    try:
-        torch.load(io.BytesIO(data), weights_only=True)
-    except RuntimeError:
-        return False
-    return True
-
-
-def main(seed=0, log_dir=LOG_DIR, checkpoint_dir=CHECKPOINT_DIR, total=200):
-    torch.manual_seed(seed)
-
-    print("1. Moli saved both ways")
-    moli, contents = Moli(), {}
-    for name, thing in {"moli_whole.pth": moli, "moli_state.pth": moli.state_dict()}.items():
-        save(thing, checkpoint_dir / name)
-        pickle, tensors = contents[name] = read_zip(checkpoint_dir / name)
-        layers = [n for n in names_in(checkpoint_dir / name) if n.startswith(("model", "torch.nn"))]
-        print(f"   {name}   tensors {len(tensors)}, {sum(map(len, tensors)):,} bytes   "
-              f"pickle {len(pickle):5,} bytes   classes of layers {len(layers)}")  # fmt: skip
-    assert contents["moli_whole.pth"][1] == contents["moli_state.pth"][1]  # byte for byte
-
-    print("2. what is left when the class has changed since")
+def show_resume(log_dir, folder, total):
     x = torch.linspace(-1, 1, 128)[:, None]  # (128, 1)
-    outcomes = survive(checkpoint_dir, x)
-    print(f"   {'':<15} {'whole model':<34} state dict")
-    for change, (of_whole, of_state) in outcomes.items():
-        print(f"   {change:<15} {of_whole:<34} {of_state}")
-
-    half = total // 2
-    print(f"3. y = sin(3 x), {total} epochs of Adam, saved after {half}: going on from the file")
-    y, path, distance = torch.sin(3 * x), checkpoint_dir / f"net_epoch_{half}.pth", {}
-    net = Net()
-    optimizer = torch.optim.Adam(net.parameters())
+    y, half, path = torch.sin(3 * x), total // 2, folder / "checkpoint.pth"
+    net = make_net()
+    optimizer = make_optimizer(net)
     losses = {"never_stopped": fit(net, optimizer, x, y, range(half), total)}
     save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": half}, path)
     losses["never_stopped"] += fit(net, optimizer, x, y, range(half, total), total)
-    end = nn.utils.parameters_to_vector(net.parameters())
-    for run, forget in {"resumed": None, "without_optimizer": "optimizer",
-                        "without_epoch": "epoch"}.items():  # fmt: skip
-        net, optimizer, epoch = resume(path, forget)
+    goal = nn.utils.parameters_to_vector(net.parameters()).detach()  # all weights in one row
+
+    print(f"3. How does a training go on? {total} epochs, saved after {half}, then loaded")
+    print("                       lr at       loss               a weight at the end minus")
+    print("   run                 the start   at first   largest   never_stopped's, largest")
+    distance = {}
+    for run in ("resumed", "without_optimizer", "without_epoch"):
+        net, optimizer, epoch = resume(path, forget=run.removeprefix("without_"))
         losses[run] = fit(net, optimizer, x, y, range(epoch, epoch + total - half), total)
-        off = nn.utils.parameters_to_vector(net.parameters()) - end
-        distance[run] = off.abs().max().item()
-        print(f"   {run:<18} first loss {losses[run][0]:.4f}   largest {max(losses[run]):.4f}   "
-              f"weights at the end off by {distance[run]:.2f}")  # fmt: skip
-    assert losses["resumed"] == losses["never_stopped"][half:] and distance["resumed"] == 0
+        end = nn.utils.parameters_to_vector(net.parameters()).detach()
+        distance[run] = (end - goal).abs().max().item()
+        print(f"   {run:<18}  {learning_rate(epoch, total):9.3f}   {losses[run][0]:8.4f}"
+              f"   {max(losses[run]):7.4f}   {distance[run]:24.2f}")  # fmt: skip
+    whole = [run for run, off in distance.items() if off == 0]
+    print(
+        f"   -> as if never stopped: {', '.join(whole)}. Save the optimizer's state_dict() and the"
+    )
+    print("      epoch, too; a scheduler has a state_dict() of its own (shuffling: see train.py)")
     for run, values in losses.items():
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
             for step, value in enumerate(values, total - len(values)):
                 writer.add_scalar("train/log10_loss", math.log10(value), step)
+    return {"losses": losses, "distance": distance}
 
-    print("4. a save that fails (a lambda cannot be pickled) over a good file: what is left")
-    good, readable = path.read_bytes(), {}
-    for name, way in {"torch.save": torch.save, "save": save}.items():
-        left = after_failed_save(way, good, checkpoint_dir / "over_a_good_file.pth")
-        readable[name] = is_readable(left)
-        print(f"   {name:<11} bytes {len(left):5,} of {len(good):,}   "
-              f"can be loaded {'yes' if readable[name] else 'no'}")  # fmt: skip
-    return {"outcomes": outcomes, "losses": losses, "distance": distance, "readable": readable}
+
+# --- 4. a whole model, and its class -----------------------------------------------------------
+
+NET_PY = """
+from torch import nn, relu, tanh
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(1, 8)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.out(tanh(self.hidden(x)))
+"""
+CHANGES = {  # the module's name after the save; what is replaced in its text, and by what
+    "nothing": ("net", "", ""),
+    "net.py is now nets.py": ("nets", "", ""),
+    "Net is now Network": ("net", "Net", "Network"),
+    "hidden is now first": ("net", "hidden", "first"),
+    "tanh is now relu": ("net", "tanh", "relu"),
+}
+
+
+@contextmanager
+def module_of(name, text):
+    """Inside the block, `import name` finds a module with this text, as if a file held it."""
+    module = sys.modules[name] = ModuleType(name)
+    exec(text, vars(module))
+    try:
+        yield module
+    finally:
+        del sys.modules[name]
+
+
+def outcome(path, net_class, x, y):
+    """What becomes of a network's file, where x (B, 1) gave y (B, 1) when it was saved.
+
+    It holds a state dict for a net_class(), or a whole network if net_class is None.
+    """
+    try:
+        if net_class is None:
+            net = torch.load(path, weights_only=False)  # may run code: only for your own files
+        else:
+            net = net_class()
+            net.load_state_dict(torch.load(path, weights_only=True))
+        return "same outputs" if torch.equal(net(x), y) else "other outputs, no error"
+    except (AttributeError, ImportError, RuntimeError) as error:
+        return type(error).__name__
+
+
+def show_whole(folder):
+    whole, state = folder / "net.pth", folder / "net_state.pth"
+    x = torch.linspace(-1, 1, 9)[:, None]
+    with module_of("net", NET_PY) as module:
+        net = module.Net()
+        y = net(x)
+        save(net, whole)
+        save(net.state_dict(), state)
+    print("4. torch.save(net) or torch.save(net.state_dict())? Loaded after net.py was changed")
+    print("   what changed            whole network             state dict")
+    outcomes = {}
+    for change, (name, old, new) in CHANGES.items():
+        with module_of(name, NET_PY.replace(old, new)) as module:
+            net_class = module.Network if new == "Network" else module.Net
+            row = outcomes[change] = [outcome(whole, None, x, y), outcome(state, net_class, x, y)]
+        print(f"   {change:<22}  {row[0]:<24}  {row[1]}")
+    n, rows = len(CHANGES) - 1, list(outcomes.values())[1:]
+    kept = [sum(row[i] == "same outputs" for row in rows) for i in (0, 1)]
+    print(f"   -> the whole network survives {kept[0]} of {n} changes, the state dict {kept[1]};")
+    silent = ", ".join(change for change, row in outcomes.items() if "no error" in row[1])
+    print(f'      "{silent}" goes unnoticed: save an input with its output, and compare')
+    return outcomes
+
+
+# --- 5. a save that fails ----------------------------------------------------------------------
+
+
+def show_failed_save(folder):
+    path, left = folder / "over_a_good_file.pth", {}
+    print("5. What is left of the old file if a save over it fails? (A lambda cannot be saved)")
+    print("   saved by              bytes before   bytes left")
+    for name, way in (("torch.save", torch.save), ("save (section 2)", save)):
+        save({"weights": torch.zeros(1000)}, path)
+        old = path.read_bytes()
+        with suppress(PicklingError, AttributeError):
+            way({"weights": torch.ones(1000), "schedule": lambda epoch: 0.1}, path)
+        left[name] = path.read_bytes()
+        print(f"   {name:<20}  {len(old):12,}   {len(left[name]):10,}")
+    print(f"   -> unharmed by: {', '.join(name for name in left if left[name] == old)}")
+    return {name: data == old for name, data in left.items()}
+
+
+def main(seed=0, log_dir=LOG_DIR, checkpoint_dir=CHECKPOINT_DIR, epochs=400, total=200):
+    torch.manual_seed(seed)
+    measured = {"same": show_everyday(checkpoint_dir), **show_best(checkpoint_dir, epochs)}
+    measured |= show_resume(log_dir, checkpoint_dir, total)
+    measured["outcomes"] = show_whole(checkpoint_dir)
+    measured["unharmed"] = show_failed_save(checkpoint_dir)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":
