@@ -1,31 +1,34 @@
-"""TensorBoard draws what tag, step and folder say: a wrong one draws a wrong curve, without a word.
+"""TensorBoard draws a curve from its tag, its steps and its folder; it warns of no wrong one.
 
-A SummaryWriter writes its points to a file in its folder. TensorBoard reads the files of all
-folders below --logdir. One folder is one run: it has one colour, and one curve for each tag. If no
-step is given, all points lie at step 0. If a second writer writes to the same folder, its curve
-replaces the first one from its own first step on, or the two are mixed.
+A SummaryWriter writes points to a file in its folder. TensorBoard reads the files of all folders
+below --logdir. One folder is one run: it has one colour, and one curve for each tag (the name of a
+curve). Two mistakes are common. If no step is given, all points lie at step 0. If a second writer
+uses the folder of another one, its curve replaces the older one or is mixed with it.
 
     add_scalar(tag, y, step)         one point (step, y) of the curve named tag
     add_image(tag, picture, step)    (C, H, W), or (H, W, C) with dataformats="HWC"
-    purge_step=s                     TensorBoard shall forget the older points from step s on
+    purge_step=s                     tells TensorBoard to drop older points at step s and later
 
     C  channels     H, W  height and width in pixels. Numbers: floats in [0, 1], or uint8
 
-TensorBoard has two loaders. The fast one, the default where it is installed (not on Windows), does
-not read purge_step: each new point removes the older points of its tag at the same or a later step.
-The other one obeys purge_step if each writer in the folder was given one. Of a tag both keep 10
-pictures and 1,000 points, a random choice with the last one. Options choose the loader, and keep
-more. So take a new folder for each run, always give a step, and give purge_step where you resume.
+So always give a step, take a new folder for each run, and give purge_step where a run is resumed.
+TensorBoard has two programs that read files. The fast loader is the default where it is installed
+(not on Windows). It does not read purge_step: a new point removes older points of its tag at the
+same or a later step. The slow loader obeys purge_step if each writer in the folder was given one.
+For each tag of a run both keep at most 10 pictures and 1,000 points: the last one, and a random
+choice of the others. Options choose the loader and keep more.
 
 Needs          nothing
-Checked here   what TensorBoard shows, started without options and with those that the lesson prints
-TensorBoard    line/y by step: one run for each mistake and each cure; y = 2 step, and 3 step where
-               a second writer went on. image/bee, histogram/normal, text/note, graph: run everyday
-Try            in write_curves, write with_step in reverse: range(points - 1, -1, -1)
-Answer         The fast loader shows one point, the last one written; with the options all are there
+Checked here   what TensorBoard shows, started without options and with those that section 2 prints
+TensorBoard    line/y by step: the run with_step is the line y = 2 step, no_step one point at step
+               0, resumed bends at step 10. Pictures, histogram, text, graph: the run everyday
+Try            in write_curves, write with_step in reverse, range(points - 1, -1, -1) for
+               range(points): how many points does each loader show?
+Answer         The fast one shows 1, the last one written. With the options all 20 are there
 Source         torch.utils.tensorboard; TensorBoard's README; github.com/tensorflow/tensorboard 4784
 """
 
+import io
 import json
 import re
 import signal
@@ -44,6 +47,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -59,38 +63,47 @@ OPTIONS = ["--load_fast=false", "--samples_per_plugin=images=200,scalars=5000"]
 
 
 def write_everyday(log_dir, picture):
-    """One of each kind; `picture` is (H, W, 3) uint8."""
+    """One of each kind; `picture` is (H, W, 3) uint8. Returns the 1000 numbers of the histogram."""
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    numbers = torch.randn(1000)
     with SummaryWriter(log_dir / "everyday", purge_step=0) as writer:  # 0: replace older runs
         for step in range(20):
             writer.add_scalar("line/y", 2 * step, step)
         writer.add_image("image/bee", picture, 0, dataformats="HWC")
-        writer.add_histogram("histogram/normal", torch.randn(1000), 0)
+        writer.add_histogram("histogram/normal", numbers, 0)
         writer.add_text("text/note", "The line is **y = 2 x**.", 0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # add_graph calls torch.jit.trace, which is deprecated
+        with warnings.catch_warnings():  # add_graph itself still uses torch.jit.trace, an old tool
+            warnings.filterwarnings("ignore", "`torch.jit.trace")
             writer.add_graph(model, torch.zeros(1, 4))
+    return numbers
 
 
-def show_everyday(address):
+def show_everyday(address, picture, numbers):
     print("1. In everyday code: is all that was written to the run everyday there?")
     print("   call            written                         TensorBoard shows")
     curve = ask(address, "scalars/scalars", run="everyday", tag="line/y")
-    pictures = ask(address, "images/images", run="everyday", tag="image/bee", sample=0)
+    entry = ask(address, "images/images", run="everyday", tag="image/bee", sample=0)[0]
+    png = ask(address, f"images/individualImage?{entry['query']}")
+    shown = np.asarray(Image.open(io.BytesIO(png)))  # (H, W, 3)
     bins = ask(address, "histograms/histograms", run="everyday", tag="histogram/normal")[0][2]
+    count, low, high = sum(count for *_, count in bins), bins[0][0], bins[-1][1]
     note = ask(address, "text/text", run="everyday", tag="text/note/text_summary")[0]["text"]
-    graph = ask(address, "graphs/graph", run="everyday", conceptual="false")
-    values, nodes = sum(count for *_, count in bins), graph.count("node {")
+    graph = ask(address, "graphs/graph", run="everyday", conceptual="false").decode()
+    layers = sorted(set(re.findall(r"\w+\[\d\]", graph)), key=lambda layer: layer[-2])
+    lowest, highest = numbers.min().item(), numbers.max().item()
     rows = (
         ("add_scalar", "20 points, y = 2 step",
          f"{len(curve)} points, the last one at step {curve[-1][1]}: y = {curve[-1][2]:g}",
-         len(curve) == 20 and curve[-1][1:] == [19, 38]),
-        ("add_image", "1 picture of a bee", f"{len(pictures)} picture, at step "
-         f"{pictures[0]['step']}", len(pictures) == 1),
-        ("add_histogram", "1000 normal numbers", f"{values:.0f} numbers", round(values) == 1000),
+         [point[1:] for point in curve] == [[step, 2 * step] for step in range(20)]),
+        ("add_image", "a picture of a bee", f"{shown.shape[1]} x {shown.shape[0]} pixels at step "
+         f"{entry['step']}", np.array_equal(shown, picture)),
+        ("add_histogram", f"1000 numbers, {lowest:.2f} to {highest:.2f}",
+         f"{count:.0f} numbers, {low:.2f} to {high:.2f}",
+         round(count) == 1000 and abs(low - lowest) + abs(high - highest) < 1e-3),
         ("add_text", "The line is **y = 2 x**.", re.search("<p>.*</p>", note)[0],
          "<strong>y = 2 x</strong>" in note),
-        ("add_graph", "3 layers (a deprecated call)", f"{nodes} nodes of the graph", nodes > 3),
+        ("add_graph", "layers Linear, ReLU, Linear", f"layers {', '.join(layers)}",
+         layers == ["Linear[0]", "ReLU[1]", "Linear[2]"]),
     )  # fmt: skip
     for call, written, answer, _ in rows:
         print(f"   {call:<13}   {written:<29}   {answer}")
@@ -123,7 +136,8 @@ def write_curves(log_dir, points, many):
         write_line(log_dir / run, range(points), 2, purge_step=0)
     write_line(log_dir / "purge_step", range(points), 2, 0, tags=("line/y", "line/old"))
 
-    time.sleep(1.01 - time.time() % 1)  # the names of files tell no less than seconds apart
+    # A file's name holds the time in whole seconds, and TensorBoard reads files in that order.
+    time.sleep(1.01 - time.time() % 1)
     write_line(log_dir / "one_folder", range(half), 3)
     write_line(log_dir / "folder_b", range(half), 3, purge_step=0)
     write_line(log_dir / "resumed", range(half, points), 3)
@@ -135,43 +149,52 @@ def describe(curve):
     return len(curve), len({step for _, step, _ in curve}), curve[-1][2]
 
 
-def show_curves(default, with_options, points, many):
+def show_curves(log_dir, default, with_options, points, many):
     half = points // 2
     whole, resumed = (points, points, 2.0 * points - 2), (points, points, 3.0 * points - 3)
     part, old = (half, half, 3.0 * half - 3), (half, half, 2.0 * half - 2)
     rows = [
         ("no_step", "line/y", "no step is given", whole),
         ("with_step", "line/y", "cure: step=step", whole),
-        ("one_folder", "line/y", "two runs in one folder", None),
-        ("folder_a", "line/y", "cure: a folder for each", whole),
-        ("folder_b", "line/y", "      the second run", part),
-        ("resumed", "line/y", f"stopped, then from step {half}", resumed),
+        ("one_folder", "line/y", "a second run, same folder", None),
+        ("folder_a", "line/y", "cure: own folder, run 1", whole),
+        ("folder_b", "line/y", "      own folder, run 2", part),
+        ("resumed", "line/y", f"resumed at step {half}", resumed),
         ("purge_step", "line/y", f"cure: purge_step={half}", resumed),
-        ("purge_step", "line/old", "      a tag not resumed", old),
+        ("purge_step", "line/old", "      a tag not written again", old),
         ("long", "line/y", f"{many} points", (many, many, 2.0 * many - 2)),
     ]
-    print("2. Which curves does TensorBoard show? (steps: different ones; x: not what was meant)")
-    groups = "".join(f"   {name:^20}" for name in ("right", "by default", "with options"))
-    print(f"   {'':<46}{groups}".rstrip())
+    print("2. Traps: which curves does TensorBoard show, and are they as meant?")
+    print(f"   by default:   tensorboard --logdir {log_dir} (here its {loader(default)} loader)")
+    print(f"   with options: the same, and {' '.join(OPTIONS)} (its {loader(with_options)} loader)")
     print(
-        "   run        tag        how it was written     "
-        + "   points steps last y " * 2
-        + "   points steps last y"
+        "   The first writer writes y = 2 step, the second one y = 3 step. Meant is: a resumed run"
     )
+    print(f"   loses its older points at step {half} and later, those of every tag.")
+    print("   steps: how many different steps the points have. x: not as meant")
+    groups = "".join(f"   {name:^20}" for name in ("as meant", "by default", "with options"))
+    print(f"   {'':<49}{groups}".rstrip())
+    print(f"   {'run':<19}{'how it was written':<30}" + "   points steps last y " * 3)
     shown, wrong = {}, ([], [])
-    for run, tag, how, right in rows:
+    for run, tag, how, meant in rows:
         answers = [describe(ask(address, "scalars/scalars", run=run, tag=tag))
                    for address in (default, with_options)]  # fmt: skip
         shown[run, tag] = answers
-        cells = "{:9} {:5} {:6g} ".format(*right) if right else f"{'two curves':>22} "
+        name = run if tag == "line/y" else f"{run} {tag}"
+        cells = f"   {'{:6} {:5} {:6g}'.format(*meant) if meant else 'a curve for each run':<20}"
         for names, answer in zip(wrong, answers, strict=True):
-            if answer != right:
-                names.append(run if tag == "line/y" else f"{run} {tag}")
-            cells += "{:9} {:5} {:6g}".format(*answer) + (" " if answer == right else "x")
-        print(f"   {run:<10} {tag:<8}   {how:<25}{cells}".rstrip())
-    print(f"   -> wrong by default:   {', '.join(wrong[0])}")
-    print(f"   -> wrong with options: {', '.join(wrong[1])}")
-    return {"shown": shown, "wrong": wrong}
+            if answer != meant:
+                names.append(name)
+            cells += "   {:6} {:5} {:6g}".format(*answer) + (" " if answer == meant else "x")
+        print(f"   {name:<19}{how:<30}{cells}".rstrip())
+    cures = ["with_step", "folder_a", "folder_b", "purge_step"]
+    good = [cure for cure in cures if cure not in wrong[0] + wrong[1]]
+    print(f"   -> not as meant by default:   {', '.join(wrong[0])}")
+    print(f"   -> not as meant with options: {', '.join(wrong[1])}")
+    print(f"   -> as meant both times: {', '.join(good)}")
+    if good == cures:
+        print("      so give a step, a folder for each run, and purge_step where you resume")
+    return {"shown": shown, "wrong": wrong, "good": good}
 
 
 # --- 3. pictures -------------------------------------------------------------------------------
@@ -190,25 +213,23 @@ def write_pictures(log_dir, picture, count):
 
 
 def layout_error(log_dir, picture):
-    """The error of add_image when `picture` (H, W, 3) is taken for (C, H, W), or None."""
+    """The kind of error of add_image when `picture` (H, W, 3) is taken for (C, H, W), or None."""
     with SummaryWriter(log_dir / "layout", purge_step=0) as writer:
         try:
             writer.add_image("image/wrong", picture, 0)
         except (TypeError, ValueError) as error:
-            return f"{type(error).__name__}: {error}"
+            return type(error).__name__
 
 
-def show_pictures(log_dir, picture, default, with_options, count):
-    print(f"3. {count} pictures of one tag: how many can be looked at?")
+def show_pictures(default, with_options, count, height, error):
+    print(f"3. Traps: {count} pictures of one tag, how many can be looked at?")
     kept = [len(ask(address, "images/images", run="pictures", tag="image/bee", sample=0))
             for address in (default, with_options)]  # fmt: skip
-    print("   written   by default   with options")
-    print(f"   {count:7}   {kept[0]:10}   {kept[1]:12}")
+    print("   written   shown by default   with options")
+    print(f"   {count:7}   {kept[0]:16}   {kept[1]:12}")
     print(f"   -> by default {count - kept[0]} are missing, with options {count - kept[1]}")
-    error = layout_error(log_dir, picture)
-    print(f"   an (H, W, 3) picture without dataformats='HWC': {error or 'no error'}")
-    print(f"   -> add_image took {len(picture)}, the height, for the number of channels, and "
-          f"{'refused it' if error else 'drew it'}")  # fmt: skip
+    print(f"   -> a picture (H, W, 3) without dataformats='HWC': {error or 'drawn'}, as its "
+          f"height, {height}, is taken for the number of channels")  # fmt: skip
     return {"kept": kept, "error": error}
 
 
@@ -234,12 +255,23 @@ def tensorboard(log_dir, *options):
         server.stderr.close()
 
 
-def ask(address, path, **query):
-    """What TensorBoard's own page asks for: lists of points, pictures ..., or a graph as text."""
+def fetch(address):
     opener = build_opener(ProxyHandler({}))  # no proxy stands between a machine and itself
-    with opener.open(f"{address}data/plugin/{path}?{urlencode(query)}", timeout=30) as answer:
-        text = answer.read().decode()
-    return json.loads(text) if text[:1] in ("[", "{") else text
+    with opener.open(address, timeout=30) as answer:
+        return answer.read()
+
+
+def ask(address, path, **query):
+    """What TensorBoard's own page asks for: lists of points, pictures ..., else the bytes."""
+    words = f"?{urlencode(query)}" if query else ""
+    answer = fetch(f"{address}data/plugin/{path}{words}")
+    return json.loads(answer) if answer[:1] in (b"[", b"{") else answer
+
+
+def loader(address):
+    """Which loader it uses: only the fast one is a program of its own, asked by gRPC."""
+    provider = json.loads(fetch(f"{address}data/environment"))["debug"]["data_provider"]
+    return "fast" if provider.startswith("Grpc") else "slow"
 
 
 def wait_until_read(address, log_dir, seconds=120):
@@ -270,18 +302,17 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET, points=20, many=1500, pictures=3
     folder = hymenoptera(root)
     print(hymenoptera_source(folder))
     picture = np.array(first_picture(folder, "bees").resize((160, 120)))  # (120, 160, 3)
-    write_everyday(log_dir, picture)
+    numbers = write_everyday(log_dir, picture)
     write_curves(log_dir, points, many)
     write_pictures(log_dir, picture, pictures)
-    print(f"by default:   tensorboard --logdir {log_dir}")
-    print(f"with options: the same, and {' '.join(OPTIONS)}")
+    error = layout_error(log_dir, picture)
     with tensorboard(log_dir) as default, tensorboard(log_dir, *OPTIONS) as with_options:
         for address in (default, with_options):
             wait_until_read(address, log_dir)
         measured = {
-            "answers": show_everyday(default),
-            "curves": show_curves(default, with_options, points, many),
-            "pictures": show_pictures(log_dir, picture, default, with_options, pictures),
+            "answers": show_everyday(default, picture, numbers),
+            "curves": show_curves(log_dir, default, with_options, points, many),
+            "pictures": show_pictures(default, with_options, pictures, len(picture), error),
         }
     print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return measured

@@ -82,11 +82,11 @@ def run(lesson, tmp_path_factory):
 
     asked, show = {"try/with_step": [], "clock_back": []}, lesson.show_curves
 
-    def show_curves(default, with_options, *sizes):
+    def show_curves(log_dir, default, with_options, *sizes):
         for address in (default, with_options):
             for name, curves in asked.items():
                 curves.append(lesson.ask(address, "scalars/scalars", run=name, tag="line/y"))
-        return show(default, with_options, *sizes)
+        return show(log_dir, default, with_options, *sizes)
 
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
         patch.setattr(lesson, "show_curves", show_curves)
@@ -97,18 +97,21 @@ def run(lesson, tmp_path_factory):
 def test_everything_is_there(run, events):
     measured, lines, _, log_dir = run
     answers = measured["answers"]
+    torch.manual_seed(0)
+    torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)  # drawn before, as in the lesson
+    numbers = torch.randn(1000)
+    span = f"1000 numbers, {numbers.min():.2f} to {numbers.max():.2f}"
     assert answers["add_scalar"] == "20 points, the last one at step 19: y = 38"
-    assert answers["add_image"] == "1 picture, at step 0"
-    assert answers["add_histogram"] == "1000 numbers"
+    assert answers["add_image"] == "160 x 120 pixels at step 0"
+    assert answers["add_histogram"] == span
     assert answers["add_text"] == "<p>The line is <strong>y = 2 x</strong>.</p>"
-    assert int(answers["add_graph"].split()[0]) > 5
+    assert answers["add_graph"] == "layers Linear[0], ReLU[1], Linear[2]"
     picture = events(log_dir / "everyday").Images("image/bee")[-1]
     assert (picture.width, picture.height) == (160, 120)
-    assert lines[1] == f"by default:   tensorboard --logdir {log_dir}"
-    assert lines[2].endswith("--load_fast=false --samples_per_plugin=images=200,scalars=5000")
-    assert lines[3].startswith("1. In everyday code")
-    assert [line.split()[0] for line in lines[5:10]] == list(answers)
-    assert lines[10] == "   -> 5 of 5 are as they were written"
+    assert lines[1].startswith("1. In everyday code")
+    assert [line.split()[0] for line in lines[3:8]] == list(answers)
+    assert f"   {span}   " in lines[5] and lines[5].endswith(f"   {span}")
+    assert lines[8] == "   -> 5 of 5 are as they were written"
 
 
 def test_the_curves_are_shown_as_the_table_says(run):
@@ -122,27 +125,34 @@ def test_the_curves_are_shown_as_the_table_says(run):
     assert shown == expected
     wrong = WRONG if fast else ([*WRONG[1], "long"], WRONG[1])
     assert measured["curves"]["wrong"] == tuple(wrong)
-    assert lines[11].startswith("2. Which curves does TensorBoard show?")
-    for line, (run_name, tag), (right, _, _) in zip(lines[14:23], ROWS, ROWS.values(), strict=True):
-        assert line.split()[:2] == [run_name, tag]
-        cells = [*right] if right else ["two", "curves"]
+    assert lines[9].startswith("2. Traps: which curves does TensorBoard show")
+    chosen = "fast" if fast else "slow"
+    log_dir = run[3]
+    start = f"tensorboard --logdir {log_dir} (here its {chosen} loader)"
+    assert lines[10] == f"   by default:   {start}"
+    options = "--load_fast=false --samples_per_plugin=images=200,scalars=5000"
+    assert lines[11] == f"   with options: the same, and {options} (its slow loader)"
+    assert lines[13].startswith("   loses its older points at step 6 and later")
+    for line, (run_name, tag), (meant, _, _) in zip(lines[17:26], ROWS, ROWS.values(), strict=True):
+        assert line.split()[0] == run_name and ("line/old" in line) == (tag == "line/old")
+        cells = [*meant] if meant else ["for", "each", "run"]
         for answer in expected[run_name, tag]:
-            cells += [*answer] if answer == right else [*answer[:2], f"{answer[2]}x"]
+            cells += [*answer] if answer == meant else [*answer[:2], f"{answer[2]}x"]
         assert line.split()[-len(cells) :] == [str(cell) for cell in cells]
-    assert lines[23] == f"   -> wrong by default:   {', '.join(wrong[0])}"
-    assert lines[24] == f"   -> wrong with options: {', '.join(wrong[1])}"
+    assert lines[26] == f"   -> not as meant by default:   {', '.join(wrong[0])}"
+    assert lines[27] == f"   -> not as meant with options: {', '.join(wrong[1])}"
+    assert lines[28] == "   -> as meant both times: with_step, folder_a, folder_b, purge_step"
+    assert lines[29].startswith("      so give a step, a folder for each run, and purge_step")
 
 
 def test_ten_pictures_are_kept_by_default(run):
     measured, lines, _, _ = run
-    assert measured["pictures"]["kept"] == [10, 14]
-    assert "TypeError" in measured["pictures"]["error"]
-    assert lines[25] == "3. 14 pictures of one tag: how many can be looked at?"
-    assert lines[27].split() == ["14", "10", "14"]
-    assert lines[28] == "   -> by default 4 are missing, with options 0"
-    assert lines[29].endswith(measured["pictures"]["error"])
-    assert lines[30].endswith("took 120, the height, for the number of channels, and refused it")
-    assert len(lines) == 32 and lines[31].startswith("look: tensorboard --logdir")
+    assert measured["pictures"] == {"kept": [10, 14], "error": "TypeError"}
+    assert lines[30].startswith("3. Traps: 14 pictures of one tag")
+    assert lines[32].split() == ["14", "10", "14"]
+    assert lines[33] == "   -> by default 4 are missing, with options 0"
+    assert ": TypeError, as its height, 120, is taken" in lines[34]
+    assert len(lines) == 36 and lines[35].startswith("look: tensorboard --logdir")
 
 
 def test_try_steps_in_reverse_leave_one_point_by_default(lesson, run):
@@ -195,7 +205,7 @@ def test_pictures_grow_darker_under_their_words(lesson, tmp_path, events):
 
 
 def test_only_a_picture_with_its_channels_last_is_an_error(lesson, tmp_path):
-    assert lesson.layout_error(tmp_path, np.zeros((8, 9, 3), np.uint8)).startswith("TypeError: ")
+    assert lesson.layout_error(tmp_path, np.zeros((8, 9, 3), np.uint8)) == "TypeError"
     assert lesson.layout_error(tmp_path, np.zeros((3, 8, 9), np.uint8)) is None
 
 
@@ -245,26 +255,33 @@ def test_main_asks_both_servers(lesson, insects_root, tmp_path, monkeypatch, cap
         assert log_dir == tmp_path and list(options) in ([], lesson.OPTIONS)
         yield " ".join(["http", *options])
 
-    def ask(address, path, run, **query):
+    def ask(address, path, run=None, **query):
         asked.append(address)
-        right = ROWS.get((run, query.get("tag")), [None])[0] or (12, 12, 22)
+        meant = ROWS.get((run, query.get("tag")), [None])[0] or (12, 12, 22)
+        if path.startswith("images/individualImage?"):
+            assert path.endswith("?blob_key=bee")
+            return png
         return {
-            "scalars/scalars": [[0, min(i, right[1] - 1), right[2]] for i in range(right[0])],
-            "images/images": [{"step": 5}] * 14,
+            "scalars/scalars": [[0, min(i, meant[1] - 1), meant[2]] for i in range(meant[0])],
+            "images/images": [{"step": 5, "query": "blob_key=bee"}] * 14,
             "histograms/histograms": [[0, 0, [[0, 1, 40.0], [1, 2, 2.0]]]],
             "text/text": [{"text": "<td><p>note</p>\n"}],
-            "graphs/graph": "node {} node {}",
+            "graphs/graph": b"node {} node {Linear[3] Linear[3]}",
         }[path]
 
+    out = io.BytesIO()
+    Image.new("RGB", (7, 6)).save(out, "PNG")
+    png = out.getvalue()
     monkeypatch.setattr(lesson, "tensorboard", tensorboard)
     monkeypatch.setattr(lesson, "ask", ask)
+    monkeypatch.setattr(lesson, "loader", lambda address: f"loader of {address}")
     monkeypatch.setattr(time, "sleep", lambda _: None)
     measured = lesson.main(seed, tmp_path, insects_root, POINTS, MANY, PICTURES)
     assert measured["curves"]["wrong"] == (["one_folder"], ["one_folder"])
     assert set(asked) == {"http", f"http {' '.join(lesson.OPTIONS)}"}
     out = capsys.readouterr().out
-    for line in ("42 numbers", "14 picture, at step 5", "   <p>note</p>", "   2 nodes",
-                 "-> 0 of 5 are as they were",
+    for line in ("42 numbers, 0.00 to 2.00", "   7 x 6 pixels at step 5\n", "   <p>note</p>",
+                 "   layers Linear[3]\n", "-> 0 of 5 are as they were", "loader of http loader",
                  "-> by default 0 are missing, with options 0"):  # fmt: skip
         assert line in out
     assert json.dumps(measured["pictures"]["kept"]) == "[14, 14]"
