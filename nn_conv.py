@@ -1,20 +1,26 @@
-"""What nn.Conv2d computes is cross-correlation: only the flipped kernel makes it a convolution.
+"""A convolution layer multiplies each window of an image with its weights and sums the products.
 
-    out[b, k, i, j] = bias[k] + sum over c, u, v of
-                      weight[k, c, u, v] x[b, c, i stride + u dilation - padding, j stride + ...]
-    with groups, c counts only the C / groups input channels of k's own group
-    size = floor((H + 2 padding - dilation (kernel - 1) - 1) / stride) + 1
+Read this to see what nn.Conv2d does inside, and to know the size of an output before you run it: a
+Linear layer behind it needs that number, and stops with an error at any other. The stride is how
+many pixels the window moves; padding puts a frame of zeros around the image; dilation leaves pixels
+out between those that a window takes. Taken literally, F.conv2d is no convolution: section 5.
 
-A convolution runs through the kernel backwards (x[i - u] for x[i + u]); it commutes, and in Fourier
-space it is a product. Without the flip, an impulse is answered by the kernel turned half round. A
-network does not care: fitted to a true convolution, it learns the flipped kernel. unfold copies
-every window into a column, so that the whole layer is one matrix product for each group.
+    y[r, s] = sum over u, v of w[u, v] * x[r stride + u dilation - padding,
+                                           s stride + v dilation - padding]
+    size = floor((H + 2 padding - dilation (k - 1) - 1) / stride) + 1
 
-Checked here   loop and unfold against F.conv2d; the size over a sweep; the flipped kernel against
-               the Fourier product; the kernel that is learned from a convolution
-TensorBoard    kernel/response in the runs correlation and convolution; kernel/learned by step
-               and train/loss in the run learned
-Try            stride=2, the input moved by one pixel: is the output moved? No; by two it is, by one
+    x  image of H rows (or columns), 0 outside     w  kernel: the k x k weights of one channel
+    y  output, at row r and column s               u, v  row and column in the window, 0 to k - 1
+    With C channels the C sums are added, then a bias; with groups, only the C / groups sums of
+    the channels in one group.
+
+Needs          nn_conv2d.py
+Checked here   one window by numbers; the size over a sweep; a loop and a matrix product = F.conv2d;
+               what moves with the image; the turned kernel = a convolution by Fourier transform
+TensorBoard    conv/sizes: what stride, padding and dilation make of a letter; 1 pixel, 1 square
+Try            in main, put show_moved(stride=2) for show_moved(stride=1): does the output still
+               move with the image?
+Answer         Only if the image moves by 2 or 4 pixels, the output then moves by 1 or 2 places
 Source         Dumoulin & Visin 2016, arXiv:1603.07285; torch.nn.Conv2d
 """
 
@@ -30,6 +36,7 @@ import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 
 from support.files import guard
+from support.pictures import caption_row
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_conv"
 LETTER = torch.tensor(
@@ -37,36 +44,103 @@ LETTER = torch.tensor(
 ).float()  # an F: half a turn shows
 
 
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def show_everyday():
+    x = torch.tensor([[1.0, 2, 0, 1], [0, 1, 3, 1], [2, 0, 1, 0], [1, 1, 0, 2]])  # 4 x 4 pixels
+    w = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])  # 3 x 3 weights
+    y = F.conv2d(x[None, None], w[None, None])[0, 0]  # it takes (B, C, H, W), here (1, 1, 4, 4)
+    by_loop = torch.zeros(2, 2)
+    for r in range(2):
+        for s in range(2):
+            by_loop[r, s] = (x[r : r + 3, s : s + 3] * w).sum()
+    products = x[:3, :3] * w
+    print("1. What does F.conv2d do with an image x of 4 x 4 pixels and weights w of 3 x 3?")
+    print("   row   x            first window   w           products   y by loop   y by F.conv2d")
+    for r in range(4):
+        texts = ["".join(f"{int(n):3d}" for n in matrix[r]) if r < len(matrix) else ""
+                 for matrix in (x, x[:3, :3], w, products, by_loop, y)]  # fmt: skip
+        print("   {:3d} {:<14}{:<15}{:<12}{:<11}{:<12}{}".format(r, *texts).rstrip())
+    print(f"   -> the products of the first window add up to {products.sum():.0f}, which is "
+          f"y[0, 0] = {y[0, 0]:.0f}; then the window moves on")  # fmt: skip
+    assert torch.equal(by_loop, y)
+    return y
+
+
+# --- 2. sizes ----------------------------------------------------------------------------------
+
+
 def output_size(size, kernel, stride=1, padding=0, dilation=1):
     """floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1. Exercise."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def drawn_windows(size, kernel, stride, padding, dilation):
+    """The windows over a row of pixels 0123456..., as text; "." is a zero of the padding."""
+    row = "." * padding + "0123456789"[:size] + "." * padding
+    reach = dilation * (kernel - 1) + 1  # from the first to the last pixel of a window
+    starts = range(0, len(row) - reach + 1, stride)
+    return " ".join(row[start : start + reach : dilation] for start in starts)
+
+
+def measured_size(size, kernel, *options):
+    """output_size's number as F.conv2d has it, None where it refuses."""
+    x, weight = torch.empty(1, 1, size, size), torch.empty(1, 1, kernel, kernel)
+    try:
+        return F.conv2d(x, weight, None, *options).shape[-1]
+    except RuntimeError:  # the window is larger than the padded image
+        return None
+
+
+def show_sizes():
+    print("2. Which size comes out? A row of pixels 0 1 2 ..., its windows; . is a zero of padding")
+    print("   pixels   kernel   stride   padding   dilation   formula   F.conv2d   windows")
+    same = []
+    for options in ((7, 3, 1, 0, 1), (7, 3, 1, 1, 1), (7, 5, 1, 2, 1), (7, 3, 2, 0, 1),
+                    (8, 3, 2, 0, 1), (8, 3, 2, 1, 1), (7, 3, 1, 0, 2)):  # fmt: skip
+        size, kernel, stride, padding, dilation = options
+        theory, measured = output_size(*options), measured_size(*options)
+        same += [f"{padding} for kernel {kernel}"] if measured == size else []
+        print(f"   {size:6d}   {kernel:6d}   {stride:6d}   {padding:7d}   {dilation:8d}   "
+              f"{theory:7d}   {measured:8d}   {drawn_windows(*options)}")  # fmt: skip
+    sweep = list(product(range(1, 13), range(1, 6), range(1, 4), range(3), range(1, 4)))
+    equal = sum(output_size(*options) == measured_size(*options) for options in sweep)
+    refused = sum(output_size(*options) < 1 and not measured_size(*options) for options in sweep)
+    print(f"   -> padding keeps the size: {', '.join(same)}. The formula holds for {equal:,}")
+    print(f"      shapes of a sweep; F.conv2d refuses {refused} more, where the formula is below 1")
+    assert equal + refused == len(sweep)
+    return equal, refused
+
+
+# --- 3. from scratch ---------------------------------------------------------------------------
+
+
 def output_sizes(x, weight, *options):
-    """(H', W') of the output for x (B, C, H, W) and weight (K, C/groups, kh, kw)."""
+    """(H', W') of the output for x (B, C, H, W) and weight (C_out, C/groups, kh, kw)."""
     return [output_size(*n, *options) for n in zip(x.shape[2:], weight.shape[2:], strict=True)]
 
 
 def conv2d_loop(x, weight, bias, stride=1, padding=0, dilation=1, groups=1):
-    """x (B, C, H, W), weight (K, C/groups, kh, kw), bias (K,) -> (B, K, H', W').
+    """x (B, C, H, W), weight (C_out, C/groups, kh, kw), bias (C_out,) -> (B, C_out, H', W').
 
-    The formula on top, by a loop over k, i, j: each time the product of a window (B, C/groups, kh,
-    kw) of the padded x with weight[k], summed, and bias[k]. Channel k belongs to group k // (K /
-    groups). ValueError "weight (shape) in n groups, x (shape)" if C is not groups times weight's
-    channels, or K does not split into the groups. Exercise.
+    The formula on top, by a loop over j, r, s: each time the product of a window (B, C/groups, kh,
+    kw) of the padded x with weight[j], summed, and bias[j]. Channel j belongs to group
+    j // (C_out / groups). ValueError "weight (shape) in n groups, x (shape)" if C is not groups
+    times weight's channels, or C_out does not split into the groups. Exercise.
     """
-    K, channels, kh, kw = weight.shape
-    if x.shape[1] != channels * groups or K % groups:
+    C_out, channels, kh, kw = weight.shape
+    if x.shape[1] != channels * groups or C_out % groups:
         raise ValueError(f"weight {tuple(weight.shape)} in {groups} groups, x {tuple(x.shape)}")
     rows, columns = output_sizes(x, weight, stride, padding, dilation)
     x = F.pad(x, (padding,) * 4)
-    out = x.new_empty(len(x), K, rows, columns)
-    for k, i, j in product(range(K), range(rows), range(columns)):
-        first = k // (K // groups) * channels  # of the input channels in k's group
-        u = i * stride + torch.arange(kh)[:, None] * dilation  # rows of the window
-        v = j * stride + torch.arange(kw) * dilation  # its columns
+    out = x.new_empty(len(x), C_out, rows, columns)
+    for j, r, s in product(range(C_out), range(rows), range(columns)):  # three loops in one
+        first = j // (C_out // groups) * channels  # of the input channels in j's group
+        u = r * stride + torch.arange(kh)[:, None] * dilation  # rows of the window
+        v = s * stride + torch.arange(kw) * dilation  # its columns
         window = x[:, first : first + channels, u, v]  # (B, C/groups, kh, kw)
-        out[:, k, i, j] = (window * weight[k]).sum((1, 2, 3)) + bias[k]
+        out[:, j, r, s] = (window * weight[j]).sum((1, 2, 3)) + bias[j]
     return out
 
 
@@ -78,28 +152,55 @@ def conv2d_unfold(x, weight, bias, stride=1, padding=0, dilation=1, groups=1):
     sizes = output_sizes(x, weight, stride, padding, dilation)
     windows = F.unfold(x, weight.shape[2:], dilation, padding, stride)  # (B, C kh kw, H' W')
     windows = windows.unflatten(1, (groups, -1))  # (B, groups, C/groups kh kw, H' W')
-    matrix = weight.flatten(1).unflatten(0, (groups, -1))  # (groups, K/groups, C/groups kh kw)
-    out = (matrix @ windows).flatten(1, 2) + bias[:, None]  # (B, K, H' W')
+    matrix = weight.flatten(1).unflatten(0, (groups, -1))  # (groups, C_out/groups, C/groups kh kw)
+    out = (matrix @ windows).flatten(1, 2) + bias[:, None]  # (B, C_out, H' W')
     return out.unflatten(2, sizes)
 
 
-def sweep():
-    """Counts (equal, refused) of the sizes by formula against those of F.conv2d."""
-    equal = refused = 0
-    for size, kernel, stride, padding, dilation in product(
-        range(1, 13), range(1, 6), range(1, 4), range(3), range(1, 4)
-    ):
-        theory = output_size(size, kernel, stride, padding, dilation)
-        x, weight = torch.empty(1, 1, size, size), torch.empty(1, 1, kernel, kernel)
-        try:
-            measured = F.conv2d(x, weight, None, stride, padding, dilation).shape
-        except RuntimeError:  # the window is larger than the padded input
-            assert theory < 1
-            refused += 1
-        else:
-            assert measured == (1, 1, theory, theory)
-            equal += 1
-    return equal, refused
+def show_from_scratch():
+    x, bias = torch.randn(2, 4, 11, 9, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    print("3. Are a loop over windows, and one matrix product of all windows, F.conv2d?")
+    print(f"   x {tuple(x.shape)}, 6 filters of 3 x 2              minus F.conv2d, largest")
+    print("   options      weights   output              loop   matrix product")
+    cases = {"none": {}, "stride 2": {"stride": 2}, "padding 1": {"padding": 1},
+             "dilation 2": {"dilation": 2}, "groups 2": {"groups": 2},
+             "all four": {"stride": 2, "padding": 1, "dilation": 2, "groups": 2}}  # fmt: skip
+    shapes, weights, off = {}, {}, []
+    for name, options in cases.items():
+        weight = torch.randn(6, 4 // options.get("groups", 1), 3, 2, dtype=torch.float64)
+        theirs = F.conv2d(x, weight, bias, **options)
+        shapes[name] = tuple(theirs.shape)
+        for ours in (conv2d_loop, conv2d_unfold):
+            y = ours(x, weight, bias, **options)
+            torch.testing.assert_close(y, theirs)
+            off.append((y - theirs).abs().max().item())
+        weights[name] = weight.numel()
+        numbers = f"{weights[name]:7d}   {shapes[name]!s:<14}   {off[-2]:7.0g}   {off[-1]:14.0g}"
+        print(f"   {name:<10}   {numbers}")
+    share = weights["groups 2"] / weights["none"]
+    print(f"   -> both are, to {max(off):.0e}; two groups have {share:g} times the weights of one")
+    return shapes, off
+
+
+# --- 4. a moved image --------------------------------------------------------------------------
+
+
+def show_moved(stride):
+    x, weight, off = torch.zeros(1, 1, 20, 20), torch.randn(1, 1, 3, 3), {}
+    x[..., 5:11, 5:11] = torch.randn(6, 6)  # far from the border: nothing leaves the image
+    y = F.conv2d(x, weight, stride=stride)
+    print(f"4. If the image moves to the right, does the output? Stride {stride}")
+    print("   image moved by   output moved by   new output minus moved output, largest")
+    for pixels in (1, 2, 3, 4):
+        after, places = F.conv2d(x.roll(pixels, 3), weight, stride=stride), pixels // stride
+        off[pixels] = (after - y.roll(places, 3)).abs().max().item()
+        print(f"   {pixels:14d}   {places:15d}   {off[pixels]:38.4f}")
+    moved = [str(pixels) for pixels in off if off[pixels] < 1e-5]
+    print(f"   -> the output moves with the image if that moves by {', '.join(moved)} pixels")
+    return off
+
+
+# --- 5. second reading: true convolution -------------------------------------------------------
 
 
 def convolve(x, kernel):
@@ -121,74 +222,49 @@ def fourier_convolve(x, kernel):
     return torch.fft.irfft2(torch.fft.rfft2(x, size) * torch.fft.rfft2(kernel, size), size)
 
 
-def learn_kernel(target, steps, lr, writer):
-    """Fit the 5 x 5 kernel of F.conv2d to convolutions of noise with `target`. Returns it."""
-    kernel = torch.zeros_like(target, requires_grad=True)
-    optimizer = torch.optim.SGD([kernel], lr)
-    for step in range(steps):
-        x = torch.randn(32, 32)
-        y = fourier_convolve(x, target)[4:-4, 4:-4]  # (28, 28), where no padding enters
-        loss = F.mse_loss(F.conv2d(x[None, None], kernel[None, None])[0, 0], y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        writer.add_scalar("train/loss", loss.detach(), step)
-        if step % 10 == 0:
-            writer.add_image("kernel/learned", enlarge(F.pad(kernel.detach(), (1,) * 4), 20), step)
-    return kernel.detach()
+def show_convolution():
+    print("5. Second reading: is it a convolution? That has x[r - u] where F.conv2d has x[r + u]")
+    point, w = torch.tensor([[0.0, 0, 1, 0, 0]]), torch.tensor([[1.0, 2, 3]])
+    answer, full = F.conv2d(point[None], w[None, None])[0], fourier_convolve(point, w)  # (1, 3|7)
+    rows = {"x": point, "w": w, "F.conv2d": answer, "convolution": full[:, 2:-2]}
+    rows = {name: row[0].round().int().tolist() for name, row in rows.items()}
+    for name, row in rows.items():
+        print(f"   {name:<11}   {row}")
+    x, w = torch.randn(32, 32, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64)
+    truth = fourier_convolve(x, w)
+    off = [(convolve(x, k) - truth).abs().max().item() for k in (w, w.flip(0, 1))]
+    print("   -> noise, minus the convolution by Fourier transform: F.conv2d differs by at most")
+    print(f"      {off[0]:.0e} if w is turned by half first, by {off[1]:.0f} if it is not")
+    return rows, off
 
 
-def enlarge(picture, scale):
-    """(H, W) -> (1, scale H, scale W) in [0, 1], each pixel a square."""
-    return picture.clamp(0, 1).kron(torch.ones(scale, scale))[None]
+# --- the lesson --------------------------------------------------------------------------------
 
 
-def main(seed=0, log_dir=LOG_DIR, steps=80):
+def draw(log_dir):
+    """A letter, and what F.conv2d with the mean of 3 x 3 pixels makes of it by its options."""
+    x, mean = F.pad(LETTER, (4, 4, 4, 4))[None, None], torch.full((1, 1, 3, 3), 1 / 9)
+    pictures, words = [x[0]], ["x: 13 x 13"]
+    for stride, padding, dilation in ((1, 0, 1), (1, 1, 1), (2, 0, 1), (2, 1, 1), (1, 0, 2)):
+        y = F.conv2d(x, mean, None, stride, padding, dilation)[0]
+        pictures.append(y)
+        text = f"stride {stride}\npadding {padding}\ndilation {dilation}"
+        words.append(f"y: {y.shape[1]} x {y.shape[2]}\n{text}")
+    squares = [p.repeat_interleave(10, 1).repeat_interleave(10, 2) for p in pictures]
+    title = "Means of 3 x 3 pixels (white: 1, black: 0), every pixel a square: how large is y?"
+    with SummaryWriter(log_dir, purge_step=0) as writer:
+        writer.add_image("conv/sizes", caption_row(title, squares, words), 0)
+
+
+def main(seed=0, log_dir=LOG_DIR):
     torch.manual_seed(seed)
-    print("1. loop and unfold against F.conv2d: largest difference")
-    x, bias = torch.randn(2, 4, 11, 9, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
-    cases = {"plain": {}, "stride 2": {"stride": 2}, "padding 1": {"padding": 1},
-             "dilation 2": {"dilation": 2}, "groups 2": {"groups": 2},
-             "all four": {"stride": 2, "padding": 1, "dilation": 2, "groups": 2}}  # fmt: skip
-    shapes = {}
-    for name, options in cases.items():
-        weight = torch.randn(6, 4 // options.get("groups", 1), 3, 2, dtype=torch.float64)
-        theirs = F.conv2d(x, weight, bias, **options)
-        errors = []
-        for ours in (conv2d_loop, conv2d_unfold):
-            torch.testing.assert_close(ours(x, weight, bias, **options), theirs)
-            errors.append((ours(x, weight, bias, **options) - theirs).abs().max())
-        shapes[name] = tuple(theirs.shape)
-        print(f"   {name:<11} weights {weight.numel():4d}   out {shapes[name]!s:<14} "
-              f"loop {errors[0]:.0e}   unfold {errors[1]:.0e}")  # fmt: skip
-
-    equal, refused = sweep()
-    print("2. the size formula against F.conv2d, over a sweep")
-    print(f"   shapes equal {equal:,}   refused, size below 1 by the formula {refused:,}")
-
-    print("3. against the Fourier product: largest difference")
-    x, kernel = (torch.randn(n, n, dtype=torch.float64) for n in (32, 5))
-    truth = fourier_convolve(x, kernel)
-    outputs = {"flipped kernel": convolve(x, kernel), "and exchanged with x": convolve(kernel, x),
-               "kernel as it is": convolve(x, kernel.flip(0, 1))}  # fmt: skip
-    fourier = {name: (out - truth).abs().max().item() for name, out in outputs.items()}
-    torch.testing.assert_close(outputs["flipped kernel"], truth)
-    torch.testing.assert_close(outputs["and exchanged with x"], truth)
-    print("   F.conv2d: " + "   ".join(f"{name} {error:.1e}" for name, error in fourier.items()))
-
-    print(f"4. a kernel learned from convolutions with the letter F, {steps} steps")
-    with SummaryWriter(log_dir / "learned", purge_step=0) as writer:
-        learned = learn_kernel(LETTER, steps, 0.3, writer)
-    errors = [(learned - letter).abs().max().item() for letter in (LETTER.flip(0, 1), LETTER)]
-    print(f"   largest difference from the flipped F {errors[0]:.0e}   from F {errors[1]:.2f}")
-
-    impulses = torch.zeros(28, 28)
-    impulses[6::8, 6::8] = 1
-    for run, letter in {"convolution": LETTER, "correlation": LETTER.flip(0, 1)}.items():
-        with SummaryWriter(log_dir / run, purge_step=0) as writer:
-            writer.add_image("kernel/response", enlarge(convolve(impulses, letter), 8), 0)
-    return {"shapes": shapes, "sweep": (equal, refused), "fourier": fourier,
-            "learned": errors}  # fmt: skip
+    measured = {"everyday": show_everyday(), "sweep": show_sizes()}
+    measured["shapes"], measured["off"] = show_from_scratch()
+    measured["moved"] = show_moved(stride=1)
+    measured["points"], measured["fourier"] = show_convolution()
+    draw(log_dir)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":

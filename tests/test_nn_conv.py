@@ -1,13 +1,33 @@
+import io
+from pathlib import Path
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
+
+from support.pictures import caption_row
 
 
 @pytest.fixture
 def lesson(load):
     return load("nn_conv.py")
+
+
+def edited(lesson, old, new):
+    """The lesson with one change in its source, as a reader makes it on a copy."""
+    source = Path(lesson.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    copy = ModuleType("copy")
+    copy.__file__ = lesson.__file__
+    exec(compile(source.replace(old, new), lesson.__file__, "exec"), vars(copy))
+    return copy
+
+
+# --- the layer by hand -------------------------------------------------------------------------
 
 
 def test_one_window_is_a_sum_of_products(lesson):
@@ -55,6 +75,15 @@ def test_channels_that_do_not_fit_are_refused(lesson, channels, groups):
         lesson.conv2d_unfold(x, weight, bias, groups=groups)
 
 
+def test_filters_that_do_not_split_into_the_groups_are_refused(lesson):
+    with pytest.raises(ValueError, match=r"weight \(3, 2, 1, 1\) in 2 groups, x \(1, 4, 5, 5\)"):
+        lesson.conv2d_loop(torch.zeros(1, 4, 5, 5), torch.zeros(3, 2, 1, 1), torch.zeros(3), 1, 0,
+                           1, 2)  # fmt: skip
+
+
+# --- sizes -------------------------------------------------------------------------------------
+
+
 def test_sizes_that_everyone_should_know(lesson):
     assert lesson.output_size(32, 5, padding=2) == 32
     assert lesson.output_size(32, 3, stride=2, padding=1) == 16
@@ -63,13 +92,64 @@ def test_sizes_that_everyone_should_know(lesson):
     assert lesson.output_size(6, 3, dilation=3) < 1
 
 
+def test_a_size_that_is_refused_is_none(lesson):
+    assert lesson.measured_size(6, 3, 1, 0, 3) is None
+    assert lesson.measured_size(5, 3, 2, 1, 1) == 3
+
+
+def test_a_row_counts_its_windows(lesson):
+    assert lesson.drawn_windows(5, 2, 2, 0, 1) == "01 23"
+    assert lesson.drawn_windows(4, 3, 2, 1, 1) == ".01 123"
+    assert lesson.drawn_windows(5, 2, 1, 1, 3) == ".2 03 14 2."
+    for options in ((9, 4, 3, 2, 1), (6, 1, 1, 0, 1), (8, 2, 1, 2, 4), (10, 3, 2, 1, 2)):
+        windows = lesson.drawn_windows(*options).split()
+        assert len(windows) == lesson.output_size(*options)
+        assert {len(window) for window in windows} == {options[1]}
+
+
+def test_a_formula_that_is_wrong_is_not_said_to_hold(lesson, monkeypatch):
+    monkeypatch.setattr(lesson, "output_size", lambda *options: 3)
+    with pytest.raises(AssertionError):
+        lesson.show_sizes()
+
+
+# --- what moves --------------------------------------------------------------------------------
+
+
+def test_stride_2_follows_a_move_by_two_pixels_and_not_by_one():
+    torch.manual_seed(0)
+    x, weight = torch.zeros(1, 1, 16, 16), torch.randn(1, 1, 3, 3)
+    x[..., 4:9, 4:9] = torch.randn(5, 5)
+    for stride, move, expected in ((1, 1, 1), (2, 2, 1), (2, 4, 2)):
+        moved = F.conv2d(x.roll(move, 3), weight, stride=stride)
+        assert torch.equal(moved, F.conv2d(x, weight, stride=stride).roll(expected, 3))
+    by_one = F.conv2d(x.roll(1, 3), weight, stride=2)
+    still = F.conv2d(x, weight, stride=2)
+    assert all((by_one - still.roll(n, 3)).abs().max() > 0.1 for n in range(-3, 4))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_try_stride_2_follows_moves_by_2_and_4_pixels_only(lesson, tmp_path, capsys, seed):
+    lesson = edited(lesson, "= show_moved(stride=1)", "= show_moved(stride=2)")
+    off = lesson.main(seed=seed, log_dir=tmp_path)["moved"]
+    assert max(off[2], off[4]) < 1e-6 < 0.1 < min(off[1], off[3])
+    out = capsys.readouterr().out
+    assert "4. If the image moves to the right, does the output? Stride 2\n" in out
+    assert f"\n{4:17d}   {2:15d}   {0:38.4f}\n" in out and f"\n{3:17d}   {1:15d}   " in out
+    assert "   -> the output moves with the image if that moves by 2, 4 pixels\n" in out
+
+
+# --- true convolution --------------------------------------------------------------------------
+
+
 def test_a_convolution_of_outer_products_is_numpys(lesson):
     rng = np.random.default_rng(0)
     a, b, c, d = (rng.standard_normal(n) for n in (7, 9, 3, 4))
     x, kernel = torch.from_numpy(np.outer(a, b)), torch.from_numpy(np.outer(c, d))
     truth = torch.from_numpy(np.outer(np.convolve(a, c), np.convolve(b, d)))
-    torch.testing.assert_close(lesson.convolve(x, kernel), truth)
-    torch.testing.assert_close(lesson.fourier_convolve(x, kernel), truth)
+    for ours in (lesson.convolve, lesson.fourier_convolve):
+        torch.testing.assert_close(ours(x, kernel), truth)
+        torch.testing.assert_close(ours(kernel, x), truth)  # it does not matter which is which
 
 
 def test_conv2d_answers_an_impulse_with_the_kernel_turned_half_round(lesson):
@@ -87,27 +167,87 @@ def test_the_flip_of_a_symmetric_kernel_changes_nothing(lesson):
     torch.testing.assert_close(lesson.convolve(x, kernel), correlation)
 
 
-def test_try_stride_2_follows_a_move_by_two_pixels_and_not_by_one():
-    torch.manual_seed(0)
-    x, weight = torch.zeros(1, 1, 16, 16), torch.randn(1, 1, 3, 3)
-    x[..., 4:9, 4:9] = torch.randn(5, 5)
-    for stride, move, expected in ((1, 1, 1), (2, 2, 1), (2, 4, 2)):
-        moved = F.conv2d(x.roll(move, 3), weight, stride=stride)
-        assert torch.equal(moved, F.conv2d(x, weight, stride=stride).roll(expected, 3))
-    by_one = F.conv2d(x.roll(1, 3), weight, stride=2)
-    still = F.conv2d(x, weight, stride=2)
-    assert all((by_one - still.roll(n, 3)).abs().max() > 0.1 for n in range(-3, 4))
+@pytest.mark.parametrize("seed", range(3))
+def test_a_layer_that_learns_a_convolution_learns_the_turned_kernel(lesson, seed):
+    torch.manual_seed(seed)
+    layer = nn.Conv2d(1, 1, 5, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.3)
+    for _ in range(50):
+        x = torch.randn(32, 32)
+        y = lesson.fourier_convolve(x, lesson.LETTER)[4:-4, 4:-4]  # where no padding enters
+        loss = F.mse_loss(layer(x[None, None])[0, 0], y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    learned = layer.weight.detach()[0, 0]
+    assert (learned - lesson.LETTER.rot90(2)).abs().max() < 0.01
+    assert (learned - lesson.LETTER).abs().max() > 0.9
+
+
+# --- the lesson --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_main_learns_the_flipped_kernel(lesson, events, tmp_path, seed):
-    measured = lesson.main(seed=seed, log_dir=tmp_path, steps=50)
-    assert measured["shapes"]["all four"] == (2, 6, 5, 5)
+def test_main_prints_what_it_measures(lesson, tmp_path, capsys, seed):
+    measured = lesson.main(seed=seed, log_dir=tmp_path)
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert [line[:2] for line in lines if line[0] != " "][:-1] == ["1.", "2.", "3.", "4.", "5."]
+    assert sum("   -> " in line for line in lines) == 5
+
+    assert measured["everyday"].tolist() == [[-4, 1], [0, -1]]
+    assert lines[1].split()[-6:] == ["y", "by", "loop", "y", "by", "F.conv2d"]
+    assert " ".join(lines[2].split()) == "0 1 2 0 1 1 2 0 1 0 -1 1 0 0 -4 1 -4 1"
+    assert " ".join(lines[3].split()) == "1 0 1 3 1 0 1 3 2 0 -2 0 0 -6 0 -1 0 -1"
+    assert " ".join(lines[4].split()) == "2 2 0 1 0 2 0 1 1 0 -1 2 0 -1"
+    assert " ".join(lines[5].split()) == "3 1 1 0 2"
+    assert "add up to -4, which is y[0, 0] = -4; then the window moves on" in lines[6]
+
     assert measured["sweep"] == (1266, 354)
-    flipped, exchanged, plain = measured["fourier"].values()
-    assert max(flipped, exchanged) < 1e-12 < 5 < plain
-    to_flipped, to_letter = measured["learned"]
-    assert to_flipped < 0.01 < 0.9 < to_letter
-    assert events(tmp_path / "learned").Tags()["images"] == ["kernel/learned"]
-    for run in ("convolution", "correlation"):
-        assert events(tmp_path / run).Tags()["images"] == ["kernel/response"]
+    rows = [line.split() for line in lines[9:16]]
+    assert all(row[5] == row[6] == str(len(row) - 7) for row in rows)  # as many windows are drawn
+    assert [row[5] for row in rows] == ["5", "7", "7", "3", "3", "4", "3"]
+    assert lines[13].split() == ["8", "3", "2", "0", "1", "3", "3", "012", "234", "456"]
+    assert "-> padding keeps the size: 1 for kernel 3, 2 for kernel 5. The formula holds" in out
+    assert "holds for 1,266\n      shapes of a sweep; F.conv2d refuses 354 more, where" in out
+
+    assert measured["shapes"]["all four"] == (2, 6, 5, 5) and len(measured["off"]) == 12
+    assert max(measured["off"]) < 1e-12
+    weights = {"none": 144, "padding 1": 144, "groups 2": 72, "all four": 72}
+    for name, number in weights.items():
+        assert f"   {name:<10}   {number:7d}   {measured['shapes'][name]}" in out
+    assert f"-> both are, to {max(measured['off']):.0e}; two groups have 0.5 times the" in out
+
+    assert max(measured["moved"].values()) < 1e-6
+    assert "-> the output moves with the image if that moves by 1, 2, 3, 4 pixels\n" in out
+
+    assert measured["points"] == {
+        "x": [0, 0, 1, 0, 0], "w": [1, 2, 3], "F.conv2d": [3, 2, 1], "convolution": [1, 2, 3]
+    }  # fmt: skip
+    assert "   F.conv2d      [3, 2, 1]\n   convolution   [1, 2, 3]\n" in out
+    turned, as_it_is = measured["fourier"]
+    assert turned < 1e-12 < 5 < as_it_is
+    said = f"{turned:.0e} if w is turned by half first, by {as_it_is:.0f} if it is not\n"
+    assert f"      {said}" in out
+    assert lines[-1].startswith(f"look: tensorboard --logdir {tmp_path}   http://localhost:6006/?")
+
+
+def test_the_picture_shows_how_large_each_output_is(lesson, events, tmp_path):
+    lesson.main(log_dir=tmp_path)
+    (event,) = events(tmp_path).Images("conv/sizes")
+    shown = np.asarray(Image.open(io.BytesIO(event.encoded_image_string))).transpose(2, 0, 1)
+    x = torch.zeros(1, 1, 13, 13)
+    x[..., 4:9, 4:9] = lesson.LETTER
+    pictures, words = [x], ["x: 13 x 13"]
+    sizes = {(1, 0, 1): 11, (1, 1, 1): 13, (2, 0, 1): 6, (2, 1, 1): 7, (1, 0, 2): 9}
+    for (stride, padding, dilation), size in sizes.items():
+        pictures.append(
+            F.conv2d(x, torch.full((1, 1, 3, 3), 1 / 9), None, stride, padding, dilation)
+        )
+        assert pictures[-1].shape[-1] == size
+        text = f"stride {stride}\npadding {padding}\ndilation {dilation}"
+        words.append(f"y: {size} x {size}\n{text}")
+    squares = [p[0].kron(torch.ones(10, 10)) for p in pictures]
+    title = "Means of 3 x 3 pixels (white: 1, black: 0), every pixel a square: how large is y?"
+    expected = caption_row(title, squares, words)
+    assert np.abs(shown.astype(int) - expected).max() <= 1  # rounding
