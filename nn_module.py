@@ -1,19 +1,29 @@
-"""A module owns what is assigned to it: a layer hidden in a plain list is never trained or saved.
+"""A module finds the layers that are assigned to it; those in a plain list it does not find.
 
-    self.weight = nn.Parameter(t)         __setattr__ enters it in self._parameters
-    self.layer = nn.Linear(4, 4)          __setattr__ enters it in self._modules
-    self.register_buffer("mean", t)       self._buffers: saved and moved, but not trained
-    self.layers = [nn.Linear(4, 4)]       a list, nothing is entered
+Write a network as a class on nn.Module: __init__ makes the layers, forward computes the output from
+them. What is assigned to self is entered in tables (dicts), so that the optimizer, the saved file
+and the GPU get it. A layer in a Python list is in no table. The forward pass still uses it, and autograd
+still computes its gradient. But it is not trained and not saved, and no warning tells you so.
 
-parameters(), state_dict(), double() and train() walk these tables and see nothing else. The forward
-pass uses the list all the same, and autograd computes its gradients: nothing warns. module(x) is
-forward(x) and the hooks around it; forward alone leaves them out. train() and eval() set one flag,
-which Dropout and BatchNorm read; gradients flow in both.
+    self.weight = nn.Parameter(t)       entered in self._parameters     trained, saved, moved
+    self.layer = nn.Linear(4, 3)        entered in self._modules        its parameters likewise
+    self.register_buffer("mean", t)     entered in self._buffers        saved, moved
+    self.layers = [nn.Linear(4, 3)]     not entered                     none of the three
 
-Checked here   a class of our own registers, calls and switches like nn.Module; four of six kinds of
-               attribute are seen; the list's weights do not move, and a reloaded copy differs
-TensorBoard    train/loss and hidden/moved in the runs plain_list and module_list
-Try            give the optimizer the list's parameters too: is all well? No, they are not saved
+    t        a tensor                   nn.Linear(I, O)  a layer: I numbers in, O numbers out
+    trained  parameters() has it        saved            state_dict() has it
+    moved    to(device) changes it, and double(), which turns numbers into float64
+
+train() and eval() set one flag, `training`, in each module that is entered. The layer nn.Dropout
+reads it: in train mode it sets numbers to 0 at random, in eval mode it returns what it gets.
+
+Needs          02_autograd_basics.py (the loop), 04_hooks.py (hooks)
+Checked here   which attributes are found; a class of ours finds the same; what a list loses
+TensorBoard    train/loss and hidden/moved by step in the runs plain_list and module_list: the two
+               losses start as one and part; hidden/moved of the list stays at 0
+Try            in fit, put nn.ModuleList([net.first, *net.hidden, net.last]).parameters() for
+               net.parameters(): is all well with the list?
+Answer         No: it learns as well as the ModuleList, but it is not saved: the copy still differs
 Source         torch.nn.Module; PyTorch notes, "Modules"
 """
 
@@ -31,18 +41,44 @@ from torch.utils.tensorboard import SummaryWriter
 from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_module"
-ATTRIBUTES = ("parameter", "buffer", "tensor", "layer", "plain_list", "module_list")
 
 
-class Double(nn.Module):
-    """The smallest module: nothing to learn, one formula."""
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+class TwoLayers(nn.Module):
+    def __init__(self):
+        super().__init__()  # makes the tables, so it comes before the first layer
+        self.hidden = nn.Linear(2, 3)  # 2 numbers in, 3 out: 3 x 2 weights and 3 biases
+        self.last = nn.Linear(3, 1)
 
     def forward(self, x):
-        return 2 * x
+        """The output (B, 1) of inputs x (B, 2): hidden, then torch.relu, then last. Exercise."""
+        return self.last(torch.relu(self.hidden(x)))  # relu: max(0, number)
+
+
+def show_everyday():
+    print("1. How do I write a network, look into it and call it?")
+    net = TwoLayers()
+    print(f"   print(net) shows {net}".replace("\n", "\n   "))
+    print("   named_parameters()   shape    numbers")
+    for name, parameter in net.named_parameters():
+        print(f"   {name:<20} {tuple(parameter.shape)!s:<6} {parameter.numel():9}")
+        nn.init.ones_(parameter)  # sets every number in it to 1
+    count = sum(parameter.numel() for parameter in net.parameters())
+    y = net(torch.tensor([[1.0, 2.0]])).item()  # not net.forward(...), which leaves out hooks
+    hidden = 1 * 1 + 1 * 2 + 1
+    print(f"   -> {count} numbers to learn. With all of them 1, y = net([[1, 2]]) = {y:g};")
+    print(f"      by hand, 3 hidden numbers are 1*1 + 1*2 + 1 = {hidden}, and y = 3*{hidden} + 1")
+    assert y == 3 * hidden + 1
+    return count, y
+
+
+# --- 2. what is found --------------------------------------------------------------------------
 
 
 class OurModule:
-    """What nn.Module does with attributes, calls and modes."""
+    """The part of nn.Module that sees attributes, calls forward and sets the mode."""
 
     def __init__(self):
         self._parameters, self._buffers, self._modules, self._hooks = {}, {}, {}, []
@@ -52,7 +88,7 @@ class OurModule:
         """Enter an nn.Parameter in self._parameters, a module in self._modules, by its name.
 
         Modules are those of this class and nn.Module. Whatever it is, it becomes an attribute as
-        well. Exercise.
+        well, by super().__setattr__(name, value). Exercise.
         """
         if isinstance(value, nn.Parameter):
             self._parameters[name] = value
@@ -64,13 +100,10 @@ class OurModule:
         self._buffers[name] = tensor
         super().__setattr__(name, tensor)
 
-    def register_forward_hook(self, hook):
-        self._hooks.append(hook)
-
     def __call__(self, *inputs):
-        """self.forward(*inputs), then every hook of self._hooks as hook(self, inputs, output).
+        """self.forward(*inputs), returned after each hook(self, inputs, output) of self._hooks.
 
-        Returns the output. Exercise.
+        Exercise.
         """
         output = self.forward(*inputs)
         for hook in self._hooks:
@@ -78,26 +111,24 @@ class OurModule:
         return output
 
     def train(self, mode=True):
-        """Set self.training to `mode` here, and in all submodules by their train; return self.
-
-        Exercise.
-        """
+        """Set self.training to `mode` here and, by their train, in all submodules. Exercise."""
         self.training = mode
         for child in self._modules.values():
             child.train(mode)
-        return self  # eval() is train(False)
 
 
 def walk(module, table, prefix=""):
-    """(name, tensor) of all that a module and its submodules entered in `table`; a generator.
+    """A dict {name: tensor} of all that a module and its submodules entered in `table`.
 
-    `table` is the name of a dict, "_parameters" or "_buffers". Own entries come first, then those
-    of each child of module._modules, their names behind "child.". Exercise.
+    `table` is the name of a dict, "_parameters" or "_buffers"; an entry None (a bias that is left
+    out) is passed over. Own entries come first, then those of each child in module._modules, their
+    names behind "child.". `prefix` stands before each name. Exercise.
     """
-    for name, tensor in getattr(module, table).items():
-        yield prefix + name, tensor
+    own = getattr(module, table).items()
+    found = {prefix + name: tensor for name, tensor in own if tensor is not None}
     for name, child in module._modules.items():
-        yield from walk(child, table, f"{prefix}{name}.")
+        found |= walk(child, table, f"{prefix}{name}.")
+    return found
 
 
 def zoo(base):
@@ -134,6 +165,29 @@ def seen_by(module, name):
     return name in names, name in saved, tensor.dtype == torch.float64
 
 
+def show_found():
+    print("2. Which attributes does a module find? One of every kind")
+    print("   self.         parameters()   state_dict()   double()   found by OurModule in")
+    module, ours = zoo(nn.Module), zoo(OurModule)
+    theirs = [*dict(module.named_parameters()), *dict(module.named_buffers())]
+    found = [*walk(ours, "_parameters"), *walk(ours, "_buffers")]
+    module.double()  # what it finds becomes float64
+    seen = {}
+    for name in ("parameter", "buffer", "tensor", "layer", "plain_list", "module_list"):
+        seen[name] = seen_by(module, name)
+        a, b, c = ("yes" if cell else "no" for cell in seen[name])
+        tables = [t for t in ("_parameters", "_buffers", "_modules") if name in getattr(ours, t)]
+        print(f"   {name:<13} {a:<14} {b:<14} {c:<10} {tables[0] if tables else 'no table'}")
+    lost = [name for name, cells in seen.items() if not any(cells)]
+    print(f"   -> nothing finds {' and '.join(lost)}; of the {len(theirs)} names of tensors that")
+    print(f"      nn.Module finds, OurModule with its tables finds {sum(map(found.count, theirs))}")
+    assert found == theirs
+    return {"seen": seen, "found": found}
+
+
+# --- 3. what a plain list loses ----------------------------------------------------------------
+
+
 class Net(nn.Module):
     """(B, 1) -> (B, 1), its hidden layers in a `container`: list or nn.ModuleList."""
 
@@ -150,85 +204,73 @@ class Net(nn.Module):
         return self.last(h)
 
 
-def fit(net, parameters, x, y, steps, lr, writer):
-    """Adam. Returns the last mean squared error and how far the hidden weights have moved."""
+def fit(net, x, y, steps, lr, writer):
+    """The loop of 02_autograd_basics.py. Returns, by step, the loss and how far `hidden` moved."""
     before = [layer.weight.detach().clone() for layer in net.hidden]
-    optimizer = torch.optim.Adam(parameters, lr)
+    optimizer = torch.optim.SGD(net.parameters(), lr)
+    losses, moved = [], []
     for step in range(steps):
-        loss = F.mse_loss(net(x), y)
         optimizer.zero_grad()
+        loss = F.mse_loss(net(x), y)  # the mean of (net(x) - y)^2
         loss.backward()
+        moves = [layer.weight - old for layer, old in zip(net.hidden, before, strict=True)]
+        losses.append(loss.item())
+        moved.append(torch.stack(moves).norm().item())  # the root of the sum of all squares
+        writer.add_scalar("train/loss", losses[-1], step)
+        writer.add_scalar("hidden/moved", moved[-1], step)
         optimizer.step()
-        pairs = zip(net.hidden, before, strict=True)
-        moved = sum((layer.weight.detach() - w).square().sum() for layer, w in pairs).sqrt()
-        writer.add_scalar("train/loss", loss.detach(), step)
-        writer.add_scalar("hidden/moved", moved, step)
-    return loss.item(), moved.item()
+    return losses, moved
 
 
-def hook_runs(module, x):
-    """How often a forward hook runs in module(x), and in module.forward(x): two integers.
-
-    Exercise.
-    """
-    runs = []
-    module.register_forward_hook(lambda *_: runs.append(1))
-    module(x)
-    by_call = len(runs)
-    module.forward(x)
-    return by_call, len(runs) - by_call
-
-
-def main(seed=0, log_dir=LOG_DIR, steps=200):
-    print("1. what each table sees of a module's attributes")
-    modules = {}
-    for base in (nn.Module, OurModule):
-        torch.manual_seed(seed)
-        modules[base] = zoo(base)
-    module, ours = modules.values()
-    x = torch.randn(8, 4)
-    assert torch.equal(ours(x), module(x)) and torch.equal(Double()(x), 2 * x)
-    assert [*dict(walk(ours, "_parameters"))] == [*dict(module.named_parameters())]
-    assert [*dict(walk(ours, "_buffers"))] == [*dict(module.named_buffers())]
-    module.double()
-    seen = {name: seen_by(module, name) for name in ATTRIBUTES}
-    print(f"   {'':<12} parameters()   state_dict()   double()")
-    for name, row in seen.items():
-        print(f"   {name:<12}" + "".join(f" {'yes' if cell else '-':<14}" for cell in row).rstrip())
-
-    print(f"2. two nets, equal weights at the start, {steps} steps on y = sin(6 x)")
-    x = torch.linspace(-1, 1, 128)[:, None]
-    y, nets = torch.sin(6 * x), {}
-    for run, container in {"plain_list": list, "module_list": nn.ModuleList}.items():
-        torch.manual_seed(seed)
+def show_plain_list(seed, log_dir, steps, lr):
+    print(f"3. What does a list lose? Two equal networks learn y = sin(3 x), {steps} steps of SGD")
+    print("   hidden      numbers    loss:            weights of hidden   a reloaded copy minus")
+    print("   layers in   to learn   first     last   layers moved by     net, largest")
+    x = torch.linspace(-1, 1, 128)[:, None]  # (128, 1)
+    y, nets = torch.sin(3 * x), {}
+    for run, container in (("plain_list", list), ("module_list", nn.ModuleList)):
+        torch.manual_seed(seed)  # the same weights at the start
         net = Net(container)
-        count = sum(p.numel() for p in net.parameters())
+        count = sum(parameter.numel() for parameter in net.parameters())
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
-            loss, moved = fit(net, net.parameters(), x, y, steps, 3e-3, writer)
-        copy = Net(container)
+            losses, moved = fit(net, x, y, steps, lr, writer)
+        copy = Net(container)  # with weights of its own, until it loads those of net
         copy.load_state_dict(net.state_dict())
-        error = (copy(x) - net(x)).abs().max().item()
-        nets[run] = {"parameters": count, "loss": loss, "moved": moved, "error": error}
-        print(f"   {run:<12} parameters {count:5,}   loss {loss:.4f}   hidden weights moved "
-              f"{moved:.2f}   reloaded copy off by {error:.2f}")  # fmt: skip
+        off = (copy(x) - net(x)).abs().max().item()
+        nets[run] = {"parameters": count, "losses": losses, "moved": moved, "off": off}
+        print(f"   {container.__name__:<10}  {count:8,}   {losses[0]:.4f}  {losses[-1]:.4f}   "
+              f"{moved[-1]:17.2f}   {off:21.2f}")  # fmt: skip
+        if container is list:
+            shown = " and ".join(name for name, _ in net.named_children())
+    moved = nets["plain_list"]["moved"][-1]
+    print(f"   -> of the net with the list, print(net) shows {shown} alone; the others moved by")
+    print(f"      {moved:.2f}: look for each of your layers in print(net)")
+    return nets
 
-    print("3. runs of a forward hook")
-    hooks = {base.__name__: hook_runs(zoo(base), torch.ones(1, 4)) for base in modules}
-    for name, (called, forwarded) in hooks.items():
-        print(f"   {name:<12} module(x) {called}   module.forward(x) {forwarded}")
 
-    print("4. Dropout(0.5) on ones: share of zeros; norm of a gradient of the module's layer")
-    zeros = {}
-    for training in (True, False):
-        module, ours = zoo(nn.Module).train(training), zoo(OurModule).train(training)
-        assert ours.module_list[1].training == module.module_list[1].training == training
-        dropouts = module.module_list[1], module.plain_list[1]
-        share = [(drop(torch.ones(10_000)) == 0).float().mean().item() for drop in dropouts]
-        module(torch.ones(1, 4)).sum().backward()
-        zeros[training] = *share, module.layer.weight.grad.norm().item()
-        print(f"   {'train()' if training else 'eval()':<8} module_list {share[0]:.2f}   "
-              f"plain_list {share[1]:.2f}   gradient {zeros[training][2]:.2f}")  # fmt: skip
-    return {"seen": seen, "nets": nets, "hooks": hooks, "zeros": zeros}
+# --- 4. train() and eval() ---------------------------------------------------------------------
+
+
+def show_modes():
+    print("4. What does eval() switch? Numbers that Dropout(0.5) sets to 0, of 10,000 ones")
+    print("   mode      Dropout in the ModuleList   Dropout in the list")
+    module, ones, zeros = zoo(nn.Module), torch.ones(10_000), {}
+    for name, mode in (("train()", module.train), ("eval()", module.eval)):
+        mode()
+        outputs = module.module_list[1](ones), module.plain_list[1](ones)
+        zeros[name] = [(output == 0).float().mean().item() for output in outputs]
+        print(f"   {name:<9} {zeros[name][0]:25.0%}   {zeros[name][1]:19.0%}")
+    print(f"   -> after eval() the list's Dropout still sets {zeros['eval()'][1]:.0%} to 0")
+    return zeros
+
+
+def main(seed=0, log_dir=LOG_DIR, steps=300, lr=0.1):
+    torch.manual_seed(seed)
+    measured = {"everyday": show_everyday(), **show_found()}
+    measured["nets"] = show_plain_list(seed, log_dir, steps, lr)
+    measured["zeros"] = show_modes()
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":
