@@ -2,8 +2,8 @@
 
 Write a network as a class on nn.Module: __init__ makes the layers, forward computes the output from
 them. What is assigned to self is entered in tables (dicts), so that the optimizer, the saved file
-and the GPU get it. A layer in a Python list is in no table. The forward pass still uses it, and autograd
-still computes its gradient. But it is not trained and not saved, and no warning tells you so.
+and the GPU get it. A layer in a Python list is in no table. The forward pass still uses it, and
+autograd still computes its gradient. But it is neither trained nor saved, and nothing warns you.
 
     self.weight = nn.Parameter(t)       entered in self._parameters     trained, saved, moved
     self.layer = nn.Linear(4, 3)        entered in self._modules        its parameters likewise
