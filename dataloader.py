@@ -1,35 +1,34 @@
-"""With a generator of its own, a shuffling DataLoader brings each item once per epoch, and an equal
-seed repeats the orders of all epochs.
+"""A shuffling DataLoader brings every item once per epoch, and with a seeded generator of its own
+it can bring the same orders again.
 
-A Dataset gives single items, and a network trains on batches. The DataLoader draws an order, reads
-the items and stacks them: every training loop runs over one. If sorted items are not shuffled, each
-step teaches one class alone, and the network leans to the class that came last. If other code
-draws from the same source of random numbers, the order does not come back with the seed.
-
-    batches = ceil(N / B), or floor(N / B) with drop_last=True, which leaves out the incomplete one
-    order   = torch.randperm(N, generator=g), after one draw from g that seeds the workers
+A Dataset gives one item at a time: dataset[i] is an image and its label. A network trains on
+batches, several items stacked into one tensor. A DataLoader draws an order, reads the items and
+stacks them. Without shuffling, images sorted by class give batches of one or two classes. Without
+a generator of its own, the order changes as soon as other code draws a random number.
 
     N  items in the Dataset     B  batch_size     g  the torch.Generator, a source of random numbers
 
-With num_workers=0 the loop reads the items itself. A worker is a process that reads batches ahead
-of the loop, with random numbers of its own; persistent_workers=True starts it once, not each epoch.
-Choose 0 until the training step waits for data, then 2, 4 ... up to the cores. On Windows and macOS
-a script that starts workers must do so behind `if __name__ == "__main__":`, as this one does.
+    order   = torch.randperm(N, generator=g), after g has drawn one number to seed the workers
+    batches = ceil(N / B), or floor(N / B) with drop_last=True: an incomplete batch is left out
+
+A worker is a process that reads batches ahead of the loop; with num_workers=0 the loop itself reads
+them. Start with 0, and try 2 or 4 when the training step waits for data. persistent_workers=True
+starts and seeds them once: their second epoch has another order. On Windows, on macOS and, from
+Python 3.14, on Linux a script with workers must work behind `if __name__ == "__main__":`.
 
 Needs          read_data.py, dataset_transform.py
-Checked here   a loader by hand = DataLoader in two epochs; both counts; equal seeds, equal orders,
-               and without a generator not; workers deliver the same places in the same order
+Checked here   a loader by hand = DataLoader in two epochs; the number of batches; which loaders
+               repeat their orders; what workers change in order, random numbers and time
 TensorBoard    batch/classes by step in the runs in_order and shuffled: 1 or 2 classes against all;
                batch/first by epoch: the pictures of the first batch, with place and class
-Try            in show_seeds, write seeded_loader(places, B, seed, drop_last=True) for a and b:
-               which items are left out?
-Answer         The 16 left over, other ones in each epoch: in time, all of them are seen
+Try            in show_seeds, in the line of a and b, write seeded_loader(places, B, seed,
+               drop_last=True): does each epoch leave out the same items?
+Answer         No: an epoch leaves out the 16 items at the end of its own order
 Source         torch.utils.data.DataLoader; PyTorch notes on reproducibility
 """
 
 import signal
 import time
-from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 
@@ -42,7 +41,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 
 from support.data import open_images, source_line
-from support.files import DATASET2, DataError, guard
+from support.files import DATASET2, guard
 from support.pictures import caption_grid
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "dataloader"
@@ -104,7 +103,7 @@ def batches_by_hand(dataset, batch_size, g, drop_last=False):
 
 
 def show_by_hand(images_set, seed):
-    print("2. Is that all a DataLoader does? Two epochs of the same ten images, with equal seeds")
+    print("2. Draw an order, read, stack: are these the batches of the DataLoader? Ten images")
     dataset, g = Subset(images_set, range(10)), torch.Generator().manual_seed(seed)
     loader = DataLoader(dataset, 4, shuffle=True, generator=torch.Generator().manual_seed(seed))
     print("   epoch   labels by hand   from the DataLoader   largest |difference| of the images")
@@ -136,7 +135,8 @@ def seeded_loader(dataset, batch_size, seed, **options):
 
 def show_seeds(N, B, seed):
     print(f"3. Which of {N} items do batches of {B} deliver, and does their order come back?")
-    print("   loader, epoch            the first five             batches  ceil, floor  left out")
+    print("                            numbers other                           batches,  left")
+    print("   loader, epoch            code drew      first items     batches  by formula  out")
     places, orders = range(N), {}  # what has a length and items is a Dataset: item i of it is i
     a, b = (seeded_loader(places, B, seed) for _ in range(2))
     c = seeded_loader(places, B, seed + 1)
@@ -148,14 +148,12 @@ def show_seeds(N, B, seed):
             ("e0: no generator", e), ("f0: drop_last, in order", f)]  # fmt: skip
     for draws, (name, loader) in enumerate(rows):
         torch.manual_seed(seed)
-        torch.rand(draws)  # other code draws some numbers, which are missing to d and e alone
+        torch.rand(draws)  # by other code, before the epoch
         batches = list(loader)
         order = orders[name[:2]] = torch.cat(batches).tolist()
-        lost = sorted(set(places) - set(order))
-        words = f"{len(lost)}: {str(lost[:3])[1:-1]} ..." if lost else "none"
         count = count_batches(N, B, loader.drop_last)
-        print(f"   {name:<23}  {str(order[:5])[1:-1]:<24}   {len(batches):7d}  {count:11d}  "
-              f"{words}")  # fmt: skip
+        print(f"   {name:<23}  {draws:<13d}  {str(order[:3])[1:-1]:<16}{len(batches):7d}  "
+              f"{count:10d}  {N - len(set(order)):3d}")  # fmt: skip
         assert len(batches) == count
     same = [f"{x} = {y}" for x, y in combinations(orders, 2) if orders[x] == orders[y]]
     whole = sum(sorted(order) == [*places] for order in orders.values())
@@ -177,14 +175,15 @@ def classes_by_chance(K, B):
 
 def show_shuffling(images_set, N, B, seed, log_dir):
     print(f"4. Why shuffle? {N} images sorted by class, as ImageFolder lists them, batches of {B}")
-    print("   order      classes in a batch: fewest    mean    most")
-    targets, classes, means = images_set.targets, images_set.classes, {}
+    targets, classes, counts = images_set.targets, images_set.classes, {}
+    print(f"              how many of the {len(classes)} classes are in a batch")
+    print("   order      fewest    mean    most")
     by_class = sorted(range(N), key=lambda i: targets[i])
     sorted_set = [(i, targets[i]) for i in by_class]  # items (place, label)
     in_order = DataLoader(sorted_set, B, drop_last=True)  # a small last batch holds fewer classes
     shuffled = seeded_loader(sorted_set, B, seed, drop_last=True)
     for run, loader in (("in_order", in_order), ("shuffled", shuffled)):
-        numbers = [len(labels.unique()) for _, labels in loader]
+        numbers = counts[run] = [len(labels.unique()) for _, labels in loader]
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
             for step, number in enumerate(numbers):
                 writer.add_scalar("batch/classes", number, step)
@@ -193,22 +192,21 @@ def show_shuffling(images_set, N, B, seed, log_dir):
                 pixels = torch.from_numpy(images_set.data[[i for i, _ in batch]])
                 grid = caption_grid(pixels.permute(0, 3, 1, 2), [f"{i} {y}" for i, y in batch])
                 writer.add_image("batch/first", grid, epoch)
-        mean = means[run] = sum(numbers) / len(numbers)
-        print(f"   {run:<8}   {min(numbers):26d}   {mean:5.2f}   {max(numbers):5d}")
-    chance = classes_by_chance(len(classes), B)
-    gaps = {run: abs(mean - chance) for run, mean in means.items()}
-    print(f"   -> chance gives {chance:.2f} classes on average: shuffled is {gaps['shuffled']:.2f} "
-          f"from it, in order {gaps['in_order']:.2f}")  # fmt: skip
-    return means
+        mean = sum(numbers) / len(numbers)
+        print(f"   {run:<8}   {min(numbers):6d}   {mean:5.2f}   {max(numbers):5d}")
+    few, many = max(counts["in_order"]), min(counts["shuffled"])
+    print(f"   -> a step sees at most {few} classes in order, at least {many} shuffled;")
+    print(f"      batches drawn by chance have {classes_by_chance(len(classes), B):.2f} on average")
+    return counts
 
 
-# --- 5. workers --------------------------------------------------------------------------------
+# --- 5. what workers change --------------------------------------------------------------------
 
 
-class Timed(Dataset):
-    """Items (image, place, random number) of another Dataset, after `wait` seconds each."""
+class Slow(Dataset):
+    """Items (item of another Dataset, random number), after `wait` seconds each."""
 
-    def __init__(self, dataset, wait):
+    def __init__(self, dataset, wait=0):
         self.dataset, self.wait = dataset, wait
 
     def __len__(self):
@@ -216,72 +214,74 @@ class Timed(Dataset):
 
     def __getitem__(self, index):
         time.sleep(self.wait)  # as a slow disk would make it wait
-        return self.dataset[index][0], index, torch.rand(())
+        return self.dataset[index], torch.rand(())
 
 
 def two_epochs(loader, seed):
-    """Of two epochs the places (2, N), the random numbers (2, N) and the seconds."""
-    torch.manual_seed(seed)  # the loop reads with these random numbers if there are no workers
-    places, draws, seconds = [], [], []
-    for _ in range(2):
-        start = time.perf_counter()
-        batches = [(index, draw) for _, index, draw in loader]
-        seconds.append(time.perf_counter() - start)
-        for rows, parts in zip((places, draws), zip(*batches, strict=True), strict=True):
-            rows.append(torch.cat(parts))
-    return torch.stack(places), torch.stack(draws), seconds
+    """(2 epochs, 2, N): the items and their random numbers, as float64."""
+    torch.manual_seed(seed)  # without workers, the items draw from this stream
+    epochs = [[torch.cat(part).double() for part in zip(*loader, strict=True)] for _ in range(2)]
+    return torch.stack([torch.stack(epoch) for epoch in epochs])
 
 
-@contextmanager
-def sharing_memory():
-    """Say in one line what the system says where workers get no memory to share."""
-    try:
-        torch.multiprocessing.Lock()  # asked first: a loader that is half made complains too
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        mend = "enlarge /dev/shm (docker run --shm-size=1g), or take workers=0 in main"
-        raise DataError(f"workers cannot hand over their batches: {reason}; {mend}") from error
+def show_workers(N, B, seed, loaders):
+    print("5. What do workers change? Each item draws a torch.rand(), as augmentation does")
+    print("                  epoch 0                  epoch 1                  all the same when")
+    print("   loader         first items    rand      first items    rand      made again")
+    runs, back = {}, {}
+    for name, options in loaders.items():
+        runs[name], again = (two_epochs(seeded_loader(Slow(range(N)), B, seed, **options), seed)
+                             for _ in range(2))  # fmt: skip
+        cells = [f"{f'{x[0]:.0f}, {x[1]:.0f}':<11}    {draws[0]:.3f}" for x, draws in runs[name]]
+        back[name] = torch.equal(runs[name], again)
+        print(f"   {name:<12}   {'     '.join(cells)}     {'yes' if back[name] else 'no'}")
+    zero, *others = loaders
+    for name in others:
+        items, draws = (runs[name] == runs[zero]).all(2).sum(0)
+        print(f"   -> {name}: the order of {zero} in {items} of 2 epochs, its numbers in {draws}")
+    return runs, back
 
 
-def show_workers(images_set, N, B, seed, workers):
-    print(f"5. Are {workers} workers faster, and do they repeat? Two epochs, seed {seed}")
-    print(f"{'':44}time / time of   same order as    random numbers")
-    print(f"{'':44}0 workers        0 workers        as in the run")
-    print("   items            loader                  epoch 0, 1       epoch 0, 1       before")
-    some, kept = {"num_workers": workers}, {"num_workers": workers, "persistent_workers": True}
-    runs = [("0 workers, again", {}), (f"{workers} workers", some),
-            (f"{workers} workers, again", some),
-            (f"{workers} workers, persistent", kept)]  # fmt: skip
+# --- 6. are they faster? -----------------------------------------------------------------------
+
+
+def best_epochs(loaders, repeats=3):
+    """The seconds of each loader's fastest epoch. They take turns; the first turn only warms up."""
+    seconds = [[] for _ in loaders]
+    for _ in range(1 + repeats):
+        for loader, times in zip(loaders, seconds, strict=True):
+            start = time.perf_counter()
+            list(loader)
+            times.append(time.perf_counter() - start)
+    return [min(times[1:]) for times in seconds]
+
+
+def show_speed(images_set, N, B, seed, loaders):
+    print("6. Are workers faster? Time of an epoch / time with 0 workers, each the best of three")
+    zero, *others = loaders
+    print(f"   reading an item   {zero}, again   {'   '.join(others)}")
     measured = {}
-    for name, count, wait, first in (("in memory", N, 0, 0), ("waited for 5 ms", 4 * B, 0.005, 3)):
-        dataset = Timed(Subset(images_set, range(min(N, count))), wait)
-        places, draws, alone = two_epochs(seeded_loader(dataset, B, seed), seed)
-        for run, options in runs[first:]:
-            with sharing_memory():
-                new = two_epochs(seeded_loader(dataset, B, seed, **options), seed)
-            times = [a / b for a, b in zip(new[2], alone, strict=True)]
-            same = *(new[0] == places).all(1).tolist(), torch.equal(new[1], draws)
-            measured[name, run], draws = (times, same), new[1]
-            words = ["yes" if answer else "no" for answer in same]
-            print("   {:<15}  {:<21}   {:5.2f}  {:5.2f}     {:<3}  {:<3}         {}".format(
-                name, run, *times, *words))  # fmt: skip
-    for (name, run), (times, _) in measured.items():
-        if run == runs[3][0]:
-            print(f"   -> {name}, once started: {times[1]:.2f} of the time without workers")
-    said = {run: same for (name, run), (_, same) in measured.items() if name == "in memory"}
-    print(f"   -> both orders stay: {'; '.join(run for run in said if all(said[run][:2]))}")
-    print(f"   -> random numbers come back: {'; '.join(run for run in said if said[run][2])}")
+    for name, batches, wait in (("is fast", 16, 0), ("takes 3 ms", 4, 0.003)):
+        dataset = Slow(Subset(images_set, range(min(N, batches * B))), wait)
+        options = [{}, *loaders.values()]
+        alone, *times = best_epochs([seeded_loader(dataset, B, seed, **each) for each in options])
+        null, some, kept = measured[name] = [seconds / alone for seconds in times]
+        print(f"   {name:<15}   {null:16.2f}   {some:9.2f}   {kept:12.2f}")
+    for name, (null, _, kept) in measured.items():
+        words = "faster" if kept < null else "slower"
+        words = words if abs(kept - null) > 0.15 else "neither faster nor slower"
+        print(f"   -> where reading an item {name}, {others[-1]} workers were {words} here")
     return measured
 
 
-# --- 6. pinned memory --------------------------------------------------------------------------
+# --- 7. pinned memory --------------------------------------------------------------------------
 
 
 def show_pinned():
-    print("6. Is the copy to the GPU faster with pin_memory? The copy alone of 64 MiB")
+    print("7. Is the copy to the GPU faster with pin_memory=True? The copy alone of 64 MiB")
     if not torch.cuda.is_available():
-        print("   skipped: it needs a CUDA GPU, which copies faster from memory that cannot move")
+        print("   skipped: it needs a CUDA GPU; it would print the time of a copy from pinned")
+        print("   memory, which the system may not move, as a share of the time of a usual copy")
         return None
     print("   pin_memory   batch.is_pinned()   time / time without it")
     dataset, seconds = TensorDataset(torch.zeros(64, 2**18)), []
@@ -295,7 +295,6 @@ def show_pinned():
         seconds.append(time.perf_counter() - start)
         ratio = seconds[-1] / seconds[0]
         print(f"   {pin!s:<10}   {batch.is_pinned()!s:<17}   {ratio:22.2f}")
-        assert batch.is_pinned() == pin
     print(f"   -> pinned, the copy took {ratio:.2f} of the time; to pin the batch is not in it")
     return ratio
 
@@ -313,10 +312,15 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=2000, batch_size=64, work
         "sizes": show_everyday(images_set, seed),
         "difference": show_by_hand(images_set, seed),
         "orders": show_seeds(N, batch_size, seed),
-        "classes": show_shuffling(images_set, N, batch_size, seed, log_dir),
-        "workers": show_workers(images_set, N, batch_size, seed, workers) if workers else None,
-        "pinned": show_pinned(),
+        "counts": show_shuffling(images_set, N, batch_size, seed, log_dir),
     }
+    if workers:
+        some = {"num_workers": workers}
+        kept = {**some, "persistent_workers": True}
+        loaders = {"0 workers": {}, f"{workers} workers": some, f"{workers} persistent": kept}
+        measured["runs"] = show_workers(N, batch_size, seed, loaders)
+        measured["ratios"] = show_speed(images_set, N, batch_size, seed, loaders)
+    measured["pinned"] = show_pinned()
     print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return measured
 
