@@ -1,38 +1,37 @@
-"""Parts of a batch add up to the gradient of the whole batch if each loss sum is divided by N, the
-number of examples in all parts, and no layer mixes or drops examples.
+"""Gradients of small batches add up to the gradient of one large batch, if each sum of losses is
+divided by N, the number of examples in all of them, and no layer mixes examples (BatchNorm does).
 
-A batch too large for memory is taken in k parts: backward() adds the gradient of each part to
-.grad, and only then the optimizer makes one step. Whoever divides the mean loss of each part by k
-gives the examples of a short last part too much weight, and no error is raised. Three more tricks
-belong to the same loop: clip a gradient that is too long, check one that you wrote, freeze a layer.
+When a batch does not fit in memory, it is taken in k parts. backward() adds the gradient of each
+part to .grad; after the last part the optimizer makes one step. If the mean loss of each part is
+divided by k instead, the examples of a short last part weigh too much, and no error is raised.
+Three more tricks belong to the same loop: clip a gradient that is too long, as one such step may
+throw a weight too far away to return; check a gradient that you wrote yourself; freeze a layer.
 
     accumulate      g = sum over the parts of grad(loss sum of the part / N)
-    clip by norm    g <- g * min(1, c / |g|)           one factor for all: the direction stays
-    clip by value   g_i <- min(max(g_i, -c), c)        each element alone: the direction may turn
-    check           f'(x) is about (f(x + h) - f(x - h)) / 2h; its error is h^2 f'''(x) / 6, and
-                    rounding adds about u |f| / h
+    clip by norm    g <- g * min(1, c / |g|)         one factor for all: the direction stays
+    clip by value   g_i <- min(max(g_i, -c), c)      each element alone: the direction may turn
+    check           f'(x) is about (f(x + h) - f(x - h)) / 2h, for a small step h
 
-    N  examples in all parts     g  gradient of all parameters, |g| its length     c  the limit
-    h  a small step     u  relative rounding: 6e-8 in float32, 1e-16 in float64
+    g  gradient of all parameters     |g|  its length     c  the limit
 
-Needs          02_autograd_basics.py; for sections 3 and 7 nn_common_layers.py and nn_optim.py
-Checked here   g by three divisors; which layers break the sum; clipping = torch's; a recurrent net
-               that bursts unclipped and arrives clipped; what gradcheck passes; what freezing stops
-TensorBoard    accumulate/error by examples in the last part; layers/error by number of parts k;
-               clip/w by step, while |w| < 2: only the run clipped gets to 1;
+Needs          02_autograd_basics.py, nn_loss.py (cross_entropy). Sections 3 and 6 are second
+               reading after nn_common_layers.py (BatchNorm) and nn_optim.py (AdamW)
+Checked here   the loop in parts = in one batch; which loss and which layers keep that; clipping =
+               torch's; what gradcheck accepts; what freezing stops
+TensorBoard    accumulate/error by examples in the last part: only sum_by_N is 0 all along;
+               layers/error by number of parts k: only BatchNorm_train rises;
                freeze/running_mean_moved by step: 0 in the run eval, rising in the run train
 Try            in show_divisors, after the line that draws y, add  y[::3] = -100  (cross_entropy
                leaves such labels out): which loss is exact now?
-Answer         None of the three: N must be the number of labels that are left in all the parts
+Answer         None: N and n must count the labels that are left, as cross_entropy's own mean does
 Source         Pascanu et al. 2013, arXiv:1211.5063, section 3.2 (clipping by norm);
                huggingface.co/blog/gradient_accumulation (2024: mean / k where N was meant)
 """
 
 import copy
-import math
 import signal
 import warnings
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -43,6 +42,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck
 from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from support.files import guard
@@ -54,29 +54,42 @@ EXACT = 1e-12  # float64: whatever is smaller is rounding
 # --- 1. in everyday code -----------------------------------------------------------------------
 
 
-def show_everyday(k=2):
-    print(f"1. In everyday code: y = w x, lr = 0.1, one step per k = {k} batches")
-    print("   .grad is that of loss sum / N, N examples in a step (2, last 1), clipped to 6")
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(model.weight)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    print("   batch     x     y    loss   .grad   clipped   w after")
-    batches, rows = [(1.0, 2.0), (2.0, 4.0), (1.0, 2.0), (2.0, 4.0), (1.0, 2.0)], []
-    for i, (x, y) in enumerate(batches, 1):
-        loss = F.mse_loss(model(torch.tensor([x])), torch.tensor([y]), reduction="sum")
-        N = k if i <= len(batches) // k * k else len(batches) % k  # examples in this step's batches
-        (loss / N).backward()  # adds to .grad; right for batches of any size
-        grad, clipped = model.weight.grad.item(), math.nan
-        if i % k == 0 or i == len(batches):  # the last batches get their step, too
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm=6.0)  # just before the step
-            clipped = model.weight.grad.item()
-            optimizer.step()
-            optimizer.zero_grad()  # only here: the next gradients start from nothing
-        rows.append((loss.item(), grad, clipped, model.weight.item()))
-        row = "  ".join(f"{value:6.2f}" for value in (loss, grad, clipped)).replace("nan", "  -")
-        print(f"   {i:5d}  {x:4.1f}  {y:4.1f}  {row}    {rows[-1][3]:7.3f}")
-    steps = len({w for *_, w in rows} - {0.0})
-    print(f"   -> {steps} steps for {len(rows)} batches: w moves after {k}, and after the last one")
+def train_epoch(model, optimizer, loader, k, max_norm):
+    """One optimizer step for each k batches (x, y) that `loader` gives; the last may have fewer.
+
+    A step empties .grad and goes backward once for each of its batches: from the sum of the squared
+    errors of model(x), divided by N, the number of examples in all its batches. Then it clips .grad
+    to max_norm by torch's function and steps. Returns each step's |g| before clipping. Exercise.
+    """
+    batches, norms = iter(loader), []
+    while group := list(islice(batches, k)):  # the next k batches: only x and y, no activations
+        N = sum(len(y) for _, y in group)  # their examples
+        optimizer.zero_grad()
+        for x, y in group:
+            loss = F.mse_loss(model(x), y, reduction="sum")
+            (loss / N).backward()  # adds to .grad, and frees the activations of this batch
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), max_norm).item())
+        optimizer.step()
+    return norms
+
+
+def show_everyday():
+    print("1. In everyday code: w x shall be y = 2 x. From w = 0, one pass over 7 examples by SGD")
+    print("   batches of   k batches a step   examples a step   |g| of each step    w at the end")
+    x = torch.tensor([[1.0], [2.0], [1.0], [2.0], [1.0], [2.0], [1.0]])
+    ends = {}
+    for size, k in ((4, 1), (2, 2), (1, 4), (2, 1)):
+        loader = DataLoader(TensorDataset(x, 2 * x), batch_size=size)
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        norms = train_epoch(model, optimizer, loader, k, max_norm=6.0)
+        ends[size, k] = [round(number, 4) for number in (*norms, model.weight.item())]
+        steps = ", ".join(f"{norm:.2f}" for norm in norms)
+        print(f"   {size:10}   {k:16}   {size * k:15}   {steps:<22} {ends[size, k][-1]:9.3f}")
+    same = [str(size) for size, k in ends if ends[size, k] == ends[4, 1]]
+    print(f"   -> with 4 examples a step (the last has {len(x) % 4}) |g| and w are the same for "
+          f"batches of {', '.join(same)}")  # fmt: skip
 
     x = torch.tensor([0.5, 1.0], dtype=torch.float64, requires_grad=True)
     checked = gradcheck(torch.sin, (x,))  # True, or an error that shows both gradients
@@ -87,10 +100,10 @@ def show_everyday(k=2):
     net(torch.ones(1, 1)).sum().backward()
     frozen = [layer.weight.grad is None for layer in net]
     print(f"   after net[0].requires_grad_(False), is .grad of layers 0 and 1 None? {frozen}")
-    return {"rows": rows, "checked": checked, "frozen": frozen}
+    return {"ends": ends, "checked": checked, "frozen": frozen}
 
 
-# --- 2. by which number to divide --------------------------------------------------------------
+# --- 2. which loss goes backward ---------------------------------------------------------------
 
 
 def divisor(rule, n, N, k):
@@ -130,11 +143,16 @@ def mlp(*middle):
 def show_divisors(log_dir, size=16, k=4, last=2):
     full = (k - 1) * size
     print(
-        f"2. By what must the loss sum be divided? N = {full} + last, k = {k} parts, n in one part"
+        f"2. Which loss must go backward for each of k = {k} parts of {size}? The last may be short"
     )
-    print("   loss of a part   weight (1 = as in one batch)   relative error of the gradient")
-    heads = f"part of {size}   last of {last}", f"last of {last}", f"last of {size}"
-    print("                    {:<28}   {:<10}   {}".format(*heads))
+    print("   loss of    weight of an example (1 is right)   relative error of the gradient")
+    heads = (
+        f"part of {size}",
+        f"last part of {last}",
+        f"last part of {last}",
+        f"last part of {size}",
+    )
+    print("   a part     {:>10}   {:>20}   {:>14}   {:>15}".format(*heads))
     model, errors = mlp(), {}
     x, y = torch.randn(k * size, 8).double(), torch.randint(3, (k * size,))
     for rule, run in {"sum / N": "sum_by_N", "mean / k": "mean_by_k", "mean": "mean"}.items():
@@ -142,14 +160,14 @@ def show_divisors(log_dir, size=16, k=4, last=2):
         errors[rule] = {n: accumulation_error(model, *pairs[n], size, rule) for n in pairs}
         draw(log_dir / "accumulate" / run, "accumulate/error", errors[rule])
         weights = [(full + last) / divisor(rule, n, full + last, k) for n in (size, last)]
-        print(f"   {rule:<15}{weights[0]:12.2f}   {weights[1]:9.2f}            "
-              f"{errors[rule][last]:<10.1e}   {errors[rule][size]:.1e}")  # fmt: skip
+        print(f"   {rule:<8}   {weights[0]:10.2f}   {weights[1]:20.2f}   "
+              f"{errors[rule][last]:14.1e}   {errors[rule][size]:15.1e}")  # fmt: skip
     exact = [rule for rule in errors if max(errors[rule].values()) < EXACT]
     print(f"   -> exact for every size of the last part: {', '.join(exact) or 'none'}")
     return errors
 
 
-# --- 3. layers that break the sum --------------------------------------------------------------
+# --- 3. second reading: layers that break the sum ----------------------------------------------
 
 
 def middle_layers():
@@ -157,23 +175,27 @@ def middle_layers():
     used = nn.BatchNorm1d(16)
     used(3 * torch.randn(64, 16) + 1)  # a fresh one has mean 0, variance 1 and changes nothing
     return {"BatchNorm_train": nn.BatchNorm1d(16), "BatchNorm_eval": used.eval(),
-            "LayerNorm": nn.LayerNorm(16), "Dropout_train": nn.Dropout(0.2)}  # fmt: skip
+            "LayerNorm": nn.LayerNorm(16)}  # fmt: skip
 
 
 def show_layers(log_dir, N=64, parts=(1, 2, 4, 8, 16)):
-    print(f"3. {N} examples in k equal parts: which layers change the gradient? Relative error")
-    print("   layer, mode       " + "".join(f"{f'k = {k}':>9}" for k in parts))
+    print(f"3. {N} examples in k equal parts: which layers change the gradient? Its relative error")
+    print("   layer in the middle      " + "".join(f"{f'k = {k}':>9}" for k in parts))
     x, y = torch.randn(N, 8).double(), torch.randint(3, (N,))
     errors = {}
     for name, layer in middle_layers().items():
         model = mlp(layer)
         errors[name] = {k: accumulation_error(model, x, y, N // k) for k in parts}
         draw(log_dir / "layers" / name, "layers/error", errors[name])
-        print(f"   {name:<18}" + "".join(f"{error:9.0e}" for error in errors[name].values()))
-    exact = [name for name in errors if max(errors[name].values()) < EXACT]
-    random = [name for name in errors if errors[name][1] > EXACT]
-    print(f"   -> exact at every k: {', '.join(exact)}")
-    print(f"   -> {', '.join(random)} differs at k = 1, too: it draws anew, in parts or not")
+        words = name.replace("_", ", in mode ")
+        print(f"   {words:<25}" + "".join(f"{error:9.0e}" for error in errors[name].values()))
+    exact = [
+        name.replace("_", ", in mode ") for name in errors if max(errors[name].values()) < EXACT
+    ]
+    print(f"   -> exact for every k: {' and '.join(exact)}")
+    print(
+        "      (in train mode BatchNorm takes the mean and variance of each part, not of the batch)"
+    )
     return errors
 
 
@@ -196,72 +218,30 @@ def clip_norm_(gradients, c):
 
 def show_clipping(c=1.0):
     g = torch.tensor([3.0, -4.0, 0.5])
-    print(f"4. The gradient {g.tolist()}, clipped at c = {c:g}: does its direction stay?")
-    print("   clipped by                                  g     |g|   cosine with g")
-    by_hand, by_norm, by_value = (nn.Parameter(torch.zeros(3)) for _ in range(3))
-    for p in (by_hand, by_norm, by_value):
-        p.grad = g.clone()
-    clip_norm_([by_hand.grad], c)
-    nn.utils.clip_grad_norm_([by_norm], c)
-    nn.utils.clip_grad_value_([by_value], c)
+    print(f"4. The gradient {g.tolist()}, clipped at c = {c:g}: what becomes of it?")
+    print("   clipped by                                  g     |g|   cosine with g (1: same way)")
     rows, names = {}, ("clip_norm_, by hand", "nn.utils.clip_grad_norm_", "clip_grad_value_")
-    for name, p in zip(names, (by_hand, by_norm, by_value), strict=True):
-        rows[name] = (
-            *p.grad.tolist(),
-            p.grad.norm().item(),
-            F.cosine_similarity(g, p.grad, 0).item(),
-        )
+    for name in names:
+        p = nn.Parameter(torch.zeros(3))
+        p.grad = g.clone()
+        if name == names[0]:
+            clip_norm_([p.grad], c)
+        elif name == names[1]:
+            nn.utils.clip_grad_norm_([p], c)
+        else:
+            nn.utils.clip_grad_value_([p], c)
+        cosine = F.cosine_similarity(g, p.grad, 0).item()
+        rows[name] = *p.grad.tolist(), p.grad.norm().item(), cosine
         row = " ".join(f"{element:6.3f}" for element in rows[name][:3])
-        print(f"   {name:<24} {row}  {rows[name][3]:6.3f}   {rows[name][4]:13.3f}")
+        print(f"   {name:<24} {row}  {rows[name][3]:6.3f}   {cosine:13.3f}")
+    short = [name for name in names if rows[name][3] < c + 1e-6]
     same = [name for name in names if rows[name][4] > 1 - 1e-6]
-    print(f"   -> it stays with {' and with '.join(same)}")
+    print(f"   -> |g| is {c:g} with {' and with '.join(short)}")
+    print(f"   -> the direction stays with {' and with '.join(same)}")
     return rows
 
 
-# --- 5. what clipping is for -------------------------------------------------------------------
-
-
-def recur(W, a, T):
-    """The state (n,) after T time steps a <- W a: a recurrent net has one W (n, n) for them all."""
-    for _ in range(T):
-        a = W @ a
-    return a
-
-
-def descend(lr, c, steps, T=20):
-    """The path of one weight w from 1.3, by SGD on (w^T - 1)^2, clipped at c; it ends at a nan."""
-    W = torch.tensor([[1.3]], requires_grad=True)
-    optimizer, path = torch.optim.SGD([W], lr), [W.item()]
-    while len(path) <= steps and math.isfinite(path[-1]):
-        loss = (recur(W, torch.ones(1), T) - 1).square().sum()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_([W], c)  # after backward, before step
-        optimizer.step()
-        path.append(W.item())
-    return path
-
-
-def show_recurrent(log_dir, steps=500):
-    print(
-        "5. One weight w, used 20 times (a recurrent net): does SGD bring w from 1.3 to w^20 = 1?"
-    )
-    print("   run                  lr   clipped at   longest step   steps   w at the end")
-    runs = {"unclipped": (1e-3, math.inf), "unclipped_1e-6": (1e-6, math.inf),
-            "unclipped_1e-7": (1e-7, math.inf), "clipped": (1e-3, 1.0)}  # fmt: skip
-    paths = {}
-    for name, (lr, c) in runs.items():
-        path = paths[name] = descend(lr, c, steps)
-        draw(log_dir / "clip" / name, "clip/w", {i: w for i, w in enumerate(path) if abs(w) < 2})
-        longest = max(abs(b - a) for a, b in pairwise(path) if math.isfinite(b))
-        print(f"   {name:<14} {lr:8.0e}   {c:10g}   {longest:12.3f}   "
-              f"{len(path) - 1:5d}   {path[-1]:12.3f}")  # fmt: skip
-    arrived = [name for name in runs if abs(paths[name][-1] - 1) < 1e-3]
-    print(f"   -> within {steps} steps, at these learning rates, arrives: {', '.join(arrived)}")
-    return paths
-
-
-# --- 6. check a gradient -------------------------------------------------------------------------
+# --- 5. check a gradient -----------------------------------------------------------------------
 
 
 def central_difference(f, x, h):
@@ -270,52 +250,50 @@ def central_difference(f, x, h):
 
 
 def cube(x, wrong=0.0):
-    """x^3; the gradient is too large by the share `wrong`: y - y.detach() is 0, not its slope."""
+    """x^3, but its gradient is (1 + wrong) 3 x^2: y - y.detach() has the value 0 and y's slope."""
     y = x**3
     return y + wrong * (y - y.detach())
 
 
-def count_passes(wrong, dtype, draws, **options):
-    """At how many of `draws` random inputs gradcheck finds nothing wrong with cube."""
-    inputs = [torch.randn(4, dtype=dtype, requires_grad=True) for _ in range(draws)]
+def count_passes(wrong, inputs, **options):
+    """At how many of the inputs gradcheck finds nothing wrong with cube."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # gradcheck itself warns of float32
         return sum(gradcheck(cube, (x, wrong), raise_exception=False, **options) for x in inputs)
 
 
 def show_gradcheck(draws):
-    print(
-        "6. Is a gradient right? The slope of x^3 by differences with gradcheck's default h = 1e-6"
-    )
+    print("5. Is a gradient right? Differences of x^3 by gradcheck's default step, h = 1e-6")
     x = torch.tensor([1.0, 2.0, 3.0])
     slopes = {"3 x^2": 3 * x**2, "float64": central_difference(cube, x.double(), 1e-6),
               "float32": central_difference(cube, x, 1e-6)}  # fmt: skip
     print(f"   slope by           at x = {'          '.join(f'{t:g}' for t in x)}")
     for name, slope in slopes.items():
         print(f"   {name:<17}" + " ".join(f"{s:10.6f}" for s in slope))
-    print(f"   At how many of {draws} inputs does gradcheck accept")
-    print("   input, options                   x^3   gradient 1 % too large")
-    f32, passes = torch.float32, {}
+    print(f"   At how many of {draws} inputs does gradcheck accept a gradient of x^3 that is")
+    print("   input, options                 right   1 % too large")
+    points, f32, passes = torch.randn(draws, 4, dtype=torch.float64), torch.float32, {}
     for name, dtype, options in (
         ("float64", torch.float64, {}),
         ("float32", f32, {}),
         ("float32, rtol=0.1", f32, {"rtol": 0.1}),
         ("float32, eps=5e-3, atol=1e-4", f32, {"eps": 5e-3, "atol": 1e-4}),
     ):
-        passes[name] = [count_passes(wrong, dtype, draws, **options) for wrong in (0, 0.01)]
-        print(f"   {name:<30} {passes[name][0]:6d}   {passes[name][1]:22d}")
+        inputs = [x.to(dtype).requires_grad_() for x in points]
+        passes[name] = [count_passes(wrong, inputs, **options) for wrong in (0, 0.01)]
+        print(f"   {name:<30} {passes[name][0]:5d}   {passes[name][1]:13d}")
     told = [name for name in passes if passes[name] == [draws, 0]]
-    print(f"   -> it tells them apart at all inputs with: {'; '.join(told)}")
+    print(f"   -> accepts the right one, refuses the other, each time: {'; '.join(told)}")
     return slopes, passes
 
 
-# --- 7. freeze layers --------------------------------------------------------------------------
+# --- 6. second reading: freeze layers ----------------------------------------------------------
 
 
 def freeze(layer):
     """From now on no parameter of `layer` requires a gradient, and its .grad is None. Exercise.
 
-    A .grad that is left from before would still be followed by an optimizer.
+    A .grad that is left from before would still move the weight in optimizer.step().
     """
     for p in layer.parameters():
         p.requires_grad_(False)
@@ -323,7 +301,10 @@ def freeze(layer):
 
 
 def fine_tune(mode, steps, seed=0):
-    """Train around two frozen layers: net before, net after, optimizer, running mean's way."""
+    """Train around two frozen layers, of which BatchNorm is in `mode`.
+
+    Returns net before, net after, optimizer, {step: how far BatchNorm's running mean has moved}.
+    """
     torch.manual_seed(seed)  # both modes start from the same net and data
     frozen = nn.Linear(16, 16), nn.BatchNorm1d(16).train(mode == "train")
     net = nn.Sequential(nn.Linear(8, 16), *frozen, nn.ReLU(), nn.Linear(16, 3))
@@ -340,7 +321,7 @@ def fine_tune(mode, steps, seed=0):
 
 
 def show_freezing(log_dir, steps=50, seed=0):
-    print(f"7. Layers 1 and 2 frozen, {steps} steps of AdamW over all: what still changes?")
+    print(f"6. Layers 1 and 2 frozen, {steps} steps of AdamW over all: what still changes?")
     print("   layer           elements   changed   with .grad   with optimizer state")
     moved, rows = {}, {}
     for mode in ("eval", "train"):
@@ -360,12 +341,13 @@ def show_freezing(log_dir, steps=50, seed=0):
     graded = [str(i) for i in rows if rows[i][2]]
     print(f"   -> frozen: layers {' and '.join(kept)}; a gradient still gets to layers "
           f"{' and '.join(graded)}")  # fmt: skip
-    print("                        change of the   largest change of the output")
-    print("   frozen BatchNorm in  running mean    for the same inputs")
+    print("   BatchNorm also has a running mean, which is no parameter:")
+    print("   mode of the frozen one   its mean moved by   its output, for the same inputs, by")
     for mode, (mean, output) in moved.items():
-        print(f"   {mode:<18}   {mean:12.2f}    {output:19.2f}")
+        print(f"   {mode:<22}   {mean:17.2f}   {output:35.2f}")
     still = [mode for mode in moved if moved[mode] == (0, 0)]
-    print(f"   -> its output stays in mode {', '.join(still)}: after net.train(), call its .eval()")
+    print(f"   -> the output stays in mode {', '.join(still) or 'none'}")
+    print("      (net.train() puts frozen layers in mode train, too: call their .eval() after it)")
     return {"rows": rows, "moved": moved}
 
 
@@ -386,7 +368,6 @@ def main(seed=0, log_dir=LOG_DIR, draws=20):
         "divisors": show_divisors(log_dir),
         "layers": show_layers(log_dir),
         "cosines": show_clipping(),
-        "recurrent": show_recurrent(log_dir),
         "gradcheck": show_gradcheck(draws),
         "freezing": show_freezing(log_dir, seed=seed),
     }
