@@ -115,6 +115,18 @@ def test_fit_best_is_the_loop_written_out(lesson, tmp_path):
     assert kept["0.weight"].data_ptr() == net[0].weight.data_ptr()  # no copy, as it says
 
 
+def test_the_best_epoch_is_sought_on_the_sine_that_the_noise_hides(lesson, tmp_path, monkeypatch):
+    given, fit_best = [], lesson.fit_best
+    monkeypatch.setattr(lesson, "fit_best", lambda *args: given.extend(args) or fit_best(*args))
+    torch.manual_seed(0)
+    lesson.show_best(tmp_path, 5)
+    _, x, y, x_val, y_val, *_ = given
+    for grid, n in ((x, 16), (x_val, 101)):
+        assert grid.shape == (n, 1) and (grid[0], grid[-1]) == (-1, 1)
+    assert torch.equal(y_val, torch.sin(3 * x_val))
+    assert 0.25 < (y - torch.sin(3 * x)).std() < 0.75
+
+
 # --- going on ----------------------------------------------------------------------------------
 
 
@@ -268,6 +280,17 @@ def test_main_resumes_bit_for_bit_and_only_with_optimizer_and_epoch(
         assert [e.step for e in logged] == list(range(200 - len(values), 200))
         assert [e.value for e in logged] == pytest.approx([math.log10(v) for v in values], abs=1e-5)
 
+    for head in (
+        "   in the file          shape     values",
+        "   network              output for x = (1, 2)",
+        "   what is loaded after 400 epochs           validation loss",
+        "      (net.state_dict() shares memory with the weights, and changes with them)",
+        "                       lr at       loss               a weight at the end minus",
+        "   run                 the start   at first   largest   never_stopped's, largest",
+        "   what changed            whole network             state dict",
+        "   saved by              bytes before   bytes left",
+    ):
+        assert f"{head}\n" in out
     assert "-> the whole network survives 0 of 4 changes, the state dict 2;" in out
     assert '"tanh is now relu" goes unnoticed' in out
     assert measured["unharmed"] == {"torch.save": False, "save (section 2)": True}
