@@ -1,35 +1,33 @@
 """Hooks read and change a network's values and gradients while its code stays as it is.
 
-A hook is a function that PyTorch calls before or after a layer runs, or when a gradient arrives.
-What the hook returns is used instead; None changes nothing. So you see into a network that somebody
-else wrote: print shapes, clip a gradient, find the layer that makes a NaN, ask where in a picture
-a class was seen. A hook that nobody removes stays, runs in every later call and may keep memory.
+A hook is a function f of yours that PyTorch calls before or after a layer runs, or when a gradient
+arrives. What f returns is used instead of what it was given; None changes nothing. So you can print
+shapes in a network that somebody else wrote, clip a gradient, turn the gradient of one loss, or
+find the layer that makes a NaN. A hook that nobody removes runs in every later call.
 
-    a.register_hook(f)                   f(g): g = dL/da, gradient of the loss L with respect to a
-    m.register_forward_pre_hook(f)       f(m, args): before module m computes m(*args)
-    m.register_forward_hook(f)           f(m, args, output): after it
-    m.register_full_backward_hook(f)     f(m, grad_input, grad_output): tuples dL/dargs, dL/doutput
+    call                                 f is called as                  f may return
+    a.register_hook(f)                   f(g), g = dL/da                 another g
+    m.register_forward_pre_hook(f)       f(m, args), before m(*args)     other args
+    m.register_forward_hook(f)           f(m, args, output)              another output
+    m.register_full_backward_hook(f)     f(m, grad_input, grad_output)   another grad_input
 
-Grad-CAM, "gradient-weighted class activation map", is high at the places that raise z_c, the logit
-of class c. A_k, channel k of a layer's output, says where a pattern was found; alpha_k says how
-much z_c rises if there is more of it. In a picture of two shapes a map that does not know c is
-right about one of the two, a share of 0.5. Grad-CAM must be better.
+    a  a tensor     L  the loss     m  a module: a layer or a network
+    grad_input, grad_output    tuples: the gradients of L with respect to args and to the output
 
-    heat = relu(sum_k alpha_k A_k),   alpha_k = mean over all places of dz_c/dA_k
+Section 6, Grad-CAM, asks where in a picture a network sees a class: read it after train.py.
 
-Needs          02_autograd_basics.py; for section 6 model.py
-Checked here   what hooks see, change and keep alive; NaN traced to its layer; in which half of a
-               picture Grad-CAM sees a shape, untrained and asked for a wrong class too
-TensorBoard    leak/hidden_kB by call: the run forgotten rises, removed is 0; the picture cam/heat,
-               in the runs untrained and trained: is the heat on the shape that was asked for?
-Try            in reverse_by_hook, take out the line with view_as: whose gradient turns as well?
-Answer         The label's as well: a hook on a itself gets all that comes back to a
+Needs          02_autograd_basics.py; nn_seq.py explains nn.Sequential, a chain of layers
+Checked here   what hooks see and change; how often they run; a NaN traced to its layer; Grad-CAM's
+               answers, with an untrained network, a wrong class and a map of no class beside them
+TensorBoard    hooks/runs by call: forgotten rises faster and faster, removed by 1 a call. The
+               picture cam/heat: in the run trained most red lies on the shape that it is for
+Try            in reverse_by_hook, take out the line with view_as: which gradient turns as well?
+Answer         That of a^2, to -4: the hook then sits on a itself, and changes all that comes back
 Source         Selvaraju et al. 2017, arXiv:1610.02391 (Grad-CAM); Ganin & Lempitsky 2015,
-               arXiv:1409.7495 (reversal)
+               arXiv:1409.7495 (gradient reversal)
 """
 
 import signal
-import weakref
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -37,14 +35,14 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import autograd, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from model import Moli
 from support.drawings import CLASSES, Shapes10
 from support.files import DATASET2, guard
-from support.pictures import caption_row, heat_over
+from support.pictures import heat_columns
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "04_hooks"
 
@@ -53,15 +51,16 @@ LOG_DIR = Path(__file__).resolve().parent / "runs" / "04_hooks"
 
 
 def show_everyday():
-    print("1. In everyday code: what is the shape of every layer's output?")
+    print("1. In everyday code: which shape has each layer's output? A forward hook prints a row")
     print("   layer         output")
     net = nn.Sequential(nn.Conv2d(3, 8, kernel_size=3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
     for name, layer in net.named_children():  # name=name: each hook keeps its own name
         layer.register_forward_hook(lambda m, args, output, name=name: print(
             f"   {name}   {type(m).__name__:<8}  {tuple(output.shape)}"))  # fmt: skip
-    net(torch.zeros(5, 3, 8, 8))  # net ends with this function: no hook has to be removed
+    net(torch.zeros(5, 3, 8, 8))  # net is freed when this function ends, and its hooks with it
 
-    print("   A gradient seen, clipped, seen again: a = 3 x, L = sum of a^2, x = (-2, 1, 2)")
+    print("   Three hooks of a: see its gradient, clip it, see it again")
+    print("   a = 3 x, L = sum of a^2, x = (-2, 1, 2)")
     x = torch.tensor([-2.0, 1.0, 2.0], requires_grad=True)
     a = 3 * x
     a.retain_grad()  # keeps in a.grad what is left after all hooks of a
@@ -70,42 +69,44 @@ def show_everyday():
     a.register_hook(lambda g: print(f"   after clamp(-10, 10)   {g.tolist()}"))
     a.square().sum().backward()
     print(f"   a.grad                 {a.grad.tolist()}")
-    print(f"   x.grad = 3 times it    {x.grad.tolist()}")
-    state = "changed" if x.grad.tolist() != (18 * x).tolist() else "as without hooks"
-    when = "after" if a.grad.abs().max() <= 10 else "before"
-    print(f"   -> x.grad is {state}; retain_grad kept the gradient {when} the clamp")
+    print(f"   x.grad = 3 a.grad      {x.grad.tolist()}")
+    held = "the clipped gradient" if a.grad.abs().max() <= 10 else "the gradient as it came"
+    print(f"   -> x.grad is {x.grad.tolist()}, without a hook {(18 * x).tolist()}; "
+          f"a.grad holds {held}")  # fmt: skip
     return a.grad, x.grad
 
 
 # --- 2. change a gradient on its way -----------------------------------------------------------
 
 
-def reverse_by_hook(a, lam):
-    """Returns a view of a: forward the same numbers, backward the gradient times -lam.
+def reverse_by_hook(a, strength):
+    """A view of a: forward the same numbers, backward the gradient times -strength.
 
-    What else reads a keeps its gradient: the hook sits on the view a.view_as(a), not on a. If a
-    requires no gradient, there is nothing to hook. Exercise.
+    Other code that uses a keeps its gradient: the hook sits on the view a.view_as(a), not on a. If
+    a requires no gradient, there is nothing to hook. Ganin & Lempitsky use it to train features
+    that do NOT help a second loss. Exercise.
     """
     a = a.view_as(a)
     if a.requires_grad:
-        a.register_hook(lambda g: -lam * g)
+        a.register_hook(lambda g: -strength * g)
     return a
 
 
-def show_reversal(lam=0.5):
-    print(
-        f"2. In your own code: two losses read a = 2 x at x = 1, one by reverse_by_hook(a, {lam})"
-    )
-    print("   (domain adaptation: the features a shall not tell from which domain x is)")
-    print("   loss           dL/dx   without a hook")
-    x, slopes = torch.tensor(1.0, requires_grad=True), {}
+def show_reversal(strength=0.5):
+    print("2. Can the gradient of one loss be turned, and that of another be left alone?")
+    print(f"   a = 2 x at x = 1, and b = reverse_by_hook(a, {strength})")
+    print("   loss   dL/dx   if b is a, without a hook")
+    x = torch.tensor(1.0, requires_grad=True)
     a = 2 * x
-    turned = reverse_by_hook(a, lam)
-    for name, loss, by_hand in (("label, a^2", a**2, 8.0), ("domain, 3 a", 3 * turned, 6.0)):
-        slopes[name] = torch.autograd.grad(loss, x, retain_graph=True)[0].item(), by_hand
-        print(f"   {name:<12} {slopes[name][0]:7.1f}   {by_hand:14.1f}")
-    times = [name for name, (g, by_hand) in slopes.items() if g == -lam * by_hand]
-    print(f"   -> multiplied by {-lam}: the gradient of {' and of '.join(times)}")
+    b = reverse_by_hook(a, strength)
+    bare = 2 * x
+    slopes = {}
+    for name, losses in (("a^2", (a**2, bare**2)), ("3 b", (3 * b, 3 * bare))):
+        slope, plain = (autograd.grad(loss, x, retain_graph=True)[0].item() for loss in losses)
+        slopes[name] = slope, plain
+        print(f"   {name:<4} {slope:7.1f}   {plain:25.1f}")
+    turned = [name for name, (slope, plain) in slopes.items() if slope == -strength * plain]
+    print(f"   -> multiplied by {-strength}: the gradient of {' and of '.join(turned)}")
     return slopes
 
 
@@ -128,12 +129,13 @@ def record_calls(model, log):
 
 
 def show_module_hooks():
-    print("3. Hooks of modules: in which order do they run, and what does one on a ReLU get?")
+    print("3. Hooks of modules: in which order do they run, and what does a backward hook get?")
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     x, log = torch.randn(6, 3, requires_grad=True), []
     handles = record_calls(net, log)
     net(x).sum().backward()
     noted = len(log)
+    print("   the calls, of Linear 0, ReLU 1, Linear 2:")
     print(f"   {', '.join(log)}")
     for handle in handles:
         handle.remove()
@@ -143,8 +145,9 @@ def show_module_hooks():
     with net[1].register_full_backward_hook(lambda m, gi, go: seen.extend([*go, *gi])):
         net[1](a).backward(torch.tensor([3.0, 5.0]))
     go, gi = (g.tolist() for g in seen)
-    print(f"   ReLU at {a.tolist()}: in comes grad_output = dL/doutput = {go},")
-    print(f"                        out goes grad_input = dL/dinput = {gi}")
+    print(f"   the backward hook of ReLU 1, its input {a.tolist()}:")
+    print(f"   grad_output, which arrives    {go}")
+    print(f"   grad_input, which goes on     {gi}")
     later = len(log) - noted
     print(f"   -> {noted} calls in one pass; after remove() {later} more in the next one")
     return {"log": log, "relu": (go, gi)}
@@ -153,53 +156,34 @@ def show_module_hooks():
 # --- 4. the forgotten hook ---------------------------------------------------------------------
 
 
-def leak(calls, remove, detach=False, batch=32, width=256):
-    """Read the logits by a hook in `calls` calls, and remove the hook after each, or not.
+def count_runs(calls, remove):
+    """Before each of `calls` calls register a hook, and remove it after the call, or not.
 
-    Returns the bytes of hidden activations alive after each call, and how often hooks ran in all.
+    Returns how often hooks have run after each call, a list.
     """
-    model = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
-    x, hidden, alive, runs = torch.randn(batch, 64), [], [], []
-    # A weak reference keeps nothing alive: it becomes None when nobody else holds the output.
-    model[1].register_forward_hook(lambda m, args, output: hidden.append(weakref.ref(output)))
-
-    def read_logits():
-        kept = []
-
-        def keep(module, args, output):
-            runs.append(1)
-            kept.append(output.detach() if detach else output)
-
-        handle = model[2].register_forward_hook(keep)
-        model(x)
+    layer, ran, counts = nn.Linear(2, 2), [], []
+    for _ in range(calls):
+        handle = layer.register_forward_hook(lambda m, args, output: ran.append(1))
+        layer(torch.zeros(1, 2))
         if remove:
             handle.remove()
-
-    for _ in range(calls):
-        read_logits()
-        alive.append(sum(ref().nbytes for ref in hidden if ref() is not None))
-    return alive, len(runs)
+        counts.append(len(ran))
+    return counts
 
 
-def show_leak(log_dir, calls=20):
-    print(f"4. Logits read by a hook in {calls} calls: what does a forgotten hook cost?")
-    print("   (a forgotten hook runs in all later calls too: "
-          f"1 + 2 + ... + {calls} = {calls * (calls + 1) // 2})")  # fmt: skip
-    print("   hook                  hooks ran   hidden activations kept alive")
-    measured = {
-        "forgotten": leak(calls, remove=False),
-        "forgotten, detached": leak(calls, remove=False, detach=True),
-        "removed": leak(calls, remove=True),
-    }
-    for name, (alive, runs) in measured.items():
-        print(f"   {name:<20} {runs:10d}   {alive[-1] / 1000:26.1f} kB")
-    for name in ("forgotten", "removed"):
-        curve = {n: alive / 1000 for n, alive in enumerate(measured[name][0], 1)}
-        draw(log_dir / name, "leak/hidden_kB", curve)
-    leaks = [name for name, (alive, _) in measured.items() if alive[-1]]
-    once = [name for name, (_, runs) in measured.items() if runs == calls]
-    print(f"   -> memory leaks: {' and '.join(leaks)}; one run per call: {' and '.join(once)}")
-    return measured
+def show_forgotten(log_dir, calls=20):
+    print("4. A hook is registered before each call: what if it is not removed after the call?")
+    print(f"   hooks       runs after 1 call   after 2   after 3   after {calls}")
+    counts = {"forgotten": count_runs(calls, False), "removed": count_runs(calls, True)}
+    for name, n in counts.items():
+        print(f"   {name:<9}   {n[0]:17d}   {n[1]:7d}   {n[2]:7d}   {n[-1]:8d}")
+        with SummaryWriter(log_dir / name, purge_step=0) as writer:
+            for call, runs in enumerate(n, 1):
+                writer.add_scalar("hooks/runs", runs, call)
+    last = {name: n[-1] - n[-2] for name, n in counts.items()}
+    print(f"   -> call {calls} ran {last['forgotten']} hooks where they were forgotten, "
+          f"{last['removed']} where they were removed")  # fmt: skip
+    return counts
 
 
 # --- 5. where does the NaN come from? ----------------------------------------------------------
@@ -216,27 +200,36 @@ class Layer(nn.Module):
         return self.f(x, self.w)
 
 
+# PyTorch's own search, torch.autograd.set_detect_anomaly(True), stops at a gradient that is NaN and
+# shows the line of code that it belongs to; it looks at no output, and takes inf for good.
 def find_nan(model, x):
     """What is the first to be infinite or NaN as x goes through the children of `model` and back?
 
     "output of NAME", "gradient of NAME" (what a child hands back to its input), "gradient of
-    NAME.PARAMETER", or None. No hook stays. Exercise.
+    NAME.PARAMETER", or None. Each child takes one tensor and returns one; x holds floats, and is
+    not changed. No hook stays. Exercise.
     """
+    handles = []
 
     def check(where, tensor):
         if not tensor.isfinite().all():
             raise FloatingPointError(where)
 
-    handles = []
-    for n, m in model.named_children():
-        handles += [
-            m.register_forward_hook(lambda m, args, out, n=n: check(f"output of {n}", out)),
-            m.register_full_backward_hook(lambda m, gi, go, n=n: check(f"gradient of {n}", gi[0])),
-        ]
-    for n, p in model.named_parameters():
-        handles.append(p.register_hook(lambda g, n=n: check(f"gradient of {n}", g)))
+    def watch(a, name):
+        a = a.view_as(a)  # so that the hook sees this child's gradient only, as in section 2
+        if a.requires_grad:
+            a.register_hook(lambda g: check(f"gradient of {name}", g))
+        return a
+
     try:
-        model(x.detach().requires_grad_()).sum().backward()
+        for n, m in model.named_children():
+            handles.append(m.register_forward_pre_hook(lambda m, args, n=n: watch(*args, n)))
+            handles.append(m.register_forward_hook(
+                lambda m, args, output, n=n: check(f"output of {n}", output)))  # fmt: skip
+        for n, p in model.named_parameters():
+            if p.requires_grad:  # a frozen one gets no gradient
+                handles.append(p.register_hook(lambda g, n=n: check(f"gradient of {n}", g)))
+        model(x.detach().requires_grad_().clone()).sum().backward()
     except FloatingPointError as error:
         return str(error)
     finally:
@@ -245,27 +238,25 @@ def find_nan(model, x):
 
 
 def show_nan(depth=6, width=8):
-    print(f"5. A faulty layer put before each of {depth} layers in turn: which one do hooks name?")
-    print("   (the slope of sqrt(x) is NaN for x < 0, and 0 * NaN is NaN; w is a layer's weight)")
-    print(f"   faulty layer                 found   message when it was layer {depth - 1}")
+    print(f"5. A layer is put before each of {depth} Linear layers in turn: is a bad one found?")
+    print("   (sqrt(x) and its slope are NaN for x < 0, and 0 * NaN is NaN;")
+    print("   w = 0 is the weight of the layer put in, and the slope of sqrt is infinite at 0)")
+    print(f"   layer put in                right answers   answer when it was layer {depth - 1}")
     layers, found = [nn.Linear(width, width) for _ in range(depth)], {}
     x = torch.randn(16, width)
     for form, f, what in (
         ("sqrt(x)", lambda x, w: x.sqrt(), "output of {}"),
-        (
-            "where(x > 0, sqrt(x), 0)",
-            lambda x, w: torch.where(x > 0, x.sqrt(), 0),
-            "gradient of {}",
-        ),
-        ("x + sqrt(w), w = 0", lambda x, w: x + w.sqrt(), "gradient of {}.w"),
-        ("x + w (no fault)", lambda x, w: x + w, "None"),
-    ):
+        ("where(x > 0, sqrt(x), 0)", lambda x, w: torch.where(x > 0, x.sqrt(), 0),
+         "gradient of {}"),
+        ("x + sqrt(w)", lambda x, w: x + w.sqrt(), "gradient of {}.w"),
+        ("x + w, nothing bad", lambda x, w: x + w, "None"),
+    ):  # fmt: skip
         said = [str(find_nan(nn.Sequential(*layers[:n], Layer(f), *layers[n:]), x))
                 for n in range(depth)]  # fmt: skip
         found[form] = sum(said[n] == what.format(n) for n in range(depth))
-        print(f"   {form:<26} {found[form]:2d} of {depth}   {said[-1]}")
+        print(f"   {form:<26}  {found[form]:8d} of {depth}   {said[-1]}")
     right = f"{sum(found.values())} of {depth * len(found)}"
-    print(f"   -> {right} answers name the faulty layer, or none where there is none")
+    print(f"   -> {right} answers name the bad layer and what is bad, or None if nothing is")
     return found
 
 
@@ -273,15 +264,16 @@ def show_nan(depth=6, width=8):
 
 
 def make_network():
-    """Moli's three blocks, the mean over all places, one Linear layer: (B, 3, H, W) -> (B, 3)."""
-    mean_and_linear = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3)
-    return nn.Sequential(Moli().features, *mean_and_linear).to(memory_format=torch.channels_last)
+    """Moli's three blocks, the mean over all positions, one Linear: (B, 3, H, W) -> (B, 3)."""
+    return nn.Sequential(Moli().features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3))
 
 
 def grad_cam(model, layer, x, c):
-    """Heat (B, h, w) for the classes c (B,), from the output A (B, C, h, w) of `layer`.
+    """Heat (B, h, w) of pictures x: high at the positions that raise z_c, for the classes c (B,).
 
-    A comes from a forward hook; alpha (B, C) is the mean over all places of dz_c/dA, for which one
+    z_c is the number (logit) that the network gives class c. A (B, C, h, w) is the output of
+    `layer`, kept by a forward hook: A_k, channel k, says where a pattern was found. alpha_k (B, C)
+    says how much z_c rises with it: the mean over all positions of dz_c/dA_k, for which one
     torch.autograd.grad of the sum of all z_c is enough. Returns relu(sum_k alpha_k A_k), detached.
     Raises ValueError in training mode (batch norm mixes images) and if c is not (B,). Exercise.
     """
@@ -293,18 +285,17 @@ def grad_cam(model, layer, x, c):
     if c.shape != z.shape[:1]:
         raise ValueError(f"classes {tuple(c.shape)} for logits {tuple(z.shape)}")
     (A,) = kept
-    (G,) = torch.autograd.grad(z.gather(1, c[:, None]).sum(), A)  # gather: z_c of each picture
+    (G,) = autograd.grad(z.gather(1, c[:, None]).sum(), A)  # gather: z_c of each picture
     alpha = G.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
     return F.relu((alpha * A).sum(1)).detach()
 
 
-def open_shapes(root, train, count):
-    """Up to `count` circles, rings, squares (N, 3, 32, 32) of Shapes-10 and their classes (N,)."""
+def open_shapes(root, train):
+    """The circles, rings and squares (N, 3, 32, 32) of Shapes-10 and their classes 0, 1, 2 (N,)."""
     shapes = Shapes10(root, train)
     labels = torch.tensor(shapes.targets)
-    keep = (labels < 3).nonzero()[:count, 0]
-    x = torch.from_numpy(shapes.data)[keep].permute(0, 3, 1, 2).float() / 255 * 4 - 2
-    return x.contiguous(memory_format=torch.channels_last), labels[keep]
+    x = torch.from_numpy(shapes.data)[labels < 3].permute(0, 3, 1, 2) / 255 * 4 - 2
+    return x.contiguous(), labels[labels < 3]
 
 
 def pair_up(x, labels, count):
@@ -312,106 +303,82 @@ def pair_up(x, labels, count):
     left, right = torch.randint(len(x), (2, 4 * count))
     differ = (labels[left] != labels[right]).nonzero()[:count, 0]
     left, right = left[differ], right[differ]
-    pictures = torch.cat([x[left], x[right]], dim=3).contiguous(memory_format=torch.channels_last)
-    return pictures, torch.stack([labels[left], labels[right]], 1)
+    return torch.cat([x[left], x[right]], dim=3), torch.stack([labels[left], labels[right]], 1)
 
 
-def share_found(heats):
-    """How often the half with more heat is the half asked for: heats for the left class, the right.
+def share_right(heats):
+    """How often the half asked for has more heat: maps (N, h, w) for the left class, the right one.
 
-    Two maps (N, h, w). Maps that do not know the class are equal, and right in one of two: 0.5.
+    Two halves with the same heat count as half right.
     """
-    halves = [heat.unflatten(2, (2, -1)).sum((1, 3)) for heat in heats]  # two times (N, 2)
-    on_the_right = [half[:, 1] > half[:, 0] for half in halves]
-    return torch.cat([~on_the_right[0], on_the_right[1]]).float().mean().item()
+    left, right = (heat.unflatten(2, (2, -1)).sum((1, 3)) for heat in heats)  # each (N, 2)
+    more = torch.cat([left[:, 0] - left[:, 1], right[:, 1] - right[:, 0]])
+    return (1 + more.sign().mean().item()) / 2
 
 
-def ask(model, layer, pictures, classes):
-    """Grad-CAM for the left shape's class and for the right one's."""
-    return [grad_cam(model, layer, pictures, c) for c in classes.T]
-
-
-def train(model, x, labels, epochs, batch, lr=0.01):
-    """Train on single shapes, with a learning rate that rises and falls."""
-    batches = [i for _ in range(epochs) for i in torch.randperm(len(x)).split(batch)]
+def train(model, x, labels, epochs, batch, lr=0.003):
+    """Train on single shapes, as train.py does."""
     optimizer = torch.optim.Adam(model.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(batches))
     model.train()
-    for i in tqdm(batches, disable=None, leave=False):
-        loss = F.cross_entropy(model(x[i]), labels[i])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    for _ in range(epochs):
+        for i in tqdm(torch.randperm(len(x)).split(batch), disable=None, leave=False):
+            loss = F.cross_entropy(model(x[i]), labels[i])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     model.eval()
 
 
-def heat_pictures(pictures, classes, heats, count=3):
-    """Each picture above its heat for the left class, above its heat for the right class."""
-    grey = (pictures.mean(1) / 4 + 0.5).clamp(0, 1)
-    shown = [heat_over(grey, torch.zeros_like(grey)), *(heat_over(grey, heat) for heat in heats)]
-    words = [
-        f"top: the picture\nmiddle: {CLASSES[left]}?\nbottom: {CLASSES[right]}?"
-        for left, right in classes[:count].tolist()
-    ]
-    title = "Grad-CAM: red speaks for the class that is asked for"
-    return caption_row(title, torch.cat(shown, dim=2)[:count], words, height=192)
-
-
-def show_grad_cam(log_dir, root, images, epochs, batch, asked):
-    print("6. Two shapes side by side: where does Grad-CAM see the circle, the ring, the square?")
-    x, labels = open_shapes(root, train=True, count=images)
-    test_x, test_labels = open_shapes(root, train=False, count=600)
-    pictures, classes = pair_up(test_x, test_labels, asked)
+def show_grad_cam(log_dir, root, epochs, batch, asked):
+    print("6. Grad-CAM marks by heat where a network sees a class: does the shape lie there?")
+    x, labels = open_shapes(root, train=True)
+    pictures, classes = pair_up(*open_shapes(root, train=False), asked)
     model = make_network().eval()
-    wrong = (classes + 1) % 3  # the class of the other shape, or of none
-    blocks, heats = model[0], {"untrained": ask(model, model[0], pictures, classes)}
+
+    def ask(classes):  # for the classes of the left shapes, then of the right ones
+        return [grad_cam(model, model[0], pictures, c) for c in classes.T]
+
+    untrained = ask(classes)
     train(model, x, labels, epochs, batch)
-    heats["trained"] = ask(model, blocks, pictures, classes)
-    for run, pair in heats.items():
-        with SummaryWriter(log_dir / run, purge_step=0) as writer:
-            writer.add_image("cam/heat", heat_pictures(pictures, classes, pair), 0)
-
-    with torch.no_grad():
-        accuracy = (model(test_x).argmax(1) == test_labels).float().mean().item()
-        equal = blocks(pictures).abs().sum(1)
-    print(f"   classes of single test shapes: {accuracy:.3f} right, chance 0.333")
-    print(f"   {'map':<42}   share right, of {2 * len(pictures)} questions; chance 0.5")
-    found = {
-        "Grad-CAM, block 3 (the last)": share_found(heats["trained"]),
-        "Grad-CAM, block 2": share_found(ask(model, blocks[1], pictures, classes)),
-        "Grad-CAM, block 1": share_found(ask(model, blocks[0], pictures, classes)),
-        "Grad-CAM, block 3, untrained": share_found(heats["untrained"]),
-        "Grad-CAM, block 3, next class": share_found(ask(model, blocks, pictures, wrong)),
-        "sum of |channels| (equal maps: always 0.5)": share_found([equal, equal]),
+    other = (classes + 1) % 3  # the class of the other shape, or of neither
+    trained, wrong = ask(classes), ask(other)
+    blind = model[0](pictures).detach().abs().sum(1)  # one map for both questions
+    shares = {
+        "the trained network": share_right(trained),
+        "the untrained network": share_right(untrained),
+        "the trained one, for a wrong class": share_right(wrong),
+        "sum of |A_k|, for no class": share_right([blind, blind]),
     }
-    for name, share in found.items():
-        print(f"   {name:<42}   {share:.3f}")
-    best, _, _, untrained, other, _ = found.values()
-    nulls = f"untrained in {untrained:.3f}, asked for the next class in {other:.3f}"
-    print(f"   -> block 3 is right in {best:.3f} of the questions; {nulls}")
-    return {"accuracy": accuracy, "found": found}
+    answers = 2 * len(pictures)
+    luck = 0.5 + 4 * 0.5 / answers**0.5  # guesses stay below it: four standard errors
+    print(f"   {len(pictures)} pictures of two shapes, of circle, ring, square. The heat for")
+    print("   the left one's class should lie on the left, that for the right one's on the right.")
+    print(f"   heat of                              right, of {answers} answers   by guessing")
+    for name, share in shares.items():
+        print(f"   {name:<34} {share:21.3f}   {0.5:11.3f}")
+    print("   (a wrong class: of the other shape or of neither; sum of |A_k|: what the last block")
+    print("   puts out, one map for both answers)")
+    better = " and ".join(name for name, share in shares.items() if share > luck)
+    print(f"   -> above {luck:.2f}, which no guessing reaches: {better or 'none'}")
+    grey = (pictures.mean(1) / 4 + 0.5).clamp(0, 1)
+    title = "Grad-CAM: red speaks for the class that is asked for"
+    words = [f"top: the picture\nmiddle: for {CLASSES[left]}\nbottom: for {CLASSES[right]}"
+             for left, right in classes[:3].tolist()]  # fmt: skip
+    for run, heats in (("untrained", untrained), ("trained", trained)):
+        with SummaryWriter(log_dir / run, purge_step=0) as writer:
+            writer.add_image("cam/heat", heat_columns(title, grey, heats, words), 0)
+    return shares
 
 
-# --- the run -----------------------------------------------------------------------------------
-
-
-def draw(log_dir, tag, curve):
-    """Write a dict {step: value} as one curve."""
-    with SummaryWriter(log_dir, purge_step=0) as writer:
-        for step, value in curve.items():
-            writer.add_scalar(tag, value, step)
-
-
-def main(seed=0, log_dir=LOG_DIR, root=DATASET2, images=2000, epochs=2, batch=32, asked=200):
+def main(seed=0, log_dir=LOG_DIR, root=DATASET2, epochs=2, batch=32, asked=200):
     torch.manual_seed(seed)
     measured = {
         "everyday": show_everyday(),
         "reversal": show_reversal(),
         "modules": show_module_hooks(),
-        "leak": show_leak(log_dir),
+        "forgotten": show_forgotten(log_dir),
         "nan": show_nan(),
-        "cam": show_grad_cam(log_dir, root, images, epochs, batch, asked),
+        "cam": show_grad_cam(log_dir, root, epochs, batch, asked),
     }
     print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return measured

@@ -61,6 +61,18 @@ def heat_over(grey, heat):
     return grey[:, None] * (1 - red) + red * torch.tensor([1.0, 0, 0]).view(3, 1, 1)
 
 
+def heat_columns(title, grey, heats, captions, height=192):
+    """Pictures in [0, 1] side by side under a title, each above its heats and its words.
+
+    grey (N, H, W); `heats` is a list of maps (N, h, w), from top to bottom. As many are drawn as
+    there are captions. Returns one picture (3, H', W') uint8.
+    """
+    n = len(captions)
+    rows = [torch.zeros_like(grey), *heats]  # over the uppermost picture lies no heat
+    columns = torch.cat([heat_over(grey[:n], heat[:n]) for heat in rows], dim=2)
+    return caption_row(title, columns, captions, height)
+
+
 def number_grid(numbers, ink, last, cell=26):
     """A matrix of whole numbers in 0..last as uint8 (3, H, W): each in its cell, large ones darker.
 
