@@ -1,11 +1,77 @@
+import ast
+import io
+import types
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 
 @pytest.fixture
 def lesson(load):
     return load("nn_linear.py")
+
+
+def edited(lesson, old, new):
+    """The lesson after a reader's edit of code: `old`, which it holds once, is `new`."""
+    tree = ast.parse(Path(lesson.__file__).read_text(encoding="utf-8"))
+    source = ast.unparse(ast.Module(tree.body[1:], []))  # without the docstring
+    assert source.count(old) == 1
+    module = types.ModuleType("edited")
+    module.__file__ = lesson.__file__
+    exec(compile(source.replace(old, new), lesson.__file__, "exec"), module.__dict__)
+    return module
+
+
+def rows_of(out, start):
+    """The words of each printed line that begins with `start`."""
+    return [line.split() for line in out.splitlines() if line.strip().startswith(start)]
+
+
+def picture(event):
+    """The logged picture (3, H, W)."""
+    return np.asarray(Image.open(io.BytesIO(event.encoded_image_string))).transpose(2, 0, 1)
+
+
+# --- in everyday code --------------------------------------------------------------------------
+
+
+def test_the_everyday_layer_gives_what_its_weights_say(lesson, capsys):
+    assert lesson.show_everyday() == [[0.5, 115], [6.5, 151]]
+    out = capsys.readouterr().out
+    numbers = ["0.5", "115.0", "0.5", "115.0"]
+    assert rows_of(out, "0 ") == [["0", "1", "2", "3", "4", "5", *numbers]]
+    assert rows_of(out, "6 ")[0][-4:] == ["6.5", "151.0", "6.5", "151.0"]
+    assert "not flattened: mat1 and mat2 shapes cannot be multiplied (4x3 and 6x2)" in out
+    assert "-> y is what the weights say, off by 0\n" in out
+
+
+def test_flatten_puts_each_pixel_where_the_formula_says(lesson):
+    C, H, W = 2, 3, 5
+    image = torch.arange(C * H * W).view(1, C, H, W)
+    row = nn.Flatten()(image)[0].tolist()
+    for c in range(C):
+        for h in range(H):
+            for w in range(W):
+                assert row[lesson.flat_index(c, h, w, H, W)] == image[0, c, h, w]
+
+
+def test_a_wrong_place_stops_the_lesson(lesson, monkeypatch, capsys):
+    images = torch.arange(2 * 3072).view(2, 3, 32, 32)
+    assert lesson.show_places(images) == [1, 32, 1024]
+    out = capsys.readouterr().out
+    assert rows_of(out, "next channel") == [["next", "channel", "(1,", "0,", "0)", "1,024"]]
+    assert "-> of 3,072 pixels the formula gives the right place for 3,072\n" in out
+    monkeypatch.setattr(lesson, "flat_index", lambda c, h, w, H, W: (c * H + w) * W + h)
+    with pytest.raises(AssertionError):
+        lesson.show_places(images)
+    assert "the right place for 96\n" in capsys.readouterr().out  # where h = w
+
+
+# --- by hand -----------------------------------------------------------------------------------
 
 
 def test_a_linear_layer_by_hand(lesson):
@@ -27,14 +93,25 @@ def test_linear_is_nn_linear_and_its_gradient_too(lesson, B, n_in, n_out):
     assert sum(p.numel() for p in layer.parameters()) == n_out * n_in + n_out
 
 
-def test_flatten_puts_each_pixel_where_the_formula_says(lesson):
-    C, H, W = 2, 3, 5
-    image = torch.arange(C * H * W).view(1, C, H, W)
-    row = nn.Flatten()(image)[0].tolist()
-    for c in range(C):
-        for h in range(H):
-            for w in range(W):
-                assert row[lesson.flat_index(c, h, w, H, W)] == image[0, c, h, w]
+def test_the_product_is_compared_and_printed(lesson, monkeypatch, capsys):
+    torch.manual_seed(0)
+    x = torch.rand(4, 3072) - 0.5
+    layer, off = lesson.show_by_hand(x)
+    assert off < 1e-6
+    out = capsys.readouterr().out
+    for i in range(3):
+        y = layer(x)[i, 0].item()
+        ((image, theirs, ours),) = rows_of(out, f"{i} ")
+        assert image == str(i) and float(theirs) == pytest.approx(y, abs=2e-6)
+        assert float(ours) == pytest.approx(y, abs=2e-6)
+    assert "30,730 parameters are 10 * 3072 weights and 10 biases\n" in out
+    linear = lesson.linear
+    monkeypatch.setattr(lesson, "linear", lambda x, w, b: linear(x, w, b) + 1e-3)
+    with pytest.raises(AssertionError):
+        lesson.show_by_hand(x)
+
+
+# --- which axes are flattened ------------------------------------------------------------------
 
 
 def test_a_row_of_the_output_depends_on_its_own_image_alone(lesson):
@@ -51,26 +128,75 @@ def test_one_answer_for_the_whole_batch_depends_on_every_image(lesson):
     assert x.grad.abs().sum(1).ne(0).all()
 
 
-def test_try_a_linear_layer_on_unflattened_images_takes_each_row_of_pixels(lesson):
+def test_batches_give_what_the_whole_set_gives_and_a_refused_one_stops_none(lesson):
     torch.manual_seed(0)
-    layer, x = nn.Linear(32, 10), torch.randn(2, 3, 32, 32)
-    assert layer(x).shape == (2, 3, 32, 10)
+    layer, images = nn.Linear(12, 3), torch.randn(7, 3, 2, 2)
+    fed = lesson.feed(layer, images.split(3), start_dim=1)
+    assert [n for n, _ in fed] == [3, 3, 1]
+    torch.testing.assert_close(torch.cat([y for _, y in fed]), layer(images.flatten(1)))
+    (n, error), (m, y) = lesson.feed(layer, [images[:2], images[3:4]], start_dim=0)
+    assert (n, m) == (2, 1) and isinstance(error, RuntimeError) and "24" in str(error)
+    torch.testing.assert_close(y, layer(images[3].flatten()))
+
+
+def test_try_a_layer_on_one_channel_takes_each_channel_for_a_sample(
+    lesson, images_root, tmp_path, capsys
+):
+    reader = edited(lesson, "(1, nn.Linear(3072, 10))", "(2, nn.Linear(1024, 10))")
+    reader.main(log_dir=tmp_path, root=images_root, count=100, steps=2)
+    row = ["2", "nn.Linear(1024,", "10)", "10,250"]
+    row += ["64", "->", "(64,", "3,", "10),", "36", "->", "(36,", "3,", "10)"]
+    assert row in rows_of(out := capsys.readouterr().out, "2 ")
+    assert "look: " in out
+    torch.manual_seed(0)
+    layer, x = nn.Linear(32, 10), torch.randn(2, 3, 32, 32)  # not flattened: each row of pixels
     torch.testing.assert_close(layer(x)[1, 2, 5], layer(x[1, 2, 5]))
 
 
-def test_shuffling_the_pixels_alone_does_change_the_outcome(lesson):
+# --- shuffled pixels ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lr", [0.02, 0.1])
+def test_training_is_plain_descent_on_the_mean_square(lesson, lr):
     torch.manual_seed(0)
-    x, labels, order = torch.randn(40, 3072), torch.arange(40) % 10, torch.randperm(3072)
-    first, second = nn.Linear(3072, 10), nn.Linear(3072, 10)
-    second.load_state_dict(first.state_dict())
-    losses = lesson.train(first, x, labels, steps=2)
-    others = lesson.train(second, x[:, order], labels, steps=2)
-    assert abs(losses[0] - others[0]) > 1e-3
+    layer, x, targets = nn.Linear(5, 2), torch.randn(6, 5), torch.randn(6, 2)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    losses = lesson.train(layer, x, targets, 3, lr)
+    for loss in losses:
+        residual = x @ weight.T + bias - targets  # (6, 2)
+        assert type(loss) is float and loss == pytest.approx(residual.square().mean().item())
+        weight = weight - lr * 2 * residual.T @ x / residual.numel()
+        bias = bias - lr * 2 * residual.sum(0) / residual.numel()
+    torch.testing.assert_close(layer.weight.detach(), weight)
+    torch.testing.assert_close(layer.bias.detach(), bias)
+    assert len(losses) == 3 and lesson.train(layer, x, targets, 0) == []
+    torch.manual_seed(1)
+    default, other = nn.Linear(5, 2), nn.Linear(5, 2)
+    other.load_state_dict(default.state_dict())
+    assert lesson.train(default, x, targets, 2) == lesson.train(other, x, targets, 2, 0.1)
+
+
+def test_columns_that_do_not_follow_stop_the_lesson(lesson, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    x, labels, classes = torch.rand(20, 3072) - 0.5, torch.arange(20) % 10, list("abcdefghij")
+    seen = lesson.show_shuffled(tmp_path, nn.Linear(3072, 10), x, labels, classes, 3)
+    order, weights = seen["order"], seen["weights"]
+    assert sorted(order.tolist()) == list(range(3072))
+    torch.testing.assert_close(weights["shuffled"], weights["in_order"][:, order])
+    train = lesson.train
+    monkeypatch.setattr(lesson, "train", lambda layer, x, *given: train(layer, x + 0.01, *given))
+    lesson.show_shuffled(tmp_path / "moved", nn.Linear(3072, 10), x, labels, classes, 3)
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(n).flip(0))
+    monkeypatch.setattr(
+        lesson, "train", lambda layer, x, *given: train(layer, x.cumsum(1) / 99, *given)
+    )
+    with pytest.raises(AssertionError):  # a layer that knows which pixels are neighbours
+        lesson.show_shuffled(tmp_path / "cumsum", nn.Linear(3072, 10), x, labels, classes, 3)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_main_trains_alike_on_shuffled_pixels_and_fails_on_the_last_batch(
-    lesson, events, images_root, tmp_path, seed
+    lesson, events, images_root, tmp_path, capsys, seed
 ):
     measured = lesson.main(
         seed=seed, log_dir=tmp_path, root=images_root, count=50, batch_size=20, steps=8
@@ -84,11 +210,45 @@ def test_main_trains_alike_on_shuffled_pixels_and_fails_on_the_last_batch(
     assert y.shape == (10,) and n == 10
     assert isinstance(error, RuntimeError)
     assert "30720" in str(error) and "61440" in str(error)
+    assert measured["places"] == [1, 32, 1024]
 
-    in_order, shuffled = measured["losses"]["in_order"], measured["losses"]["shuffled"]
+    in_order, shuffled, control = measured["losses"].values()
     assert in_order == pytest.approx(shuffled, rel=1e-5)
-    assert in_order[-1] < in_order[0] - 0.1
-    for run in ("in_order", "shuffled"):
-        logged = events(tmp_path / run)
-        assert [e.value for e in logged.Scalars("train/loss")] == pytest.approx(in_order, rel=1e-5)
-        assert set(logged.Tags()["images"]) == {"linear/input", "linear/templates"}
+    assert in_order[-1] < in_order[0] - 0.01
+    assert max(abs(a - b) for a, b in zip(in_order, control, strict=True)) > 3e-4
+
+    out = capsys.readouterr().out
+    head = ["1", "nn.Linear(3072,", "10)", "30,730"]
+    assert [*head, "20", "->", "(20,", "10),", "10", "->", "(10,", "10)"] in rows_of(out, "1 ")
+    head = ["0", "nn.Linear(61440,", "10)", "614,410"]
+    assert [*head, "20", "->", "(10,),", "10", "->", "refused"] in rows_of(out, "0 ")
+    assert f"refused: {error}\n" in out
+    assert "from axis 0 there are 20 times the parameters, and 1 of 3 batches refused" in out
+    for run, losses in measured["losses"].items():
+        ((*_, first, last, off),) = rows_of(out, f"{run} ")
+        assert (first, last) == (f"{losses[0]:.6f}", f"{losses[-1]:.6f}")
+        most = max(abs(a - b) for a, b in zip(losses, in_order, strict=True))
+        assert off == (f"{most:.0e}" if most else "0")
+    assert f"in order, the losses differ by {off}\n" in out
+
+    images, _ = lesson.as_tensors(lesson.open_images(images_root, False))
+    x = (images[:50] / 255 - 0.5).flatten(1)
+    order = measured["order"]
+    logged = {run: events(tmp_path / run) for run in ("in_order", "shuffled")}
+    for run, columns in (("in_order", torch.arange(3072)), ("shuffled", order)):
+        values = [e.value for e in logged[run].Scalars("train/loss")]
+        assert values == pytest.approx(measured["losses"][run])
+        shown = x[:1, columns].view(1, 3, 32, 32) + 0.5
+        title = "The first image as the layer gets it"
+        expected = lesson.caption_row(title, shown, ["x"], height=160)
+        (event,) = logged[run].Images("linear/input")
+        assert np.array_equal(picture(event), expected)
+        added = (measured["weights"][run] - measured["start"][:, columns])[:5]
+        added = 0.5 + added / added.abs().amax(1, keepdim=True) / 2
+        title = "What training added to the weights: a pixel that is bright here, and bright in x,"
+        classes = lesson.open_images(images_root).classes[:5]
+        expected = lesson.caption_row(f"{title} raises this class's number",
+                                      added.view(-1, 3, 32, 32), classes, height=160)  # fmt: skip
+        (event,) = logged[run].Images("linear/templates")
+        assert np.array_equal(picture(event), expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in_order", "shuffled"]
