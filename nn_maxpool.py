@@ -116,9 +116,7 @@ def show_sizes():
             assert theory == measured or (theory < 1 and measured is None)
             equal += theory == measured
             refused += measured is None
-    print(
-        f"   -> ceil_mode adds a window in {more} of {len(rows)} rows: its pixels are lost without it;"
-    )
+    print(f"   -> ceil_mode adds a window in {more} of {len(rows)} rows: else its pixels are lost;")
     print(f"      {equal:,} shapes of a sweep are as the formula says, {refused} more are refused")
     return equal, refused
 

@@ -211,7 +211,14 @@ def test_main_prints_what_it_measures(lesson, tmp_path, capsys, seed):
     assert "-> padding keeps the size: 1 for kernel 3, 2 for kernel 5. The formula holds" in out
     assert "holds for 1,266\n      shapes of a sweep; F.conv2d refuses 354 more, where" in out
 
-    assert measured["shapes"]["all four"] == (2, 6, 5, 5) and len(measured["off"]) == 12
+    x, sizes = torch.empty(2, 4, 11, 9), {}
+    for name in ("none", "stride 2", "padding 1", "dilation 2", "groups 2", "all four"):
+        option, _, number = name.partition(" ")
+        options = {option: int(number)} if number.isdigit() else {}
+        if name == "all four":
+            options = {"stride": 2, "padding": 1, "dilation": 2, "groups": 2}
+        sizes[name] = tuple(nn.Conv2d(4, 6, (3, 2), **options)(x).shape)
+    assert measured["shapes"] == sizes and len(measured["off"]) == 12
     assert max(measured["off"]) < 1e-12
     weights = {"none": 144, "padding 1": 144, "groups 2": 72, "all four": 72}
     for name, number in weights.items():
