@@ -1,30 +1,37 @@
-"""Without zero_grad, plain SGD is SGD with momentum 1: on a parabola it never comes to rest.
+"""The learning rate decides whether a network learns, and the best one depends on the optimizer:
+here 1 is best for plain SGD, and too large for SGD with momentum and for Adam.
 
-    loop       zero_grad (.grad = None), backward (.grad += dL/dp), step
-    step       g = p.grad + weight_decay p,  v <- momentum v + g,  v = 0 at the start
-               p <- p - lr v,  with Nesterov  p <- p - lr (g + momentum v)
-    forgotten  p.grad = g_1 + … + g_t, which is v at momentum 1. For L = w^2 / 2 and w_0 = 1
-               w_t = cos((t + 1/2) a) / cos(a / 2),  cos a = 1 - lr / 2,  instead of (1 - lr)^t
+An optimizer moves the parameters of a network by their gradients. A training loop repeats four
+steps: zero_grad() drops the old gradients, the loss is computed, backward() computes its gradients,
+step() moves the parameters. Plain SGD moves each against its gradient, as far as the learning rate
+lr says. If lr is too small the loss hardly falls; if it is too large the loss does not settle. So
+try several, each 10 times the last.
 
-backward() adds, so that a gradient can be gathered in parts; old ones must be dropped by hand. A
-loss that is summed as it is keeps the graph of every step so far: its nodes, and where no
-backward() has freed them (validation without no_grad) all activations. A number keeps nothing.
+    step        g = p.grad + weight_decay p         v <- momentum v + g         v = 0 at the start
+                p <- p - lr v,  or with nesterov  p <- p - lr (g + momentum v)
+    momentum    while g stays the same, v grows to g / (1 - momentum), which is 10 g for 0.9
+    Adam        divides the step of each number in p by the size of its recent gradients
+    forgotten   without zero_grad p.grad is g_1 + ... + g_t, which is v for momentum 1
 
-Checked here   our SGD = torch.optim.SGD after every step; forgotten = momentum 1, bit for bit; w_t;
-               nodes and numbers that a sum of losses holds, by formula; Moli, both ways
-TensorBoard    train/loss by step in the runs train/zeroed (20 epochs), train/forgotten (3);
-               quadratic/w by step in quadratic/zeroed, quadratic/forgotten; leak/nodes and
-               leak/saved_numbers by batch, a run for each way to sum
-Try            zero_grad at every second step only: which steps? g_1, g_1 + g_2, g_3, g_3 + g_4 …
-Source         torch.optim.SGD; Polyak 1964 (momentum); Sutskever et al. 2013, section 2 (Nesterov)
+    p  a parameter     g  its gradient, g_t at step t     v  its velocity     <-  becomes
+
+Whoever adds up losses should add loss.item(): a sum of the losses themselves keeps their graphs.
+
+Needs          02_autograd_basics.py, dataloader.py, nn_module.py, nn_relu.py, nn_loss.py
+Checked here   SGD by hand = torch's; momentum 0.9 at lr against SGD at 10 lr; forgotten = momentum
+               1, bit for bit; how many nodes a sum of losses keeps, by formula
+TensorBoard    train/loss and test/accuracy by epoch in a run for each optimizer and lr and in the
+               runs zeroed, forgotten; leak/nodes by batch; regions/by_lr: what was learned
+Try            in show_everyday, move the line optimizer.zero_grad() to below loss.backward()
+Answer         Nothing is learned: step() finds no gradient, and all epochs print the same numbers
+Source         torch.optim.SGD; Polyak 1964 (momentum); Sutskever et al. 2013, section 2 (Nesterov);
+               Kingma & Ba 2015, arXiv:1412.6980 (Adam)
 """
 
 import copy
 import math
 import signal
-from functools import partial
 from pathlib import Path
-from weakref import WeakSet
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
@@ -32,40 +39,81 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from model import Moli
-from support.data import as_tensors, channel_stats, open_images, source_line
-from support.files import DATASET2, guard
+from support.files import guard
+from support.pictures import caption_row
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_optim"
-SETTINGS = {
-    "weight decay": {"weight_decay": 0.1},
-    "momentum": {"momentum": 0.9},
-    "Nesterov": {"momentum": 0.9, "nesterov": True},
-    "all three": {"momentum": 0.7, "nesterov": True, "weight_decay": 0.05},
-}
-SUMS = {  # what is added up of a loss, and whether backward() ran before
-    "loss": (lambda loss: loss, True),
-    "loss_without_backward": (lambda loss: loss, False),
-    "detach": (torch.Tensor.detach, False),
-    "item": (torch.Tensor.item, False),
+SHOWN = (1, 2, 5, 10, 20)  # epochs that are printed
+RATES = (0.0001, 0.001, 0.01, 0.1, 1, 10)
+OPTIMIZERS = {
+    "SGD": (torch.optim.SGD, {}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "Adam": (torch.optim.Adam, {}),
 }
 
 
-def draw(log_dir, curves):
-    """Write each {tag: values} as a curve, at the steps 0, 1, 2 …."""
-    with SummaryWriter(log_dir, purge_step=0) as writer:
-        for tag, values in curves.items():
-            for step, value in enumerate(values):
-                writer.add_scalar(tag, value, step)
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Points (B, 2) -> logits (B, 3)."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.first = nn.Linear(2, width)
+        self.second = nn.Linear(width, width)
+        self.last = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.last(F.relu(self.second(F.relu(self.first(x)))))
+
+
+def spirals(N):
+    """N points (N, 2) on three arms that wind around each other, and the arm of each (N,)."""
+    t = torch.arange(N) % 3
+    radius = 0.1 + 0.9 * torch.rand(N).sqrt()
+    angle = 4 * radius + 2 * math.pi / 3 * t + 0.1 * torch.randn(N)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1), t
+
+
+def show_everyday(train_data, test_data, epochs, batch):
+    print(f"1. In everyday code: {epochs} epochs over {len(train_data[0])} points in three spirals")
+    print("   epoch   mean loss in training   accuracy on other points")
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    loader = DataLoader(TensorDataset(*train_data), batch_size=batch, shuffle=True)
+    rows = []
+    for epoch in range(1, epochs + 1):
+        model.train()
+        total = 0.0
+        for x, t in loader:
+            optimizer.zero_grad()  # drop the gradients of the last step
+            loss = F.cross_entropy(model(x), t)  # nn.CrossEntropyLoss as a function
+            loss.backward()  # the gradients of this batch
+            optimizer.step()  # move all parameters
+            total += loss.item() * len(x)  # .item() is a number, without a graph
+        model.eval()
+        with torch.no_grad():  # no graph: nothing is trained here
+            x, t = test_data
+            score = (model(x).argmax(1) == t).float().mean().item()
+        rows.append((total / len(train_data[0]), score))
+        if epoch in SHOWN:
+            print(f"   {epoch:5d}   {rows[-1][0]:21.3f}   {rows[-1][1]:24.3f}")
+    print(f"   -> {rows[-1][1]:.0%} right at the end; who guesses has 33%, and a loss of log 3 = "
+          f"{math.log(3):.3f}")  # fmt: skip
+    return rows
+
+
+# --- 2. by hand --------------------------------------------------------------------------------
 
 
 class SGD:
-    """The step above for each parameter that has a gradient; others stay, as do their v."""
+    """The step on top for each parameter that has a gradient; others stay, as do their v."""
 
     def __init__(self, parameters, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
         if lr < 0 or momentum < 0 or weight_decay < 0:
@@ -96,91 +144,136 @@ class SGD:
             p -= self.lr * (g + self.momentum * v if self.nesterov else v)
 
 
-def train(model, batches, optimizer, zero=True):
-    """One step for each batch (x, t); yields its cross-entropy, a float, which holds no graph.
+def train_epoch(model, batches, optimizer, zero=True):
+    """One step for each batch (x, t), in train mode; the mean loss of all examples, a float.
 
-    A generator: zero_grad (only if `zero`), forward, loss, backward, step, yield. Exercise.
+    zero_grad (only if `zero`), cross-entropy of model(x), backward, step. The loss of a batch is
+    a mean, so it counts len(x) times: the last batch may be smaller. Exercise.
     """
+    model.train()
+    total, count = 0.0, 0
     for x, t in batches:
         if zero:
             optimizer.zero_grad()
         loss = F.cross_entropy(model(x), t)
         loss.backward()
         optimizer.step()
-        yield loss.item()
+        total, count = total + loss.item() * len(x), count + len(x)
+    return total / count
 
 
-def small_problem(steps):
-    """A network (B, 8) -> (B, 3) in float64, and `steps` batches x (32, 8), t (32,) to learn."""
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)).double()
-    x = torch.randn(steps, 32, 8, dtype=torch.float64)
-    return model, [(x_b, x_b[:, :3].argmax(1)) for x_b in x]
+def weights_by_step(start, batches, kind, zero=True, **options):
+    """All parameters of a copy of `start` after each step of an optimizer `kind`: (steps, P)."""
+    model = copy.deepcopy(start)
+    optimizer = kind(model.parameters(), lr=0.1, **options)
+    path = []
+    for batch in batches:
+        train_epoch(model, [batch], optimizer, zero)
+        path.append(parameters_to_vector(model.parameters()).detach())
+    return torch.stack(path)
 
 
-def largest_difference(start, batches, first, second):
-    """Train a copy of `start` by each of two (make optimizer, zero): max |p - q| over all steps."""
-    copies = copy.deepcopy(start), copy.deepcopy(start)
-    loops = [train(model, batches, make(model.parameters(), lr=0.1), zero)
-             for model, (make, zero) in zip(copies, (first, second), strict=True)]  # fmt: skip
-    largest = 0.0
-    for _ in zip(*loops, strict=True):  # one step of each
-        p, q = (parameters_to_vector(model.parameters()) for model in copies)
-        largest = max(largest, (p - q).abs().max().item())
-    return largest
-
-
-def show_sgd(start, batches):
-    print(f"1. ours and torch.optim.SGD, {len(batches)} steps: largest difference of a weight")
-    effects = {}
-    for name, options in SETTINGS.items():
-        ours, theirs = ((partial(make, **options), True) for make in (SGD, torch.optim.SGD))
-        off = largest_difference(start, batches, ours, theirs)
+def show_by_hand(data, batch):
+    x, t = data
+    batches = list(zip(x.double().split(batch), t.split(batch), strict=True))  # float64
+    print(f"2. Is torch.optim.SGD this formula? All weights in {len(batches)} steps from one start")
+    print("                                        largest difference of ours")
+    print("   options                              to torch's   to ours without options")
+    start, rows = Net().double(), {}
+    plain = weights_by_step(start, batches, SGD)
+    for name, options in (
+        ("weight_decay 0.1", {"weight_decay": 0.1}),
+        ("momentum 0.9", {"momentum": 0.9}),
+        ("momentum 0.9, nesterov", {"momentum": 0.9, "nesterov": True}),
+        ("all: 0.05, 0.7, nesterov", {"weight_decay": 0.05, "momentum": 0.7, "nesterov": True}),
+    ):
+        ours = weights_by_step(start, batches, SGD, **options)
+        theirs = weights_by_step(start, batches, torch.optim.SGD, **options)
+        off, effect = ((ours - other).abs().max().item() for other in (theirs, plain))
         assert off < 1e-12
-        effects[name] = largest_difference(start, batches, ours, (SGD, True))
-        print(f"   {name:<13} {off:.0e}   from plain SGD {effects[name]:.2f}")
-    return effects
+        rows[name] = off, effect
+        print(f"   {name:<34}   {off:10.0e}   {effect:23.3f}")
+    print(f"   -> ours is torch's, to {max(off for off, _ in rows.values()):.0e} with each option")
+    return rows
 
 
-def swing(lr, steps, zero):
-    """[w_0, …, w_steps] of plain SGD on w^2 / 2 from w_0 = 1, as floats, in float64.
+# --- 3. which learning rate --------------------------------------------------------------------
 
-    The optimizer is SGD above; the gradient is set to zero before each backward() only if `zero`.
+
+@torch.no_grad()
+def accuracy(model, x, t):
+    """The share of x (N, 2) whose largest logit is that of its class t (N,), in eval mode: a float.
+
     Exercise.
     """
-    w = torch.ones((), dtype=torch.float64, requires_grad=True)
-    optimizer, values = SGD([w], lr), [1.0]
-    for _ in range(steps):
-        if zero:
-            optimizer.zero_grad()
-        (w**2 / 2).backward()
-        optimizer.step()
-        values.append(w.item())
-    return values
+    model.eval()
+    return (model(x).argmax(1) == t).float().mean().item()
 
 
-def show_forgotten(start, batches, log_dir, steps):
-    print("2. zero_grad forgotten, against momentum 1 and against zeroed: largest difference")
-    momentum_1, zeroed = (
-        largest_difference(start, batches, (SGD, False), (other, True))
-        for other in (partial(SGD, momentum=1.0), SGD)
-    )
-    assert momentum_1 == 0
-    print(f"   momentum 1 {momentum_1:g}   zeroed {zeroed:.2f}")
+def fit(seed, data, kind, epochs, batch, zero=True, **options):
+    """A Net trained by an optimizer `kind`: the model, its loss and its accuracy by epoch.
 
-    print(f"3. w^2 / 2 from w = 1: largest |w| in the last third of {steps} steps")
-    swings = {}
-    for lr in (0.1, 0.5, 1.5):
-        a = math.acos(1 - lr / 2)
-        theory = [math.cos((t + 0.5) * a) / math.cos(a / 2) for t in range(steps + 1)]
-        w = {"forgotten": swing(lr, steps, zero=False), "zeroed": swing(lr, steps, zero=True)}
-        torch.testing.assert_close(torch.tensor(w["forgotten"]), torch.tensor(theory))
-        swings[lr] = [max(map(abs, values[-(steps // 3) :])) for values in w.values()]
-        print(f"   lr {lr}   forgotten {swings[lr][0]:.3f}   theory at most "
-              f"{1 / math.cos(a / 2):.3f}   zeroed {swings[lr][1]:.0e}")  # fmt: skip
-    for name in ("forgotten", "zeroed"):
-        w = swing(0.1, steps, zero=name == "zeroed")
-        draw(log_dir / "quadratic" / name, {"quadratic/w": w})
-    return {"zeroed": zeroed, "swings": swings}
+    The same seed gives the same start and the same order of the examples.
+    """
+    torch.manual_seed(seed)
+    model, losses, scores = Net(), [], []
+    optimizer = kind(model.parameters(), **options)
+    loader = DataLoader(TensorDataset(*data[0]), batch_size=batch, shuffle=True)
+    for _ in range(epochs):
+        losses.append(train_epoch(model, loader, optimizer, zero))
+        scores.append(accuracy(model, *data[1]))
+    return model, losses, scores
+
+
+def show_rates(log_dir, seed, data, epochs, batch):
+    print(f"3. Which learning rate? Mean loss in epoch {epochs}, and accuracy on other points")
+    print(f"   who guesses has a loss of {math.log(3):.3f} and an accuracy of 33%")
+    print("       lr          SGD    momentum 0.9           Adam")
+    fits, bar = {}, tqdm(total=len(RATES) * len(OPTIMIZERS), desc="rates", disable=None)
+    for lr in RATES:
+        for name, (kind, options) in OPTIMIZERS.items():
+            model, losses, scores = fit(seed, data, kind, epochs, batch, lr=lr, **options)
+            fits[name, lr] = model, losses[-1], scores[-1]
+            draw(log_dir / f"{name}_lr_{lr:g}", {"train/loss": losses, "test/accuracy": scores})
+            bar.update()
+    bar.close()
+    for lr in RATES:
+        row = [f"{fits[name, lr][1]:6.3f} {fits[name, lr][2]:5.0%}" for name in OPTIMIZERS]
+        print(f"   {lr:6g}   {'   '.join(row)}")
+    best = {name: min(RATES, key=lambda lr: fits[name, lr][1]) for name in OPTIMIZERS}
+    print(f"   -> the lowest loss: {', '.join(f'{name} at {lr:g}' for name, lr in best.items())}")
+    small = RATES[:3]
+    off = max(abs(fits["momentum", lr][1] - fits["SGD", 10 * lr][1]) for lr in small)
+    print(f"   -> momentum 0.9 at an lr of {', '.join(map(str, small))} ends as SGD at 10 lr does: "
+          f"the losses differ by at most {off:.3f}")  # fmt: skip
+    draw_regions(log_dir, data[0], fits)
+    return {"fits": fits, "best": best, "off": off}
+
+
+# --- 4. zero_grad forgotten --------------------------------------------------------------------
+
+
+def show_forgotten(log_dir, seed, data, epochs, batch, lr=0.1):
+    print(f"4. What if zero_grad is forgotten? Mean loss of SGD at lr {lr} by epoch")
+    epochs_shown = [epoch for epoch in SHOWN if epoch <= epochs]
+    print("   run           " + "".join(f"{epoch:8d}" for epoch in epochs_shown) + "   accuracy")
+    runs = {}
+    for name, zero, momentum in (
+        ("zeroed", True, 0),
+        ("forgotten", False, 0),
+        ("momentum_1", True, 1),
+    ):
+        model, losses, scores = fit(seed, data, SGD, epochs, batch, zero, lr=lr, momentum=momentum)
+        runs[name] = parameters_to_vector(model.parameters()), losses, scores[-1]
+        draw(log_dir / name, {"train/loss": losses, "test/accuracy": scores})
+        shown = "".join(f"{losses[epoch - 1]:8.3f}" for epoch in epochs_shown)
+        print(f"   {name.replace('_', ' '):<14}{shown}   {scores[-1]:8.0%}")
+    off = (runs["forgotten"][0] - runs["momentum_1"][0]).abs().max().item()
+    print(f"   -> forgotten and momentum 1 end with weights that differ by {off:g}")
+    return {"runs": runs, "off": off}
+
+
+# --- 5. memory that grows ----------------------------------------------------------------------
 
 
 def nodes_of(root):
@@ -198,98 +291,88 @@ def nodes_of(root):
     return found
 
 
-def held_by_sum(model, batches, take, backward):
-    """What total += take(loss) holds after each batch: graph nodes, and numbers saved in them.
-
-    Parameters, which live anyway, are not counted.
-    """
-    alive, total, rows = WeakSet(), 0.0, []
-    parameters = {p.data_ptr() for p in model.parameters()}
-
-    def pack(tensor):
-        kept = tensor.detach()  # with its grad_fn it would hold its own node: a cycle
-        alive.add(kept)
-        return kept
-
+def nodes_held(model, batches, what):
+    """How many nodes the graph of total += `what`, as "loss.item()", has after each batch."""
+    total, counts = 0.0, []
     for x, t in batches:
-        with saved_tensors_hooks(pack, lambda kept: kept):
-            loss = F.cross_entropy(model(x), t)
-        if backward:
-            loss.backward()
-        total += take(loss)
-        del loss  # only `total` is left to hold the graph
-        sizes = {kept.data_ptr(): kept.numel() for kept in alive}
-        numbers = sum(n for pointer, n in sizes.items() if pointer not in parameters)
-        rows.append((len(nodes_of(getattr(total, "grad_fn", None))), numbers))
-    return rows
+        loss = F.cross_entropy(model(x), t)
+        loss.backward()
+        if what == "loss":
+            total = total + loss
+        elif what == "loss.detach()":
+            total = total + loss.detach()
+        else:
+            total = total + loss.item()
+        counts.append(len(nodes_of(getattr(total, "grad_fn", None))))  # a float has no grad_fn
+    return counts
 
 
-def show_leak(model, batches, log_dir):
-    k, B = len(batches), len(batches[0][0])
-    print(f"4. what a sum of losses holds: nodes, numbers saved, after 1, 2, {k} batches of {B}")
-    held = {}
-    for name, (take, backward) in SUMS.items():
-        rows = held[name] = held_by_sum(model, batches, take, backward)
-        nodes, numbers = zip(*rows, strict=True)
-        draw(log_dir / "leak" / name, {"leak/nodes": nodes, "leak/saved_numbers": numbers})
-        shown = "   ".join(f"{n:3d} {m:6,}" for n, m in (*rows[:2], rows[-1]))
-        print(f"   {name:<22} {shown}")
-    # nodes: 4 leaves; a batch 2 for each Linear, 1 tanh, 2 of the loss, 1 for +=
-    # numbers: x, tanh, log p and t of each example; 1 divisor of the mean
-    theory = [(4 + 8 * i, i * (B * (8 + 16 + 3 + 1) + 1)) for i in range(1, k + 1)]
-    assert held["loss_without_backward"] == theory
-    assert held["loss"] == [(nodes, 0) for nodes, _ in theory]
-    assert held["detach"] == held["item"] == [(0, 0)] * k
+def show_memory(log_dir, data, batch):
+    x, t = data
+    batches = list(zip(x.split(batch), t.split(batch), strict=True))
+    k, held = len(batches), {}
+    print("5. What does a sum of losses keep alive? Nodes of its graph by the number of batches")
+    print(f"   added           after 1       2       3      {k:2d}")
+    for what, run in (("loss", "loss"), ("loss.detach()", "detach"), ("loss.item()", "item")):
+        counts = held[what] = nodes_held(Net(), batches, what)
+        draw(log_dir / run, {"leak/nodes": counts})
+        print(f"   {what:<15}" + "".join(f"{n:8d}" for n in (*counts[:3], counts[-1])))
+    # 6 parameters; for each batch 2 for a Linear, 1 for a ReLU, 2 for the loss, 1 for the sum
+    assert held["loss"] == [6 + 11 * i for i in range(1, k + 1)]
+    free = [what for what, counts in held.items() if max(counts) == 0]
+    print(f"   -> each batch adds {held['loss'][-1] - held['loss'][-2]} nodes to a sum of losses; "
+          f"nothing is held by: {', '.join(free)}")  # fmt: skip
     return held
 
 
-def load_images(root, count):
-    """For train and test the first images, normalised (N, 3, 32, 32), and their labels (N,)."""
-    splits = [open_images(root, train) for train in (True, False)]
-    print(source_line(splits[0]))
-    mean, std = (s.view(3, 1, 1) for s in channel_stats(as_tensors(splits[0])[0]))
-    for split in splits:
-        images, labels = (t[:count] for t in as_tensors(split))
-        x = (images / 255 - mean) / std
-        yield x.contiguous(memory_format=torch.channels_last), labels
+# --- the lesson --------------------------------------------------------------------------------
+
+
+def draw(log_dir, values_by_tag):
+    """Each {tag: values} as a curve over the steps 1, 2, 3 ...: epochs or batches."""
+    with SummaryWriter(log_dir, purge_step=0) as writer:
+        for tag, values in values_by_tag.items():
+            for step, value in enumerate(values, 1):
+                writer.add_scalar(tag, value, step)
 
 
 @torch.no_grad()
-def accuracy(model, x, t):
-    model.eval()
-    return torch.cat([model(part).argmax(1) for part in x.split(500)]).eq(t).double().mean().item()
+def regions(model, x, t, side=48):
+    """The plane, each place in the pale colour of its class by the model, and the points x."""
+    palette = torch.tensor([[230, 60, 50], [40, 150, 70], [50, 90, 220]], dtype=torch.uint8)
+    along = torch.linspace(-1, 1, side)
+    places = torch.cartesian_prod(along, along).flip(1)  # (side * side, 2), row by row
+    picture = 170 + palette[model(places).argmax(1)].view(side, side, 3) // 3
+    column, row = ((x + 1) / 2 * (side - 1)).round().long().clamp(0, side - 1).T
+    picture[row, column] = palette[t]
+    return picture.permute(2, 0, 1)  # (3, side, side)
 
 
-def fit(x, t, epochs, batch, zero, seed, log_dir):
-    """Moli after training, same start and order for the same seed; each epoch's mean loss."""
+def draw_regions(log_dir, data, fits):
+    """One picture: a row for each optimizer, a column for each learning rate."""
+    columns, captions = [], []
+    for lr in RATES:
+        columns.append(torch.cat([regions(fits[name, lr][0], *data) for name in OPTIMIZERS], 1))
+        scores = [f"{name} {fits[name, lr][2]:.0%}" for name in OPTIMIZERS]
+        captions.append("\n".join([f"lr {lr:g}", *scores]))
+    title = (f"Rows from top: {', '.join(OPTIMIZERS)}. Dots: the training points, a colour an arm. "
+             "Pale: the arm that the network says")  # fmt: skip
+    with SummaryWriter(log_dir, purge_step=0) as writer:
+        picture = caption_row(title, columns, captions, height=3 * 160)
+        writer.add_image("regions/by_lr", picture, 0)
+
+
+def main(seed=0, log_dir=LOG_DIR, points=600, epochs=20, batch=30):
     torch.manual_seed(seed)
-    model, losses = Moli().to(memory_format=torch.channels_last), []
-    optimizer = SGD(model.parameters(), lr=0.03, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    for _ in tqdm(range(epochs), desc=log_dir.name, disable=None):
-        order = torch.randperm(len(x)).split(batch)
-        losses.append(list(train(model, ((x[i], t[i]) for i in order), optimizer, zero)))
-    draw(log_dir, {"train/loss": [loss for epoch in losses for loss in epoch]})
-    return model, [sum(epoch) / len(epoch) for epoch in losses]
-
-
-def main(seed=0, log_dir=LOG_DIR, root=DATASET2, batches=50, steps=150, count=2000,
-         epochs=(20, 3), batch=100):  # fmt: skip
-    torch.manual_seed(seed)
-    start, problem = small_problem(batches)
+    data = spirals(points), spirals(points)  # to train on, and others to test on
     measured = {
-        "sgd": show_sgd(start, problem),
-        "forgotten_law": show_forgotten(start, problem, log_dir, steps),
-        "held": show_leak(start, problem, log_dir),
+        "everyday": show_everyday(*data, epochs, batch),
+        "by_hand": show_by_hand(data[0], batch),
+        "rates": show_rates(log_dir, seed, data, epochs, batch),
+        "forgotten": show_forgotten(log_dir, seed, data, epochs, batch),
+        "memory": show_memory(log_dir, data[0], batch),
     }
-    (x, t), test = load_images(root, count)
-    print(f"5. Moli on {len(x):,} images: mean loss by epoch, ln 10 = {math.log(10):.3f}; accuracy")
-    for name, n in zip(("zeroed", "forgotten"), epochs, strict=True):
-        model, losses = fit(x, t, n, batch, name == "zeroed", seed, log_dir / "train" / name)
-        scores = accuracy(model, x, t), accuracy(model, *test)
-        shown = "   ".join(f"{i} {losses[i - 1]:.3f}" for i in (1, 3, 5, 10, 20) if i <= n)
-        print(f"   {name:<9} epoch {shown}")
-        print(f"   {'':<9} train {scores[0]:.3f}   test {scores[1]:.3f}")
-        measured[name] = {"losses": losses, "train": scores[0], "test": scores[1]}
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return measured
 
 
