@@ -1,30 +1,29 @@
-"""A Dataset needs no more than __len__ and __getitem__; unequal images need a collate_fn, too.
+"""A Dataset needs only __len__ and __getitem__; to batch images of unequal size, you also give the
+DataLoader a collate_fn, a function that joins items.
 
-A Dataset reads one item when it is asked for it, so that memory holds a batch and never the whole
-set. You write one when files lie in a way of their own; for one folder per class there is
-ImageFolder. A DataLoader joins items into batches by its collate_fn. The default one stacks them,
-and tensors of unequal shape do not stack: photographs are resized, cropped or, as here, padded. A
-label that cannot be read has to be named with its file, or one wrong file among thousands is not
-found.
+A Dataset reads an item, here an image and its label, when it is asked for it: memory holds one
+batch and never the whole set. You write a Dataset when your files are not in one folder per class;
+for those there is ImageFolder. The default collate_fn stacks images, and tensors of unequal shape
+do not stack. You resize or crop all images to one size or, as here, keep their sizes and pad them:
+each stands in the upper left corner of a larger black one.
 
-    batch[b, :, :H_b, :W_b] = image b     for b < B; the rest of batch (B, 3, max H_b, max W_b) is 0
-    padded share = 1 - sum of H_b W_b / (B max H_b max W_b)
+    B  images in the batch     H_b, W_b  height and width of image b, in pixels; b is 0 to B - 1
 
-    B  images in the batch     H_b, W_b  height and width of image b, in pixels
+    batch[b, :, :H_b, :W_b] = image b, and 0 elsewhere; its shape is (B, 3, max H_b, max W_b)
+    padded share            = 1 - (sum of all H_b W_b) / (B max H_b max W_b)
 
 Needs          generate_labels.py
-Checked here   items = ImageFolder's; no image in two parts of a split; the default collate fails;
-               padded images are unharmed
-TensorBoard    batch/padded: thumbnails of padded batches by step, black where there is no image;
-               batch/padded_share by step; both in the run shuffled
-Try            in main, put batch_size=2 for batch_size=8: does the padded share fall?
-Answer         Yes, to less than two thirds of it: a batch is as high as its highest image and as
-               wide as its widest one, and of two images these are often one and the same
+Checked here   the items are ImageFolder's; no image is in both parts of a split; the default
+               collate_fn fails; a padded image keeps every pixel
+TensorBoard    batch/padded: the first batches as rows of thumbnails, black where there is no image;
+               batch/padded_share by step, in the run shuffled: more than 0 in each batch
+Try            in main, write batch_size=2 for batch_size=8: does the padded share fall?
+Answer         Yes, to less than two thirds: a batch is as high as its highest image and as wide as
+               its widest one, and of two images one is often both
 Source         torch.utils.data, "Working with collate_fn"; torchvision.datasets.ImageFolder
 """
 
 import signal
-import tempfile
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -36,7 +35,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate, random_split
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2.functional import pil_to_tensor
-from tqdm import tqdm
 
 from support.data import (
     class_folder,
@@ -63,6 +61,7 @@ class Insects(Dataset):
     """
 
     def __init__(self, folder, kind):
+        # usually: sorted((folder / kind).glob("*.jpg"))
         self.images = image_files(class_folder(folder, kind))
         self.labels = [folder / f"{kind}_label" / f"{image.stem}.txt" for image in self.images]
 
@@ -74,7 +73,8 @@ class Insects(Dataset):
         """The item at `index`: self.images[index] by open_rgb, as a tensor (3, H, W) uint8; and
         the class by read_label of self.labels[index]. Exercise.
         """
-        pixels = np.array(open_rgb(self.images[index]))  # (H, W, 3), whatever the file's mode
+        picture = open_rgb(self.images[index])  # Image.open(self.images[index]).convert("RGB")
+        pixels = np.array(picture)  # (H, W, 3)
         return torch.from_numpy(pixels).permute(2, 0, 1), read_label(self.labels[index])
 
 
@@ -95,16 +95,6 @@ def read_label(path):
     if name not in CLASSES:
         raise DataError(f"{path} says {name!a}: write {choice} into it")
     return CLASSES.index(name)
-
-
-def write_missing_labels(folder):
-    """What generate_labels.py does, so that this lesson runs without it."""
-    for kind in CLASSES:
-        insects = Insects(folder, kind)
-        for label in insects.labels:
-            if not label.exists():
-                with write_whole(label) as beside:
-                    beside.write_text(kind, encoding="utf-8")
 
 
 def show_everyday(folder):
@@ -134,20 +124,22 @@ class TwoClasses(ImageFolder):
 
 
 def show_image_folder(folder, both):
-    print("2. One folder per class: does ImageFolder bring the same items, without label files?")
+    print("2. Does TwoClasses, an ImageFolder that skips the label folders, bring the same items?")
     twin = TwoClasses(folder, transform=pil_to_tensor, is_valid_file=is_image)
     assert len(twin) == len(both)
-    print("   item   class   shape             ImageFolder: class   same pixels")
-    places = range(0, len(both), -(-len(both) // 6))
-    same = 0
-    for i in places:
+    print("             class,             class,           same")
+    print("   item   by label file   by image's folder   pixels   shape")
+    N = len(both)
+    every, same = -(-N // 6), 0  # N / 6, rounded up: six rows stand for all items
+    for i in range(N):
         (image, label), (image_twin, label_twin) = both[i], twin[i]
         equal = torch.equal(image, image_twin)
         same += equal and label == label_twin
-        print(f"   {i:4d}   {CLASSES[label]:<5}   {tuple(image.shape)!s:<15}   "
-              f"{CLASSES[label_twin]:<18}   {'yes' if equal else 'no'}")  # fmt: skip
-    print(f"   -> {same} of {len(places)} items are the same, among {len(twin)}")
-    return same, len(places)
+        if i % every == 0:
+            print(f"   {i:4d}   {CLASSES[label]:<13}   {CLASSES[label_twin]:<17}   "
+                  f"{'yes' if equal else 'no':<6}   {tuple(image.shape)}")  # fmt: skip
+    print(f"   -> {same} of all {N} items are the same: those whose label file names their folder")
+    return same, N
 
 
 # --- 3. training and validation ----------------------------------------------------------------
@@ -163,21 +155,23 @@ def split_places(N, val_count, g):
 
 
 def show_split(both, seed):
-    N, val_count = len(both), len(both) // 4
-    print(f"3. Split {N} items at random: is any image in both parts?")
-    parts = random_split(both, [N - val_count, val_count], torch.Generator().manual_seed(seed))
-    by_hand = split_places(N, val_count, torch.Generator().manual_seed(seed))
-    ants = len(both.datasets[0])
-    print("   part         items   ants   bees   the first places       by hand the same")
-    for name, part, places in zip(("training", "validation"), parts, by_hand, strict=True):
-        number = sum(i < ants for i in part.indices)
-        print(f"   {name:<10}   {len(part):5d}   {number:4d}   {len(part) - number:4d}   "
-              f"{str(part.indices[:4])[1:-1]:<16}   {part.indices == places!s:>16}")  # fmt: skip
-        assert part.indices == places
-    train, val = parts
-    shared = set(train.indices) & set(val.indices)
-    print(f"   -> in both parts: {len(shared)} images; in none: {N - len(train) - len(val)}")
-    return train, val
+    N, n, ants = len(both), len(both) // 4, len(both.datasets[0])
+    print(f"3. Split {N} items at random: is an image in both parts? Are the classes balanced?")
+    print("          to validate    images in    images in   split_places")
+    print("   seed   ants   bees    both parts   no part     gives the same")
+    splits, ants_seen = {}, set()
+    for s in range(seed, seed + 3):
+        parts = random_split(both, [N - n, n], torch.Generator().manual_seed(s))
+        train, val = splits[s] = parts[0].indices, parts[1].indices
+        same = splits[s] == split_places(N, n, torch.Generator().manual_seed(s))
+        ants_seen.add(chosen := sum(i < ants for i in val))
+        shared, left = set(train) & set(val), set(range(N)) - {*train, *val}
+        counts = f"{chosen:4d}   {n - chosen:4d}    {len(shared):10d}   {len(left):7d}"
+        print(f"   {s:4d}   {counts}     {'yes' if same else 'no'}")
+        assert same
+    print(f"   -> random_split does not look at classes: of {n} to validate, "
+          f"{' or '.join(map(str, sorted(ants_seen)))} are ants")  # fmt: skip
+    return splits
 
 
 # --- 4. batches of unequal images --------------------------------------------------------------
@@ -204,64 +198,49 @@ def padded_share(sizes, batch):
 
 def show_batches(dataset, batch_size, log_dir):
     print(f"4. Batches of {batch_size} images of unequal size: how much is padding?")
-    image, label = dataset[0]
+    items = [dataset[i] for i in range(min(batch_size, len(dataset)))]
     try:
-        default_collate([(image, label), (image[:, 1:], label)])
-        refused = ""
+        default_collate(items)
+        refused = "no error, the first images happen to have one size"
     except RuntimeError as error:
         refused = str(error).split(",")[0]
+    print(f"   the default collate_fn says: {refused}")
+    batch, _, sizes = pad_collate(items)
+    slots = zip(batch, sizes, items, strict=True)
+    kept = sum(torch.equal(slot[:, :H, :W], image) for slot, (H, W), (image, _) in slots)
+    print(f"   pad_collate keeps every pixel of {kept} of the same {len(items)} images")
+    print("   batch   heights        widths         batch (B, 3, H, W)    padded share")
     loader = DataLoader(dataset, batch_size, shuffle=True, collate_fn=pad_collate)
-    seen, shares, rows = 0, [], []
+    seen, shares = 0, []
     with SummaryWriter(log_dir / "shuffled", purge_step=0) as writer:
-        for step, (batch, labels, sizes) in enumerate(tqdm(loader, leave=False, disable=None)):
+        for step, (batch, labels, sizes) in enumerate(loader):
             seen += len(labels)
             shares.append(padded_share(sizes, batch))
             writer.add_scalar("batch/padded_share", shares[-1], step)
-            if step < 4:  # thumbnails, and few of them: whole photographs would fill the disk
+            if step < 6:  # of many batches the first; their thumbnails, not whole photographs
                 both = zip(labels, sizes, strict=True)
                 words = [f"{CLASSES[label]}\n{H} x {W}" for label, (H, W) in both]
                 title = f"Batch {step}, {tuple(batch.shape)}: black is padding"
                 writer.add_image("batch/padded", caption_row(title, batch, words, height=96), step)
                 (h, w), (H, W) = sizes.amin(0).tolist(), sizes.amax(0).tolist()
-                rows.append(f"   {step:5d}   {h:4d} to {H:4d}   {w:4d} to {W:4d}   "
-                            f"{tuple(batch.shape)!s:<19}   {shares[-1]:12.2f}")  # fmt: skip
-    print("   batch   heights        widths         batch (B, 3, H, W)    padded share")
-    print("\n".join(rows))
+                print(f"   {step:5d}   {h:4d} to {H:4d}   {w:4d} to {W:4d}   "
+                      f"{tuple(batch.shape)!s:<19}   {shares[-1]:12.2f}")  # fmt: skip
     mean = sum(shares) / len(shares)
-    print(f"   without collate_fn: {refused}")
-    print(f"   -> {seen} images in {len(shares)} batches; on average, padding is {mean:.2f} of one")
-    return {"seen": seen, "refused": refused, "shares": shares}
+    print(f"   -> {seen} images in {len(shares)} batches; the average padded share is {mean:.2f}")
+    return {"seen": seen, "refused": refused, "kept": kept, "shares": shares}
 
 
-# --- 5. wrong labels ---------------------------------------------------------------------------
+# --- labels, if they are not there yet ---------------------------------------------------------
 
 
-def show_wrong_labels():
-    print("5. What is said of a label file that is not as it should be?")
-    print("   the file                 read_label")
-    files = {
-        "ants, then a line end": b"ants\r\n",
-        "ants, after a BOM": "ants".encode("utf-8-sig"),
-        "ants in UTF-16": "ants".encode("utf-16"),
-        "wasps": b"wasps",
-        "empty": b"",
-        "missing": None,
-    }
-    answers = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, content in files.items():
-            label = Path(scratch, "0013035.txt")
-            label.unlink(missing_ok=True)
-            if content is not None:
-                label.write_bytes(content)
-            try:
-                answers[name] = CLASSES[read_label(label)]
-            except DataError as error:
-                answers[name] = str(error).replace(str(label), label.name)
-            print(f"   {name:<22}   {answers[name]}")
-    read = sum(answer in CLASSES for answer in answers.values())
-    print(f"   -> {read} are read; {len(answers) - read} are refused, each by the name of its file")
-    return answers
+def write_missing_labels(folder):
+    """What generate_labels.py does, so that this lesson runs without it."""
+    for kind in CLASSES:
+        insects = Insects(folder, kind)
+        for label in insects.labels:
+            if not label.exists():
+                with write_whole(label) as beside:
+                    beside.write_text(kind, encoding="utf-8")
 
 
 # --- the lesson --------------------------------------------------------------------------------
@@ -276,9 +255,8 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET, batch_size=8):
     measured = {
         "length": len(both),
         "same": show_image_folder(folder / "train", both),
-        "split": show_split(both, seed),
+        "splits": show_split(both, seed),
         "batches": show_batches(both, batch_size, log_dir),
-        "answers": show_wrong_labels(),
     }
     print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return measured

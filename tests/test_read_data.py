@@ -1,7 +1,7 @@
 import io
 import re
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,17 +127,6 @@ def test_other_labels_are_refused_in_one_line_that_names_the_file(lesson, tmp_pa
     assert str(refused.value) == f"{path} {line}"
 
 
-def test_the_table_of_wrong_labels_says_what_is_read(lesson, capsys):
-    answers = lesson.show_wrong_labels()
-    assert [*answers.values()][:2] == ["ants", "ants"]
-    assert all(answer.startswith("0013035.txt ") for answer in [*answers.values()][2:])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9 and lines[0].startswith("5. What is said")
-    said = "0013035.txt says 'wasps': write ants or bees into it"
-    assert lines[5] == f"   {'wasps':<22}   {said}" and answers["wasps"] == said
-    assert lines[-1] == "   -> 2 are read; 4 are refused, each by the name of its file"
-
-
 # --- ImageFolder and the split -----------------------------------------------------------------
 
 
@@ -145,12 +134,27 @@ def test_image_folder_has_the_same_items(lesson, train, capsys):
     both = lesson.Insects(train, "ants") + lesson.Insects(train, "bees")
     assert lesson.show_image_folder(train, both) == (6, 6)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9 and lines[0].startswith("2. One folder per class")
-    assert [line.split()[0] for line in lines[2:8]] == list("012345")
-    assert [line.split()[1] for line in lines[2:8]] == ["ants"] * 3 + ["bees"] * 3
-    words = [["ants", "yes"]] * 3 + [["bees", "yes"]] * 3
-    assert [line.split()[5:] for line in lines[2:8]] == words
-    assert lines[-1] == "   -> 6 of 6 items are the same, among 6"
+    assert len(lines) == 10 and lines[0].startswith("2. Does TwoClasses, an ImageFolder that skips")
+    for i, line in enumerate(lines[3:9]):
+        kind, shape = ("ants", "bees")[i // 3], tuple(both[i][0].shape)
+        assert " ".join(line.split()) == f"{i} {kind} {kind} yes {shape}"
+    last = "are the same: those whose label file names their folder"
+    assert lines[-1] == f"   -> 6 of all 6 items {last}"
+
+
+def test_all_items_are_compared_and_six_are_shown(lesson, train, monkeypatch, capsys):
+    places, items = [], [(torch.zeros(3, 1, 1), 0)] * 15
+
+    class Twin(list):
+        def __getitem__(self, index):
+            places.append(index)
+            return torch.full((3, 1, 1), float(index == 4)), int(index == 5)
+
+    monkeypatch.setattr(lesson, "TwoClasses", lambda *args, **options: Twin(items))
+    assert lesson.show_image_folder(train, items) == (13, 15) and places == list(range(15))
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(line.split()[0]) for line in lines[3:-1]] == [0, 3, 6, 9, 12]
+    assert lines[-1].startswith("   -> 13 of all 15 items ")
 
 
 def test_what_a_mac_leaves_beside_images_is_no_item(lesson, train):
@@ -163,8 +167,12 @@ def test_a_corrected_label_is_none_that_image_folder_knows(lesson, train, capsys
     (train / "ants_label" / "ants_001.txt").write_text("bees", encoding="utf-8")
     both = lesson.Insects(train, "ants") + lesson.Insects(train, "bees")
     assert lesson.show_image_folder(train, both) == (5, 6)
-    Image.new("RGB", (5, 4), "red").save(train / "bees" / "bees_000.jpg")
-    assert "-> 5 of 6 items are the same" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "-> 5 of all 6 items" in out and out.splitlines()[4].split()[1:4] == [
+        "bees",
+        "ants",
+        "yes",
+    ]
 
 
 @pytest.mark.parametrize(("N", "val_count"), [(7, 2), (10, 5), (48, 12), (5, 0)])
@@ -180,17 +188,39 @@ def test_the_split_by_hand_is_torchs(lesson, N, val_count):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_table_of_the_split_counts_classes(lesson, train, capsys, seed):
     both = lesson.Insects(train, "ants") + lesson.Insects(train, "bees")
-    parts = lesson.show_split(both, seed)
-    expected = lesson.split_places(6, 1, torch.Generator().manual_seed(seed))
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and lines[0] == "3. Split 6 items at random: is any image in both parts?"
-    for line, part, places in zip(lines[2:4], parts, expected, strict=True):
-        assert part.indices == places
-        ants = sum(i < 3 for i in places)
-        numbers = [int(word) for word in line.split()[1:4]]
-        assert numbers == [len(places), ants, len(places) - ants] and line.endswith("True")
-        assert str(places[:4])[1:-1] in line
-    assert lines[-1] == "   -> in both parts: 0 images; in none: 0"
+    splits = lesson.show_split(both, seed)
+    lines, ants_seen = capsys.readouterr().out.splitlines(), set()
+    assert len(lines) == 7 and lines[0].startswith(
+        "3. Split 6 items at random: is an image in both"
+    )
+    for line, s in zip(lines[3:6], range(seed, seed + 3), strict=True):
+        places = lesson.split_places(6, 1, torch.Generator().manual_seed(s))
+        assert splits[s] == places
+        count = sum(i < 3 for i in places[1])
+        ants_seen.add(count)
+        assert line.split() == [*map(str, (s, count, 1 - count, 0, 0)), "yes"]
+    words = " or ".join(map(str, sorted(ants_seen)))
+    assert (
+        lines[6]
+        == f"   -> random_split does not look at classes: of 1 to validate, {words} are ants"
+    )
+
+
+def test_random_parts_are_rarely_balanced():
+    counts = []
+    for s in range(200):
+        _, val = random_split(range(48), [36, 12], torch.Generator().manual_seed(s))
+        counts.append(sum(i < 24 for i in val))
+    assert len(set(counts)) > 4 and sum(count == 6 for count in counts) < 100
+
+
+def test_an_image_in_two_parts_is_counted(lesson, train, monkeypatch, capsys):
+    both = lesson.Insects(train, "ants") + lesson.Insects(train, "bees")
+    leaky = [SimpleNamespace(indices=[0, 1, 2, 3]), SimpleNamespace(indices=[3])]
+    monkeypatch.setattr(lesson, "random_split", lambda *args: leaky)
+    monkeypatch.setattr(lesson, "split_places", lambda *args: ([0, 1, 2, 3], [3]))
+    lesson.show_split(both, 0)
+    assert capsys.readouterr().out.splitlines()[3].split() == ["0", "0", "1", "1", "2", "yes"]
 
 
 # --- batches -----------------------------------------------------------------------------------
@@ -231,25 +261,50 @@ def test_batches_are_printed_and_logged_as_they_are(lesson, tmp_path, capsys, ev
     batches = list(DataLoader(dataset, 2, shuffle=True, collate_fn=lesson.pad_collate))
     shares = [lesson.padded_share(hw, batch) for batch, _, hw in batches]
     assert result["seen"] == 11 and result["shares"] == pytest.approx(shares)
-    assert "equal size" in result["refused"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "4. Batches of 2 images of unequal size: how much is padding?"
-    assert len(lines) == 8 and lines[6] == f"   without collate_fn: {result['refused']}"
+    assert lines[1] == f"   the default collate_fn says: {result['refused']}"
+    assert "equal size" in result["refused"] and result["kept"] == 2
+    assert lines[2] == "   pad_collate keeps every pixel of 2 of the same 2 images"
     mean = sum(shares) / 6
-    assert lines[7] == f"   -> 11 images in 6 batches; on average, padding is {mean:.2f} of one"
+    last = f"   -> 11 images in 6 batches; the average padded share is {mean:.2f}"
+    assert len(lines) == 11 and lines[10] == last
 
     loaded = events(tmp_path / "shuffled")
     points = [(e.step, e.value) for e in loaded.Scalars("batch/padded_share")]
     assert points == [(i, pytest.approx(share)) for i, share in enumerate(shares)]
     pictures = loaded.Images("batch/padded")
-    assert [e.step for e in pictures] == [0, 1, 2, 3]
-    for step, (batch, labels, hw) in enumerate(batches[:4]):
-        (h0, w0), (h1, w1) = sorted(hw[:, 0].tolist()), sorted(hw[:, 1].tolist())
-        row = f"{step:5d}   {h0:4d} to {w0:4d}   {h1:4d} to {w1:4d}   {tuple(batch.shape)!s:<19}"
-        assert lines[step + 2].strip() == f"{row}   {shares[step]:12.2f}".strip()
+    assert [e.step for e in pictures] == list(range(6))
+    for step, (batch, labels, hw) in enumerate(batches):
+        (h0, w0), (h1, w1) = hw.amin(0).tolist(), hw.amax(0).tolist()
+        row = f"{step:5d}   {h0:4d} to {h1:4d}   {w0:4d} to {w1:4d}   {tuple(batch.shape)!s:<19}"
+        assert lines[step + 4].strip() == f"{row}   {shares[step]:12.2f}".strip()
         words = [f"{lesson.CLASSES[y]}\n{h} x {w}" for y, (h, w) in zip(labels, hw, strict=True)]
         title = f"Batch {step}, {tuple(batch.shape)}: black is padding"
         assert np.array_equal(pixels(pictures[step]), caption_row(title, batch, words, height=96))
+
+
+def test_of_many_batches_six_are_shown_and_all_are_counted(lesson, tmp_path, capsys, events):
+    dataset = [(torch.ones(3, 4, 5, dtype=torch.uint8), 0)] * 8
+    result = lesson.show_batches(dataset, 1, tmp_path)
+    assert result == {"seen": 8, "refused": result["refused"], "kept": 1, "shares": [0.0] * 8}
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11 and lines[1].endswith(
+        "no error, the first images happen to have one size"
+    )
+    assert len(events(tmp_path / "shuffled").Images("batch/padded")) == 6
+
+
+def test_an_image_that_was_changed_is_not_kept(lesson, tmp_path, monkeypatch, capsys):
+    def wrong(items):
+        batch, labels, sizes = pad(items)
+        return batch.index_fill(0, torch.tensor([0]), 7), labels, sizes
+
+    pad = lesson.pad_collate
+    monkeypatch.setattr(lesson, "pad_collate", wrong)
+    dataset = [(torch.ones(3, 4, 5 + i, dtype=torch.uint8), 0) for i in range(3)]
+    assert lesson.show_batches(dataset, 3, tmp_path)["kept"] == 2
+    assert "every pixel of 2 of the same 3 images" in capsys.readouterr().out
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -266,6 +321,7 @@ def test_try_smaller_batches_have_less_padding(lesson, insects_root, tmp_path, s
     for B in (8, 2):
         shares = lesson.show_batches(dataset, B, tmp_path / str(B))["shares"]
         means[B] = sum(shares) / len(shares)
+        assert B == 2 or min(shares) > 0.1
     assert 0.38 < means[8] < 0.56 and means[2] < means[8] * 2 / 3
 
 
@@ -283,11 +339,11 @@ def test_batches_of_like_sizes_have_no_padding(lesson):
 def test_main_sees_every_image(lesson, insects_root, tmp_path, capsys, seed):
     measured = lesson.main(seed=seed, log_dir=tmp_path, root=insects_root, batch_size=4)
     assert measured["length"] == measured["batches"]["seen"] == 6
-    assert measured["same"] == (6, 6) and len(measured["split"][1]) == 1
+    assert measured["same"] == (6, 6) and list(measured["splits"]) == [seed, seed + 1, seed + 2]
     assert all(0 <= share < 0.8 for share in measured["batches"]["shares"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:2] for line in lines if line[0] != " "][1:-1] == ["1.", "2.", "3.", "4.", "5."]
-    assert len(lines) == 38 and sum("   -> " in line for line in lines) == 5
+    assert [line[:2] for line in lines if line[0] != " "][1:-1] == ["1.", "2.", "3.", "4."]
+    assert sum("   -> " in line for line in lines) == 4
     shapes = [tuple(lesson.Insects(insects_root / "hymenoptera_sample/train", kind)[i][0].shape)
               for kind, i in (("ants", 0), ("ants", 1), ("bees", 0), ("bees", 2))]  # fmt: skip
     for line, place, shape, kind in zip(
