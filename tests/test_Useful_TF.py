@@ -123,9 +123,9 @@ def test_the_pipelines_four_results(lesson, capsys):
         torch.manual_seed(seed)
         kinds.append(lesson.show_everyday(Image.new("RGB", (133, 120), "white")))
     assert kinds == [4] * 5  # one of them is missed in 64 calls with probability 4e-8
-    out = lines(capsys)[-11:]
-    assert out[1] == "   width, height (133, 120) -> (3, 64, 64) torch.float32, 1.00 to 1.00"
-    out = out[2:]
+    out = lines(capsys)[-12:]
+    assert out[3] == "   usual(picture of 133 x 120)   (3, 64, 64) torch.float32, 1.00 to 1.00"
+    out = out[3:]
     assert [line.split()[-4:] for line in (out[1], out[3], out[4])] == [
         ["0.00", "0.25", "0.75", "1.00"],
         ["1.00", "0.75", "0.25", "0.00"],
@@ -140,6 +140,12 @@ def test_the_pipelines_four_results(lesson, capsys):
     assert out[-1] == "   -> 64 calls gave 4 of 4 possible results: 2 windows, flipped or not"
 
 
+def test_a_mean_of_zero_has_no_sign(lesson, rows, capsys):
+    x = torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(1))
+    lesson.show_normalize(rows, x)
+    assert all(line.split()[3] == "0.000" for line in lines(capsys)[3:6])
+
+
 def test_normalize_centres_the_picture(lesson, rows, x, capsys):
     x[1] = x[1] / 2 + 0.4
     measured = lesson.show_normalize(rows, x)
@@ -151,10 +157,13 @@ def test_normalize_centres_the_picture(lesson, rows, x, capsys):
         assert (after, spread) == (0, 1)
         assert low == pytest.approx(((x[c].min() - x[c].mean()) / x[c].std()).item(), abs=1e-3)
         assert high == pytest.approx(((x[c].max() - x[c].mean()) / x[c].std()).item(), abs=1e-3)
-    below = (x <= x.mean((1, 2), keepdim=True)).float().mean().item()
-    assert measured["black"] == pytest.approx(below) and 0.4 < below < 0.6
-    assert 0 < measured["error"] < 1e-6
-    assert f"within {measured['error']:.0e}" in out[-2] and f"undo it, {below:.0%} of" in out[-1]
+    y = lesson.normalize(x, x.mean((1, 2)), x.std((1, 2)))
+    low, high = ((mask.float().mean().item()) for mask in (y < 0, y > 1))
+    assert (measured["low"], measured["high"]) == pytest.approx((low, high))
+    assert 0.4 < low < 0.6 and 0.1 < high < 0.3 and 0 < measured["error"] < 1e-6
+    assert f"within {measured['error']:.0e}" in out[-2]
+    words = f"{low:.0%} of the numbers are below 0 and shown as 0, {high:.0%} above 1"
+    assert out[-1] == f"   -> not undone, {words} and shown as 1"
     before, normalized, after = rows["normalize"].values()
     assert torch.equal(before, x) and normalized.min() < -1
     torch.testing.assert_close(after, x)
@@ -177,7 +186,7 @@ def test_resize_keeps_the_shape_or_not(lesson, rows, capsys, size):
     assert [line.split()[-3:-1] for line in out[2:6]] == [
         [*map(str, size)], ["50", "64"] if kept > 1 else ["64", "50"], ["50", "50"], ["50", "50"]
     ]  # fmt: skip
-    assert out[-1].endswith("must be 64.29: Resize(50) makes it 64")
+    assert out[-1].endswith("Resize(50) keeps them, up to a part of a pixel: 64 for 64.29")
     row = list(rows["resize"].values())
     for image, library in zip(
         row, (torch.clone, v2.Resize(50), v2.Resize((50, 50)), v2.CenterCrop(50)), strict=True
@@ -187,24 +196,27 @@ def test_resize_keeps_the_shape_or_not(lesson, rows, capsys, size):
     assert [text[1] for text in words] == [
         f"{image.shape[1]} x {image.shape[2]}" for image in row
     ]  # fmt: skip
-    assert [text[2] for text in words[1:]] == ["all, in shape", "all, squeezed", "without the rim"]
+    assert [text[2] for text in words[1:]] == ["all, in proportion", "all, squeezed", "without the rim"]
 
 
-def test_what_moves_or_averages_pixels_may_change_places_with_normalize(lesson, x, capsys):
-    apart, white = lesson.show_order(x)
-    assert apart["Resize(64)"] < 1e-5 and apart["CenterCrop(64)"] == 0
-    assert apart["RandomHorizontalFlip(1)"] == 0
-    norm = v2.Normalize([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
-    gap = (0.7 * norm(x)).clamp(0, 1) - norm(0.7 * x)
-    assert apart["brightness times 0.7"] == pytest.approx(gap.abs().max().item())
-    assert list(white.values()) == pytest.approx([1, 1, 1, 0.7, 1], abs=1e-4)
-    assert apart["contrast times 0.4"] > 0.5
+def test_what_moves_or_averages_pixels_may_stand_behind_normalize(lesson, x, capsys):
+    gaps = lesson.show_order(x)
+    resize, crop, flip, dark, one, scaled = gaps.values()
+    assert resize < 1e-5 and crop == flip == 0
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
+    z = (x - mean[:, None, None]) / std[:, None, None]
+    gap = (0.7 * z).clamp(0, 1) - lesson.normalize(0.7 * x, mean, std)
+    assert dark == pytest.approx(gap.abs().max().item())
+    assert one == pytest.approx((z.clamp(0, 1) - z).abs().max().item()) and one > 1
+    assert scaled == pytest.approx((0.3 * mean / std).max().item(), abs=1e-5)
     out = lines(capsys)
-    assert out[-3].endswith("yes: Resize(64), CenterCrop(64), RandomHorizontalFlip(1)")
-    assert out[-2].endswith("no: brightness times 0.7, contrast times 0.4")
-    assert out[-1].endswith("white stays 1, and yet no: contrast times 0.4")
-    for line, gap, mean in zip(out[-8:-3], apart.values(), white.values(), strict=True):
-        assert line.split()[-2:] == [f"{mean:.3f}", f"{gap:.1e}"]
+    assert [line.split()[-1] for line in out[2:8]] == [f"{gap:.1e}" for gap in gaps.values()]
+    assert [line[3:29].strip() for line in out[2:8]] == list(gaps)
+    assert out[8:] == [
+        "   -> yes: Resize(64), CenterCrop(64), RandomHorizontalFlip(1)",
+        f"   -> brightness no: the cut to [0, 1] alone (f = 1) makes {one:.2f}; 0.7 without",
+        f"      the cut {scaled:.2f}; ColorJitter stands before Normalize",
+    ]
 
 
 def test_only_weights_that_sum_to_1_may(x):
@@ -264,23 +276,22 @@ def test_try_a_resized_crop_is_found_nowhere(lesson, insects_root, tmp_path, cap
 
 def test_colours_are_blends(lesson, rows, x, capsys):
     errors = lesson.show_colours(rows, x, seed=3)
-    assert list(errors) == [
-        ("brightness", 1.6), ("contrast", 0.4), ("saturation", 0.0), ("saturation", 2.5)
-    ]  # fmt: skip
-    assert max(errors.values()) < 1e-6
+    fs = {"brightness": [1.6], "contrast": [0.4], "saturation": [0.0, 2.5]}
+    names = [f"{kind}, f = {f}" for kind in fs for f in fs[kind]]
+    assert list(errors) == ["flip, horizontal", *names] and max(errors.values()) < 1e-6
     out = lines(capsys)
     assert out[-1] == f"   -> yes, the largest difference is {max(errors.values()):.0e}"
-    assert [line.split()[:2] for line in out[2:6]] == [[name, f"{f:.1f}"] for name, f in errors]
-    assert [line.split()[-1] for line in out[2:6]] == [f"{e:.0e}" for e in errors.values()]
+    formulas = ["x.flip(-1)", "1.6 * x - 0.6 * black", "0.4 * x + 0.6 * the mean grey",
+                "0.0 * x + 1.0 * (x in grey)", "2.5 * x - 1.5 * (x in grey)"]  # fmt: skip
+    for line, (name, error), formula in zip(out[2:7], errors.items(), formulas, strict=True):
+        assert " ".join(line.split()) == f"{name} {formula} {error:.0e}"
 
     twins = [torch.clone, lambda x: tv.adjust_brightness(x, 1.6),
              lambda x: tv.adjust_contrast(x, 0.4), lambda x: tv.adjust_saturation(x, 0.0),
              lambda x: tv.adjust_saturation(x, 2.5)]  # fmt: skip
     for image, twin in zip(rows["jitter"].values(), twins, strict=True):
         torch.testing.assert_close(image, twin(x))
-    assert [words.split() for words in rows["jitter"]][1:] == [
-        [name, "f", "=", str(f)] for name, f in errors
-    ]
+    assert [words.replace("\n", ", ") for words in rows["jitter"]][1:] == names
     before, mirrored, upside_down = rows["flips"].values()
     assert torch.equal(before, x) and list(rows["flips"])[1:] == ["horizontal", "vertical"]
     assert torch.equal(mirrored, x.flip(2)) and torch.equal(upside_down, x.flip(1))
@@ -292,7 +303,7 @@ def test_colours_are_blends(lesson, rows, x, capsys):
 
 def test_a_wrong_blend_is_told(lesson, rows, x, capsys, monkeypatch):
     monkeypatch.setattr(lesson, "blend", lambda x, other, f: (f * x).clamp(0, 1))
-    assert lesson.show_colours(rows, x, seed=0)["contrast", 0.4] > 0.1
+    assert lesson.show_colours(rows, x, seed=0)["contrast, f = 0.4"] > 0.1
     assert "-> no, the largest difference is" in lines(capsys)[-1]
 
 
@@ -302,7 +313,7 @@ def test_main(lesson, insects_root, tmp_path, events, capsys, seed):
     assert measured["kinds"] == 4
     assert measured["normalize"]["error"] < 1e-6
     assert measured["aspects"]["x"] == pytest.approx(measured["aspects"]["Resize(64)"], abs=0.02)
-    assert measured["order"][0]["brightness times 0.7"] > 1
+    assert measured["order"]["adjust_brightness, f = 1"] > 0.3
     corners, repeats = measured["crops"]
     assert list(corners) == list(range(seed, seed + 4)) and all(repeats.values())
     assert all(len(where) == 1 for where in corners.values())
