@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms import v2
 
 
 @pytest.fixture
@@ -82,7 +83,11 @@ def test_try_the_type_decides_what_it_is_divided_by(lesson, capsys):
 
 def test_the_first_table_names_each_pixels_colours(lesson, capsys):
     lesson.show_everyday()
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:5]]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["red", "pixel", "blue", "pixel"]
+    assert lines[2].split()[2:] == [*"rgbrgb"]
+    assert [line[3:21].split(" ", 1)[0] for line in lines[3:6]] == ["array", "ToTensor", "v2"]
+    rows = [line.split() for line in lines[3:6]]
     assert rows[0][-6:] == ["255", "0", "0", "51", "102", "204"] and "uint8" in rows[0]
     for row in rows[1:]:
         assert row[-6:] == ["1", "0", "0", "0.2", "0.4", "0.8"] and "float32" in row
@@ -106,23 +111,31 @@ def test_the_second_table(lesson, picture, capsys):
     }.items():
         share = (other / 255 != x).float().mean().item()
         assert measured["wrong"][name] == pytest.approx(share) and share > 0.7
-    title, _, _, *rows, off, shape, back = capsys.readouterr().out.splitlines()
-    assert "5 x 5 pixels" in title and len(rows) == 6
+    title, *_, off, silent = lines = capsys.readouterr().out.splitlines()
+    rows = lines[5:11]
+    assert "5 x 5 pixels" in title and len(lines) == 13
     assert [row.split()[-3:] for row in rows[:2]] == [["0.984", "0.0e+00", "0%"]] * 2
-    assert all("(3, 5, 5)" in row for row in rows) and rows[5].endswith("%")
+    assert all("(3, 5, 5)" in row for row in rows)
+    shares = list(measured["wrong"].values())[-2:]
+    assert [row.split()[-1] for row in rows[4:]] == [f"{share:.0%}" for share in shares]
     assert "ToTensor is off by 0, v2" in off
-    assert shape.endswith("yet wrong: transpose(0, 2) and reshape(3, H, W)")
-    assert back.endswith("undone, to_array gives back 256; without round() 193")
-    assert (measured["back"], measured["cut_back"]) == (256, 193)
+    assert silent.endswith("picture is square: transpose(0, 2) and reshape(3, H, W)")
 
 
-def test_the_second_table_says_so_if_a_byte_is_lost(lesson, picture, capsys, monkeypatch):
+def test_the_way_back_and_what_is_lost_without_rounding(lesson, capsys):
+    assert lesson.show_way_back() == [256, 193]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2:] for line in lines[2:4]] == [["256", "0"], ["193", "63"]]
+    assert lines[-1].startswith("   -> without round() 63 bytes are off: ")
+
+
+def test_a_way_back_that_loses_bytes_is_told(lesson, capsys, monkeypatch):
     monkeypatch.setattr(lesson, "to_array", lambda x: (x * 254).byte().permute(1, 2, 0).numpy())
-    assert lesson.show_formula(picture)["back"] < 20
-    assert "to_array gives back 256" not in capsys.readouterr().out
+    lost, _ = lesson.show_way_back()
+    assert lost < 20 and capsys.readouterr().out.splitlines()[2].split()[-2] == str(lost)
 
 
-def test_the_third_table_and_what_follows(lesson, picture, capsys):
+def test_the_table_of_types_and_what_follows(lesson, picture, capsys):
     measured = lesson.show_range(picture)
     byte = pytest.approx(251 / 255)
     scaled = ("float32", byte, "float32", byte)
@@ -136,23 +149,27 @@ def test_the_third_table_and_what_follows(lesson, picture, capsys):
     }
     out = capsys.readouterr().out.splitlines()
     assert out[0].endswith("picture is 251")
-    assert out[-3].endswith("scales float32 in 0..255")
-    assert out[-2].endswith("in type on float64 in 0..1 and int16 in 0..255")
+    by_v2 = "float32 in 0..255"
+    assert out[-2] == f"   -> left unscaled by ToTensor: {by_v2}, int16 in 0..255; by v2: {by_v2}"
     assert out[-1].startswith("   -> v2 divides int16 by 32767, ")
 
 
-def test_the_fourth_table_and_what_follows(lesson, capsys):
-    answers = lesson.show_refused()
+def test_the_table_of_other_inputs(lesson, capsys):
+    answers = lesson.show_others()
     assert list(answers.values()) == [
-        ("TypeError", "Image"),
+        ("TypeError", "Image (2, 4, 3)"),
         ("ValueError", "RuntimeError"),
-        ("TypeError", "str, unchanged"),
+        ("TypeError", "str"),
     ]
     out = capsys.readouterr().out.splitlines()
+    for line, (name, pair) in zip(out[3:6], answers.items(), strict=True):
+        assert " ".join(line.split()) == f"{name} {' '.join(pair)}"
     assert out[-2:] == [
         "   -> ToTensor refuses 3 of 3",
-        "   -> v2 hands on, without a word: the path of a picture",
+        f"   -> v2 raises no error, and moves no axis, for {' and '.join([*answers][::2])}",
     ]
+    x = torch.rand(2, 4, 3)
+    assert torch.equal(v2.ToImage()(x), x) and v2.ToImage()("ant.jpg") == "ant.jpg"
 
 
 def test_the_rows_of_pictures(lesson, array, tmp_path, events, monkeypatch):
@@ -182,12 +199,12 @@ def test_the_rows_of_pictures(lesson, array, tmp_path, events, monkeypatch):
 def test_main(lesson, insects_root, tmp_path, events, capsys, seed):
     measured = lesson.main(seed=seed, log_dir=tmp_path, root=insects_root)
     assert measured["divisors"] == [255, 255]
-    assert measured["formula"]["back"] == 256
+    assert measured["back"] == [256, 193]
     assert min([*measured["formula"]["wrong"].values()][-2:]) > 0.5
     assert measured["range"]["uint8"][1] <= 1 < 100 < measured["range"]["float32 in 0..255"][3]
     assert list(measured["answers"])[2] == "the path of a picture"
     out = capsys.readouterr().out
-    assert [line[0] for line in out.splitlines() if line[0].isdigit()] == ["1", "2", "3", "4"]
+    assert [line[0] for line in out.splitlines() if line[0].isdigit()] == ["1", "2", "3", "4", "5"]
     assert out.splitlines()[-1].startswith(f"look: tensorboard --logdir {tmp_path} ")
     loaded = events(tmp_path)
     tags = ["to_tensor/axes", "to_tensor/colours", "to_tensor/range"]
