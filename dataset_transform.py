@@ -1,28 +1,29 @@
-"""A pipeline turns pictures into float tensors with mean 0 and standard deviation 1; without random
-crops and flips every pixel can be computed back.
+"""ToDtype and Normalize give the training set mean 0 and standard deviation 1 in each colour, and
+every pixel can be computed back.
 
-A batch is one float tensor, so its pictures need one shape. By custom each colour channel has mean
-0 and standard deviation 1 over the training set. A Dataset given transform=pipeline applies it to
-each picture that is read. Augmentation (a random crop, a flip) shows a training picture in another
-version each time; test pictures get none. A step that is left out, done twice or in a wrong place
-may pass without a word: section 5.
+A pipeline is the list of steps from a picture to the tensor that a network gets. A Dataset with
+transform=pipeline calls it for each picture that it reads. Augmentation (a random crop, a flip)
+shows a training picture in a version drawn anew each time; test pictures get none. A step that is
+left out, done twice or in a wrong place may pass without an error: section 5.
+
+    c  a pixel's colour: red, green or blue     mean, std  (3,), over x of all training images
 
     ToImage      a PIL picture becomes a uint8 tensor (3, H, W), the same numbers in 0..255
     ToDtype      x = number / 255, with scale=True: float32 in [0, 1]
     Normalize    z = (x - mean[c]) / std[c]      undone by x = z * std[c] + mean[c]
 
-    c  a pixel's channel, red, green or blue     mean, std  (3,), over x of all training images
-
-Called on a whole batch, a random transform draws once for all its images, except GaussianNoise. So
-augment image by image, as a Dataset does, or by code of your own.
+Called on a batch, each random transform of section 4 draws once for all its images, GaussianNoise
+excepted. So augment image by image, as a Dataset does.
 
 Needs          read_data.py, Useful_TF.py
-Checked here   mean 0 and std 1 over the set; by hand = v2; every pixel comes back; what draws once
+Checked here   mean 0 and std 1 over the set, and how a padded crop shifts them; by hand = v2; every
+               pixel comes back; what draws once for a batch
 TensorBoard    transform/steps: one picture after each step, the last one undone; transform/epochs:
                a row shows one image, in each epoch another version; transform/batch: above eight
                equal pictures, augmented as one batch, below unequal ones, augmented one by one
-Try            in show_draws, add v2.RandomErasing(p=1) to the list: once per batch or per image?
-Answer         Once per batch: the same rectangle is missing in every image
+Try            in show_draws, add v2.RandomErasing(p=1) behind v2.GaussianNoise(): does it draw once
+               for the batch, or for each image?
+Answer         Once for the batch: its row says 1, and more than 40 image by image
 Source         torchvision.transforms.v2; CIFAR-10: Krizhevsky 2009
 """
 
@@ -38,7 +39,6 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 
 from support.data import as_tensors, download_cifar10, open_images, source_line
-from support.data import channel_stats as counted_stats
 from support.files import DATASET2, guard, options_parser
 from support.pictures import caption_grid, caption_row
 
@@ -50,18 +50,18 @@ LOG_DIR = Path(__file__).resolve().parent / "runs" / "dataset_transform"
 
 def show_everyday(root):
     print("1. What does each step of a pipeline make of a picture?")
-    pipeline = v2.Compose(
-        [
-            v2.ToImage(),
-            v2.RandomCrop(32, padding=4),
-            v2.RandomHorizontalFlip(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25]),
-        ]
-    )
+    pipeline = v2.Compose([
+        v2.ToImage(),
+        v2.RandomCrop(32, padding=4),
+        v2.RandomHorizontalFlip(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25]),
+    ])  # fmt: skip
+    # as torchvision.datasets.CIFAR10(root, transform=pipeline)
     dataset = open_images(root, transform=pipeline)
     x, label = dataset[0]  # the picture is read now, and goes through the pipeline now
-    print("   after                  shape         dtype           smallest   largest   changed")
+    print("                                                                           unlike the")
+    print("   after                  shape         dtype           smallest   largest   row above")
     image, changed = open_images(root)[0][0], []  # the same picture without a transform
     before = torch.tensor(np.asarray(image)).permute(2, 0, 1)
     for step in pipeline.transforms:
@@ -71,11 +71,12 @@ def show_everyday(root):
         share, before = (image.float() != before.float()).float().mean().item(), image
         changed += [name] if share else []
         print(f"   {name:<20}   {tuple(image.shape)!s:<11}   {image.dtype!s:<13}   "
-              f"{image.min():8.2f}   {image.max():7.2f}   {share:7.0%}")  # fmt: skip
+              f"{image.min():8.2f}   {image.max():7.2f}   {share:9.0%}")  # fmt: skip
     print(f"   -> values changed (a flip comes half of the time) by {', '.join(changed)}")
     versions = len(torch.stack([dataset[0][0] for _ in range(10)]).unique(dim=0))
     print(f"   -> dataset[0] is (tensor {tuple(x.shape)}, label {label}); read ten times, it gave "
-          f"{versions} different tensors")  # fmt: skip
+          f"{versions} of")  # fmt: skip
+    print(f"      {9 * 9 * 2} possible versions: 9 x 9 places of the crop, flipped or not")
     return x, image, versions, changed
 
 
@@ -85,8 +86,8 @@ def show_everyday(root):
 def make_pipeline(mean, std, train=True):
     """The transform from a PIL picture to a normalised float32 tensor (3, 32, 32)."""
     augment = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if train else []
-    form = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean.tolist(), std.tolist())]
-    return v2.Compose([v2.ToImage(), *augment, *form])
+    to_z = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean.tolist(), std.tolist())]
+    return v2.Compose([v2.ToImage(), *augment, *to_z])
 
 
 def channel_stats(images, transform=None):
@@ -107,22 +108,26 @@ def channel_stats(images, transform=None):
 
 
 def show_statistics(images):
-    print(f"2. Normalised by the set's own mean and std, what have its {len(images):,} images?")
+    print(f"2. Which mean and std have the {len(images):,} images, before and after a pipeline?")
+    print("            x = number / 255   z for tests      z for training")
+    print("   colour    mean     std      mean     std     mean     std")
     mean, std = channel_stats(images)
-    counted_mean, counted_std = counted_stats(images)
-    form = v2.Compose(
-        make_pipeline(mean, std, train=False).transforms[1:]
-    )  # images are tensors already
-    after_mean, after_std = channel_stats(images, form)
-    print("   channel    mean     std   mean after   std after")
+    test, train = (v2.Compose(make_pipeline(mean, std, train=train).transforms[1:])
+                   for train in (False, True))  # fmt: skip
+    test_mean, test_std = channel_stats(images, test)
+    drawn = torch.stack([train(image) for image in images[:2000]])  # each with a crop of its own
+    train_mean, train_std = drawn.mean((0, 2, 3)), drawn.std((0, 2, 3))
     for c, name in enumerate(("red", "green", "blue")):
-        print(f"   {name:<7}   {mean[c]:5.3f}   {std[c]:5.3f}   {after_mean[c].abs():10.3f}   "
-              f"{after_std[c]:9.3f}")  # fmt: skip
-    off = max(after_mean.abs().max().item(), (after_std - 1).abs().max().item())
-    torch.testing.assert_close((mean, std), (counted_mean, counted_std), rtol=0, atol=1e-6)
+        numbers = (mean, std, test_mean, test_std, train_mean, train_std)
+        rounded = [round(values[c].item(), 3) + 0.0 for values in numbers]  # no minus before 0
+        print("   {:<6}   {:5.3f}   {:5.3f}    {:6.3f}   {:5.3f}   {:6.3f}   {:5.3f}".format(
+            name, *rounded))  # fmt: skip
+    off = max(test_mean.abs().max().item(), (test_std - 1).abs().max().item())
     assert off < 1e-4
-    print(f"   -> mean 0 and std 1, off by at most {off:.0e}")
-    return {"mean": mean, "std": std, "off": off}
+    shift = train_mean.abs().max().item()
+    print(f"   -> for tests mean 0 and std 1, off by at most {off:.0e}")
+    print(f"   -> for training the mean is off by {shift:.2f}: RandomCrop pads with black")
+    return {"mean": mean, "std": std, "off": off, "shift": shift}
 
 
 # --- 3. by hand, and back ----------------------------------------------------------------------
@@ -143,21 +148,22 @@ def denormalize(z, mean, std):
 
 
 def show_by_hand(dataset, mean, std, count):
-    print(f"3. Is it plain arithmetic, and does it come back? {count} images, their first pixels")
-    print("   image   x: red, green, blue    z by hand              z by v2")
-    form, differences, wrong = make_pipeline(mean, std, train=False), [], 0
+    print(f"3. Is Normalize plain arithmetic, and can it be undone? The first of {count} images")
+    print("           x = number / 255, red,   z = (x - mean) / std")
+    print("   image   green, blue of pixel 0   by hand                z by v2")
+    to_z, differences, wrong = make_pipeline(mean, std, train=False), [], 0
     for i in range(count):
         picture = dataset[i][0]
-        z, twin = normalize_by_hand(picture, mean, std), form(picture)
+        z, twin = normalize_by_hand(picture, mean, std), to_z(picture)
         before = torch.tensor(np.asarray(picture)).permute(2, 0, 1)
         back = (denormalize(twin, mean, std) * 255).round().byte()
         differences.append((z - twin).abs().max().item())
         wrong += (back != before).sum().item()
         if i < 3:
             a, b, c = (" ".join(f"{v:6.3f}" for v in t[:, 0, 0]) for t in (before / 255, z, twin))
-            print(f"   {i:5d}   {a}   {b}   {c}")
+            print(f"   {i:5d}   {a}     {b}   {c}")
     assert max(differences) < 1e-5 and wrong == 0
-    print(f"   -> v2 differs by at most {max(differences):.0e}; undone, {wrong} values are changed")
+    print(f"   -> v2 differs by at most {max(differences):.0e}; undone, {wrong} numbers change")
     return max(differences), wrong
 
 
@@ -176,9 +182,10 @@ def count_different(images):
 
 def show_draws(image, copies):
     print(f"4. One image, {copies} times in a batch: how many different ones after a transform?")
-    print("   A flip has 2 outcomes, a RandomCrop of 4 pixels padding 9 x 9 = 81 places")
-    print("   transform              called on the batch   called on each image")
+    print("                          called on   called on    expected of")
+    print(f"   transform              the batch   each image   {copies} draws")
     batch, different = image.expand(copies, -1, -1, -1), {}
+    outcomes = {"RandomHorizontalFlip": 2, "RandomCrop": 9 * 9}  # all equally likely
     for transform in [
         v2.RandomHorizontalFlip(),
         v2.RandomCrop(32, padding=4),
@@ -188,7 +195,9 @@ def show_draws(image, copies):
         name = type(transform).__name__
         together, each = transform(batch), augment_each(batch, transform)
         different[name] = count_different(together), count_different(each)
-        print(f"   {name:<20}   {different[name][0]:19d}   {different[name][1]:20d}")
+        K = outcomes.get(name)
+        expected = f"{K * (1 - (1 - 1 / K) ** copies):.1f} of {K}" if K else "-"
+        print(f"   {name:<20}   {different[name][0]:9d}   {different[name][1]:10d}   {expected}")
     once = [name for name, (number, _) in different.items() if number == 1]
     print(f"   -> drawn once for a batch: {', '.join(once)}")
     return different
@@ -198,29 +207,31 @@ def show_draws(image, copies):
 
 
 def show_mistakes(images, mean, std):
-    print("5. Which mistakes pass without a word? A mean of about 0, a std of about 1 is right")
+    print("5. Which mistakes pass without an error, and does a look at mean and std show them?")
     print("       steps                                               mean      std   error")
     to_float, to_unit = v2.ToDtype(torch.float32), v2.ToDtype(torch.float32, scale=True)
-    normalize, silent = v2.Normalize(mean.tolist(), std.tolist()), []
-    jitter = v2.ColorJitter(brightness=0.2)  # it takes floats for colours and cuts them to [0, 1]
-    mistakes = (
-        ("ToDtype(scale=True), Normalize", [to_unit, normalize]),
-        ("ToDtype without scale=True, Normalize", [to_float, normalize]),
-        ("ToDtype(scale=True), Normalize twice", [to_unit, normalize, normalize]),
-        ("ToDtype(scale=True), Normalize, ColorJitter", [to_unit, normalize, jitter]),
-        ("Normalize, ToDtype(scale=True)", [normalize, to_unit]),
-    )
-    for i, (name, steps) in enumerate(mistakes, 1):
+    normalize, silent, hidden = v2.Normalize(mean.tolist(), std.tolist()), [], []
+    jitter = v2.ColorJitter(brightness=0.2)  # it expects floats in [0, 1] and cuts off the rest
+    reshaped = images.permute(0, 2, 3, 1).reshape(images.shape)  # (B, H, W, 3), but not moved back
+    for i, (name, x, steps) in enumerate((
+        ("right: ToDtype(scale=True), Normalize", images, [to_unit, normalize]),
+        ("ToDtype without scale=True, Normalize", images, [to_float, normalize]),
+        ("ToDtype(scale=True), Normalize twice", images, [to_unit, normalize, normalize]),
+        ("ToDtype(scale=True), Normalize, ColorJitter", images, [to_unit, normalize, jitter]),
+        ("axes by reshape(3, H, W), then as in row 1", reshaped, [to_unit, normalize]),
+        ("Normalize, ToDtype(scale=True)", images, [normalize, to_unit]),
+    ), 1):  # fmt: skip
         try:
-            x = v2.Compose(steps)(images)
+            x = v2.Compose(steps)(x)
             result = f"{x.mean():9.2f}   {x.std():6.2f}   none"
-            if x.mean().abs() > 0.3 or (x.std() - 1).abs() > 0.3:
-                silent.append(i)
+            far = x.mean().abs() > 0.3 or (x.std() - 1).abs() > 0.3
+            (silent if far else hidden).append(str(i))
         except TypeError as error:
             result = f"{'-':>9}   {'-':>6}   TypeError: {str(error).split('.')[0]}"
         print(f"   {i}.  {name:<43}   {result}")
-    print(f"   -> wrong, and silent: rows {', '.join(map(str, silent))}")
-    return silent
+    print(f"   -> no error, but a mean or std far from 0 and 1: rows {', '.join(silent)}")
+    print(f"   -> no error, and both fit: rows {', '.join(hidden)}; a fit alone proves nothing")
+    return silent, hidden
 
 
 # --- the lesson --------------------------------------------------------------------------------
@@ -228,16 +239,15 @@ def show_mistakes(images, mean, std):
 
 def draw(log_dir, dataset, mean, std):
     """Pictures: one after each step, eight of them in seven epochs, a batch augmented both ways."""
-    to_tensor, *rest = make_pipeline(mean, std).transforms
-    augment = v2.Compose(rest[:2])
+    to_tensor, crop, flip, *to_z = make_pipeline(mean, std).transforms
+    augment = v2.Compose([crop, flip])
     steps, words = [to_tensor(dataset[0][0])], ["ToImage"]
-    for step in rest:
+    for step in (crop, flip, *to_z):
         steps.append(step(steps[-1]))
         words.append(type(step).__name__)
     title = "One picture after each step. Normalize: below 0 is black here, above 1 white"
-    row = caption_row(
-        title, [*steps, denormalize(steps[-1], mean, std)], [*words, "denormalize"], height=160
-    )
+    undone = denormalize(steps[-1], mean, std)
+    row = caption_row(title, [*steps, undone], [*words, "denormalize"], height=160)
     images, captions = [], []
     for i in range(8):
         picture, label = dataset[i]
@@ -259,14 +269,12 @@ def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=64, download=False):
     dataset = open_images(root)
     print(source_line(dataset))
     images, _ = as_tensors(dataset)
-    everyday = show_everyday(root)
-    mean, std = counted_stats(images)
-    measured = {
-        "everyday": everyday,
-        "statistics": show_statistics(images),
+    measured = {"everyday": show_everyday(root), "statistics": show_statistics(images)}
+    mean, std = (measured["statistics"][name] for name in ("mean", "std"))
+    measured |= {
         "by_hand": show_by_hand(dataset, mean, std, count),
         "different": show_draws(images[0], count),
-        "silent": show_mistakes(images[:500], mean, std),
+        "passed": show_mistakes(images[:500], mean, std),
     }
     draw(log_dir, dataset, mean, std)
     print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")

@@ -109,32 +109,69 @@ def test_one_draw_for_a_batch_except_for_noise(lesson, dataset, capsys, seed):
     assert different["GaussianNoise"] == (64, 64)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and lines[0].startswith("4. One image, 64 times")
-    assert [int(n) for n in lines[6].split()[1:]] == [64, 64]
+    expected = [" ".join(line.split()[3:]) for line in lines[3:7]]
+    assert expected == ["2.0 of 2", "44.4 of 81", "-", "-"]
+    for line, (name, pair) in zip(lines[3:7], different.items(), strict=True):
+        assert line.split()[:3] == [name, *map(str, pair)]
     ending = "once for a batch: RandomHorizontalFlip, RandomCrop, ColorJitter"
     assert lines[-1] == f"   -> drawn {ending}"
 
 
+def test_different_draws_are_as_many_as_expected(lesson):
+    torch.manual_seed(0)
+    picture = torch.rand(3, 32, 32)
+    counts = []
+    for _ in range(100):
+        crops = lesson.augment_each(picture.expand(64, -1, -1, -1), v2.RandomCrop(32, padding=4))
+        counts.append(lesson.count_different(crops))
+    assert sum(counts) / 100 == pytest.approx(81 * (1 - (80 / 81) ** 64), abs=1.5)
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_try_random_erasing_draws_once_for_a_batch(lesson, dataset, images_root, tmp_path, seed):
+def test_try_random_erasing_draws_once_for_a_batch(
+    lesson, dataset, images_root, tmp_path, seed, capsys
+):
     lesson = edited(lesson, "v2.GaussianNoise(),", "v2.GaussianNoise(), v2.RandomErasing(p=1),")
     torch.manual_seed(seed)
     different = lesson.show_draws(as_tensors(dataset)[0][0], 64)
-    assert different["RandomErasing"][0] == 1 and different["RandomErasing"][1] > 40
+    once, each = different["RandomErasing"]
+    assert once == 1 and each > 40
+    row = capsys.readouterr().out.splitlines()[-2]
+    assert row.split() == ["RandomErasing", "1", str(each), "-"]
     lesson.main(log_dir=tmp_path, root=images_root, count=8)
+
+
+def test_black_padding_is_what_shifts_the_mean(lesson, dataset):
+    images, _ = as_tensors(dataset)
+    mean, std = data.channel_stats(images)
+    steps = lesson.make_pipeline(mean, std).transforms[2:]
+    for mode, shifted in (("constant", True), ("reflect", False)):
+        crop = v2.RandomCrop(32, padding=4, padding_mode=mode)
+        z = lesson.augment_each(images, v2.Compose([crop, *steps]))
+        black = 1 - (1 - 20 / 9 / 32) ** 2  # of 0 ... 4 padded rows, and of as many columns
+        shift = shifted * black * (-mean / std).mean().item()
+        assert z.mean().item() == pytest.approx(shift, abs=0.06)
 
 
 def test_mistakes_are_seen_or_silent(lesson, dataset, capsys):
     images, _ = as_tensors(dataset)
     silent = lesson.show_mistakes(images[:64], *data.channel_stats(images))
-    assert silent == [2, 3, 4]
+    assert silent == (["2", "3", "4"], ["1", "5"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and lines[0].startswith("5. Which mistakes")
-    rows = [line[52:].split() for line in lines[2:7]]
-    assert abs(float(rows[0][0])) < 0.1 and abs(float(rows[0][1]) - 1) < 0.1
+    assert len(lines) == 10 and lines[0].startswith("5. Which mistakes")
+    rows = [line[52:].split() for line in lines[2:8]]
+    for row in (rows[0], rows[4]):
+        assert abs(float(row[0])) < 0.1 and abs(float(row[1]) - 1) < 0.1 and row[2] == "none"
     assert float(rows[1][0]) > 300 and float(rows[1][1]) > 100
-    assert 0.3 < float(rows[3][0]) < 0.5 and 0.35 < float(rows[3][1]) < 0.55
-    assert rows[4][2] == "TypeError:"
-    assert lines[-1] == "   -> wrong, and silent: rows 2, 3, 4"
+    assert 0.25 < float(rows[3][0]) < 0.5 and 0.35 < float(rows[3][1]) < 0.55
+    assert rows[5][2] == "TypeError:"
+    assert lines[-2:] == [
+        "   -> no error, but a mean or std far from 0 and 1: rows 2, 3, 4",
+        "   -> no error, and both fit: rows 1, 5; a fit alone proves nothing",
+    ]
+    x = (images[:64] / 255 - data.channel_stats(images)[0].view(3, 1, 1)) / (
+        data.channel_stats(images)[1].view(3, 1, 1))  # fmt: skip
+    assert rows[0][:2] == [f"{x.mean():.2f}", f"{x.std():.2f}"]
 
 
 def test_a_step_that_does_nothing_changes_no_value(lesson, images_root, monkeypatch, capsys):
@@ -142,7 +179,7 @@ def test_a_step_that_does_nothing_changes_no_value(lesson, images_root, monkeypa
     monkeypatch.setattr(lesson.v2, "RandomHorizontalFlip", torch.nn.Identity)
     *_, changed = lesson.show_everyday(images_root)
     assert changed == ["ToDtype", "Normalize(0.5, 0.25)"]
-    shares = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:7]]
+    shares = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[3:8]]
     assert shares[:3] == ["0%"] * 3 and shares[4] == "100%"
 
 
@@ -176,18 +213,19 @@ def test_main_prints_what_it_measures(lesson, dataset, images_root, tmp_path, ca
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert [line[:2] for line in lines if line[0] != " "][1:-1] == ["1.", "2.", "3.", "4.", "5."]
-    assert len(lines) == 39 and sum("   -> " in line for line in lines) == 6
+    assert sum("   -> " in line for line in lines) == 8
 
     x, last, versions, changed = measured["everyday"]
     assert changed[-2:] == ["ToDtype", "Normalize(0.5, 0.25)"]
     assert f"-> values changed (a flip comes half of the time) by {', '.join(changed)}\n" in out
     assert x.shape == last.shape == (3, 32, 32) and x.dtype == torch.float32 and versions > 5
     label = dataset.targets[0]
-    said = f"(tensor (3, 32, 32), label {label}); read ten times, it gave {versions} different"
-    assert f"   -> dataset[0] is {said}" in out
+    said = f"(tensor (3, 32, 32), label {label}); read ten times, it gave {versions} of"
+    last_words = "      162 possible versions: 9 x 9 places of the crop, flipped or not"
+    assert f"   -> dataset[0] is {said}\n{last_words}\n" in out
     image = np.array(dataset[0][0])
     smallest, largest = (f"{value:.2f}" for value in (image.min(), image.max()))
-    assert lines[3].split() == [
+    assert lines[4].split() == [
         "ToImage",
         "(3,",
         "32,",
@@ -198,23 +236,30 @@ def test_main_prints_what_it_measures(lesson, dataset, images_root, tmp_path, ca
         "0%",
     ]
     assert last.min() >= -2 and last.max() <= 2
-    assert f"{last.min():8.2f}   {last.max():7.2f}" in lines[7]
+    assert f"{last.min():8.2f}   {last.max():7.2f}" in lines[8]
 
     difference, wrong = measured["by_hand"]
     assert difference < 1e-5 and wrong == 0
-    assert f"-> v2 differs by at most {difference:.0e}; undone, 0 values are changed" in out
+    assert f"-> v2 differs by at most {difference:.0e}; undone, 0 numbers change" in out
     mean, std = data.channel_stats(as_tensors(dataset)[0])
     pixel = torch.tensor(image[0, 0]) / 255
     for numbers in (pixel, (pixel - mean) / std):
-        assert " ".join(f"{v:6.3f}" for v in numbers) in lines[18]
+        assert " ".join(f"{v:6.3f}" for v in numbers) in lines[23]
 
     statistics = measured["statistics"]
     torch.testing.assert_close((statistics["mean"], statistics["std"]), (mean, std))
     assert statistics["off"] < 1e-4
-    assert f"-> mean 0 and std 1, off by at most {statistics['off']:.0e}" in out
-    for name, m, s in zip(("red", "green", "blue"), mean, std, strict=True):
-        assert f"   {name:<7}   {m:5.3f}   {s:5.3f}        0.000       1.000" in out
-    assert measured["different"]["GaussianNoise"] == (16, 16) and measured["silent"] == [2, 3, 4]
+    assert f"-> for tests mean 0 and std 1, off by at most {statistics['off']:.0e}\n" in out
+    assert 0.15 < statistics["shift"] < 0.4
+    assert f"-> for training the mean is off by {statistics['shift']:.2f}: RandomCrop pads" in out
+    for line, name, m, s in zip(lines[15:18], ("red", "green", "blue"), mean, std, strict=True):
+        assert line.startswith(f"   {name:<6}   {m:5.3f}   {s:5.3f}     0.000   1.000   ")
+        shifted, wider = map(float, line.split()[-2:])
+        assert -0.4 < shifted < -0.15 and 1.05 < wider < 1.25
+    shifts = [-float(line.split()[-2]) for line in lines[15:18]]
+    assert statistics["shift"] == pytest.approx(max(shifts), abs=1e-3)
+    assert measured["different"]["GaussianNoise"] == (16, 16)
+    assert measured["passed"] == (["2", "3", "4"], ["1", "5"])
 
 
 def test_pictures_show_each_step_eight_epochs_and_both_ways(lesson, dataset, tmp_path, events):
