@@ -1,28 +1,28 @@
-"""A Jacobian costs one backward pass per output or one forward pass per input: choose by its shape.
+"""A Jacobian costs one backward pass per output or one forward-mode pass per input.
 
 f: R^n -> R^m has the Jacobian J (m, n): row i holds the derivatives of output i, column j those
-with respect to input j. Reverse mode (backward) goes from one output back to all inputs. Forward
-mode computes, with each value, its slope along one direction v of the inputs. A loss has one
-output, so one backward pass is its whole gradient: training uses backward(). The Hessian H (n, n),
-the Jacobian of the gradient, holds the curvature of a loss. For a million weights it needs 4 TB;
-its product with a vector v needs no more memory than a few gradients.
+with respect to input j. A backward pass goes from one output back to all inputs and gives a row. A
+forward-mode pass computes, with each value, its slope along one direction of the inputs: it gives a
+column. A loss has one output, so one backward pass is its whole gradient: training uses backward().
+The Hessian H (n, n) of a loss is the Jacobian of its gradient. For a million weights it takes 4 TB
+in float32, but its product with a vector needs no H.
 
     VJP   u J    vector-Jacobian product: one backward pass;        u = e_i gives row i of J
     JVP   J v    Jacobian-vector product: one forward-mode pass;    v = e_j gives column j of J
-    HVP   H v    Hessian-vector product: the VJP of the gradient. Counted in matrix products, for
-                 a loss f(A x) with a matrix A, it costs 2 gradients at any n; all of H costs 1 + n
+    HVP   H v    Hessian-vector product: the VJP of the gradient; in section 3 it costs 2 gradients
 
     n  inputs     m  outputs     u (m,), v (n,)  any vectors     e_i  all 0, but 1 at place i
 
-Needs          02_autograd_basics.py
+Needs          02_autograd_basics.py, 04_hooks.py
 Checked here   J by rows, by columns, by jacrev and jacfwd and by hand; passes counted; H v and its
-               cost; Newton's next error; the gradient norm that a gradient penalty leaves
+               cost. Second reading: Newton's method, a step of -H^-1 times the gradient; a penalty
+               added to a loss, which keeps a gradient near length 1
 TensorBoard    jacobian/log2_passes by log2 m: the run reverse rises, forward is level;
-               hessian/log2_cost by log2 n: hessian rises, hvp is level; newton/log10_error by step;
-               penalty/grad_norm by step: the runs none and no_create_graph are one line
+               hessian/log2_cost by log2 n: hessian rises, hvp is level; newton/log10_error by step:
+               descent is level, newton falls; penalty/grad_norm by step: only penalty stays near 1
 Try            before the last line of show_everyday, add
                print(hvp(loss, x, torch.tensor([1.0, 0.0]))): which part of H will you see?
-Answer         Column 0, that is [6, 4], and as H is symmetric its row 0 as well; H was never built
+Answer         [6, 4], column 0 of H; H is symmetric, so it is row 0 as well. hvp built no H
 Source         Pearlmutter 1994, Neural Computation 6(1), for H v; Rosenbrock 1960, The Computer
                Journal 3(3); Gulrajani et al. 2017, arXiv:1704.00028, eq. 3, for the penalty
 """
@@ -60,22 +60,23 @@ def show_everyday():
     x, u, v = torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, -1.0])
     J = jacrev(f)(x)  # (3, 2)
     J_fwd = jacfwd(f)(x)  # (3, 2), the same numbers
-    _, pull_back = vjp(f, x)  # f(x), and a function u -> (u J,)
+    _, pull_back = vjp(f, x)  # f(x), and the function pull_back: u -> (u J,)
     _, Jv = jvp(f, (x,), (v,))  # f(x) and J v, without J
     H = hessian(loss)(x)  # (2, 2)
     results = {"J": J, "jacfwd": J_fwd, "uJ": pull_back(u)[0], "Jv": Jv, "H": H}
 
     print("1. In everyday code: f(x) = (x0 x1, x0^2, x1) at x = (2, 3), and its J")
-    print("   jacrev(f)(x)                by x0    by x1")
+    print("   jacrev(f)(x)                   by x0    by x1")
     for name, row in zip(("f0 = x0 x1", "f1 = x0^2", "f2 = x1"), J, strict=True):
-        print(f"   row of {name:<15} {row[0]:9.1f}{row[1]:9.1f}")
+        print(f"   row of {name:<18} {row[0]:9.1f}{row[1]:9.1f}")
     print(f"   jacfwd(f)(x)     differs by {(J_fwd - J).abs().max():g}")
-    print(f"   vjp: row 0 + 2 row 2     {''.join(f'{t:9.1f}' for t in results['uJ'])}")
-    print("   jvp: column 0 - column 1   for f0   for f1   for f2")
-    print(f"                            {''.join(f'{t:9.1f}' for t in Jv)}")
-    print("   hessian of x0^2 x1          by x0    by x1")
+    print("   vjp: u J with u = (1, 0, 2)    by x0    by x1")
+    print(f"   = row 0 + 2 row 2         {''.join(f'{t:9.1f}' for t in results['uJ'])}")
+    print("   jvp: J v with v = (1, -1)     for f0   for f1   for f2")
+    print(f"   = column 0 - column 1     {''.join(f'{t:9.1f}' for t in Jv)}")
+    print("   hessian of x0^2 x1             by x0    by x1")
     for name, row in zip(("d/dx0", "d/dx1"), H, strict=True):
-        print(f"   row of its {name:<11} {row[0]:9.1f}{row[1]:9.1f}")
+        print(f"   row of its {name:<14} {row[0]:9.1f}{row[1]:9.1f}")
     print(f"   -> J has {len(J)} rows, one per output, and {J.shape[1]} columns, one per input")
     return results
 
@@ -132,15 +133,16 @@ def counted(f, passes):
 
 def flops(compute, *args):
     """Floating-point operations in matrix products, the matrix-vector ones included."""
-    product = {torch.ops.aten.mv: lambda A, x, **_: 2 * A[0] * A[1]}
+    product = {torch.ops.aten.mv: lambda shape, *_, **__: 2 * shape[0] * shape[1]}
     with FlopCounterMode(display=False, custom_mapping=product) as counter:
         compute(*args)
     return counter.get_total_flops()
 
 
 def show_modes(log_dir, n, outputs):
-    print(f"2. J of f: R^{n} -> R^m, by rows and by columns: which costs less?")
-    print("       m   backward passes   forward passes   work, rows / columns   off by")
+    print(f"2. J of f: R^{n} -> R^m, by rows and by columns: which takes fewer multiplications?")
+    print("             passes: backward   forward-mode   multiplications:                largest")
+    print("       m     for the rows       for columns    rows / columns    J[0, 0]    difference")
     counts, work = {}, {}
     for m in outputs:
         f, jacobian = two_layers(n, m)
@@ -152,18 +154,21 @@ def show_modes(log_dir, n, outputs):
         assert apart < 1e-12
         counts[m] = reverse["backward"], forward["forward"]
         work[m] = flops(jacobian_by_rows, f, x) / flops(jacobian_by_columns, f, x)
-        row = f"{counts[m][0]:15d}   {counts[m][1]:14d}   {work[m]:20.2f}"
-        print(f"   {m:5d}   {row}   {apart:13.0e}")
+        row = f"{counts[m][0]:17d}   {counts[m][1]:15d}   {work[m]:15.2f}"
+        print(f"   {m:5d}{row}   {by_rows[0, 0]:8.4f}   {apart:11.0e}")
     for run, way in (("reverse", 0), ("forward", 1)):
         curve = {math.log2(m): math.log2(counts[m][way]) for m in outputs}
         draw(log_dir / run, "jacobian/log2_passes", curve)
+    print("   difference: of jacobian_by_rows and _by_columns, jacrev and jacfwd from J by hand")
+    # A forward-mode pass computes y = A x, A x' and A' x, for the slopes x' of x and A' = 0 of A.
+    once = flops(f, x)
+    back, ahead = (flops(jacobian_by_rows, f, x) / once - 1) / m, flops(jvp, f, (x,), (x,)) / once
     rows = ", ".join(str(m) for m in outputs if work[m] < 1)
     columns = ", ".join(str(m) for m in outputs if work[m] > 1)
-    print(f"   -> by rows it costs less for m = {rows}; by columns for m = {columns}")
-    print(
-        "      (a forward-mode pass carries value and slope, so it costs more than a backward one)"
-    )
-    return {"counts": counts, "work": work}
+    print(f"   -> take rows for m = {rows}; take columns for m = {columns}")
+    print(f"   -> a backward pass multiplies {back:.2g} times what f does, a forward-mode pass "
+          f"{ahead:.2g} times:\n      the turn is at m = {(ahead * n - 1) / back:.0f}")  # fmt: skip
+    return {"counts": counts, "work": work, "back": back, "ahead": ahead}
 
 
 # --- 3. H v without H --------------------------------------------------------------------------
@@ -191,12 +196,14 @@ def log_sum_exp(n):
 
 def show_hvp(log_dir, sizes, large):
     print("3. log sum exp(A x), x in R^n: what do H v and H cost, if one gradient costs 1?")
-    print("         n   H v   H, by rows      memory of H   H v - H v by hand, largest")
+    print("   cost: multiplications in matrix products. H in float64. difference: from H v by hand")
+    print("         n   cost of H v   of H, by rows        memory of H    (H v)[0]   difference")
     costs = {"hvp": {}, "hessian": {}}
     for n in (*sizes, large):
         f, by_hand = log_sum_exp(n)
         x, v = torch.randn(2, n, dtype=F64)
-        apart = (hvp(f, x, v) - by_hand(x, v)).abs().max().item()
+        Hv = hvp(f, x, v)
+        apart = (Hv - by_hand(x, v)).abs().max().item()
         assert apart < 1e-12
         one, whole = flops(grad(f), x), "not built"
         costs["hvp"][n] = flops(hvp, f, x, v) / one
@@ -205,8 +212,8 @@ def show_hvp(log_dir, sizes, large):
             assert (H - hessian(f)(x)).abs().max() < 1e-12
             costs["hessian"][n] = flops(jacobian_by_rows, grad(f), x) / one
             whole = f"{costs['hessian'][n]:.0f}"
-        row = f"{costs['hvp'][n]:5.0f}   {whole:>10}   {8 * n**2 / 1e6:11,.3f} MB"
-        print(f"   {n:7,} {row}   {apart:22.0e}")
+        row = f"{costs['hvp'][n]:11.0f}   {whole:>13}   {8 * n**2 / 1e6:13,.3f} MB"
+        print(f"   {n:7,}   {row}   {Hv[0]:9.1e}   {apart:10.0e}")
     for run, curve in costs.items():
         logs = {math.log2(n): math.log2(cost) for n, cost in curve.items()}
         draw(log_dir / run, "hessian/log2_cost", logs)
@@ -242,35 +249,19 @@ def descent(f, p, lr, steps):
     return torch.stack(path)
 
 
-def next_error(f, best, e):
-    """Newton's error after a step from best + e: |H^-1 T| / 2, T = d^2/dt^2 grad f(best + t e)."""
-    T = jvp(lambda p: hvp(f, p, e), (best,), (e,))[1]
-    return (torch.linalg.solve(jacobian_by_rows(grad(f), best), T) / 2).norm().item()
-
-
 def show_newton(log_dir, start=(0.8, 0.6), steps=6, lr=1e-3):
-    print(f"4. Rosenbrock's function from {start}: how much faster is Newton's x - H^-1 gradient?")
-    print("          distance |e| to the minimum")
-    print(
-        f"   step   descent, lr {lr:g}     Newton   Newton in theory (-: |e| before is too large)"
-    )
+    print(f"4. From {start} to the minimum (1, 1) of Rosenbrock's function: the distance to it")
+    print(f"   step   descent: p - {lr:g} gradient   Newton: p - H^-1 gradient")
     p, best = torch.tensor(start, dtype=F64), torch.ones(2, dtype=F64)
     slow = (descent(rosenbrock, p, lr, steps) - best).norm(dim=1).tolist()
-    e = newton(rosenbrock, p, steps) - best  # (steps + 1, 2)
-    fast, theory = e.norm(dim=1).tolist(), {}
+    fast = (newton(rosenbrock, p, steps) - best).norm(dim=1).tolist()
     for k in range(steps + 1):
-        if k and 1e-7 < fast[k - 1] < 1e-3:  # small for the law, its square not for float64
-            theory[k] = next_error(rosenbrock, best, e[k - 1])
-        law = f"{theory[k]:.1e}" if k in theory else "-"
-        print(f"   {k:4d}   {slow[k]:16.1e}   {fast[k]:8.1e}   {law:>16}")
+        print(f"   {k:4d}   {slow[k]:27.1e}   {fast[k]:25.1e}")
     for run, errors in {"descent": slow, "newton": fast}.items():
         logs = {k: math.log10(max(error, 1e-16)) for k, error in enumerate(errors)}
         draw(log_dir / run, "newton/log10_error", logs)
-    off = max((abs(fast[k] / law - 1) for k, law in theory.items()), default=math.nan)
-    left = f"{slow[-1]:.0e} by descent, {fast[-1]:.0e} by Newton"
-    print(f"   -> left after {steps} steps: {left}, whose step costs {1 + len(p)} gradients")
-    print(f"   -> where theory speaks, at {len(theory)} steps, it is right within {off:.0%}")
-    return {"descent": slow, "newton": fast, "theory": theory}
+    print(f"   -> left after {steps} steps: {slow[-1]:.0e} by descent, {fast[-1]:.0e} by Newton")
+    return {"descent": slow, "newton": fast}
 
 
 # --- 5. second reading: a gradient inside the loss ---------------------------------------------
@@ -279,16 +270,16 @@ def show_newton(log_dir, start=(0.8, 0.6), steps=6, lr=1e-3):
 def gradient_penalty(D, x, create_graph=True):
     """The mean over the samples x (B, n) of (|dD/dx| - 1)^2, for D: (B, n) -> (B,).
 
-    D must not mix samples (BatchNorm would): then torch.autograd.grad of the sum of D holds the
-    gradient of each in a row. create_graph=True lets autograd differentiate it again. Exercise.
+    If D does not mix samples (BatchNorm would), row i of the gradient of D(x).sum() is the gradient
+    of sample i. create_graph=True lets autograd differentiate that gradient again. Exercise.
     """
     x = x.detach().requires_grad_()
     (g,) = torch.autograd.grad(D(x).sum(), x, create_graph=create_graph)  # (B, n)
     return (g.norm(dim=1) - 1).square().mean()
 
 
-def train_critic(weight, create_graph, steps, shift=(3.0, 0.0), lr=0.02):
-    """SGD on D(0) - D(shift) + weight * penalty, where D(x) = a . x: |a| before each step."""
+def train_critic(weight, create_graph, steps, shift, lr=0.02):
+    """SGD on D(0) - D(shift) + weight * penalty, where D(x) = a . x: |a| after each step."""
     a, d = torch.tensor([0.6, 0.8], requires_grad=True), torch.tensor(shift)
     optimizer, lengths = torch.optim.SGD([a], lr), []
     for _ in range(steps):
@@ -301,23 +292,21 @@ def train_critic(weight, create_graph, steps, shift=(3.0, 0.0), lr=0.02):
     return lengths
 
 
-def show_penalty(log_dir, steps=100, weight=10.0):
-    print(
-        "5. Raise D(d) - D(0), D(x) = a . x, d = (3, 0): can a penalty keep the slope |a| near 1?"
-    )
-    print(
-        "   loss = D(0) - D(d) + weight (|dD/dx| - 1)^2; create_graph: may dD/dx be differentiated?"
-    )
+def show_penalty(log_dir, steps=100, weight=10.0, shift=(3.0, 0.0)):
+    print(f"5. D(x) = a . x shall rise from 0 to d = {shift}: does a penalty keep |a| near 1?")
+    print("   loss = D(0) - D(d) + weight (|dD/dx| - 1)^2, where dD/dx is a")
     print(f"   run               weight   create_graph   |a| after {steps} steps")
     runs = {"penalty": (weight, True), "none": (0.0, True), "no_create_graph": (weight, False)}
     lengths = {}
     for run, (strength, create_graph) in runs.items():
-        lengths[run] = train_critic(strength, create_graph, steps)
+        lengths[run] = train_critic(strength, create_graph, steps, shift)
         draw(log_dir / run, "penalty/grad_norm", dict(enumerate(lengths[run], 1)))
         print(f"   {run:<16} {strength:7.0f}   {create_graph!s:>12}   {lengths[run][-1]:19.4f}")
+    least = 1 + math.hypot(*shift) / (2 * weight)
+    print(f"   -> with the penalty |a| is {lengths['penalty'][-1]:.4f}; the loss is least at "
+          f"1 + |d| / (2 weight) = {least:.4f}")  # fmt: skip
     if lengths["none"] == lengths["no_create_graph"]:
-        print("   -> without create_graph it is as if there were no penalty, and nothing says so")
-    print(f"   -> theory with it: 1 + |d| / (2 weight) = {1 + 3 / (2 * weight):.4f}")
+        print("   -> without create_graph |a| is as without a penalty, and no error is raised")
     return lengths
 
 

@@ -57,11 +57,11 @@ def test_the_everyday_calls_give_the_slopes_by_hand(lesson, capsys):
         assert torch.equal(results[name], expected)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     numbers = [
-        ["3.0", "2.0"], ["4.0", "0.0"], ["0.0", "1.0"], ["by", "0"], ["3.0", "4.0"],
+        ["3.0", "2.0"], ["4.0", "0.0"], ["0.0", "1.0"], ["by", "0"], ["by", "x1"], ["3.0", "4.0"],
         ["for", "f2"], ["4.0", "-1.0"], ["by", "x1"], ["6.0", "4.0"], ["4.0", "0.0"],
     ]  # fmt: skip
-    assert [row[-2:] for row in rows[2:12]] == numbers
-    assert " ".join(rows[12]) == "-> J has 3 rows, one per output, and 2 columns, one per input"
+    assert [row[-2:] for row in rows[2:13]] == numbers
+    assert " ".join(rows[13]) == "-> J has 3 rows, one per output, and 2 columns, one per input"
 
 
 # --- Jacobians ---------------------------------------------------------------------------------
@@ -120,18 +120,25 @@ def test_what_is_printed_of_the_modes_is_counted(lesson, tmp_path, events, capsy
     torch.manual_seed(0)
     measured = lesson.show_modes(tmp_path, 4, (1, 64))
     assert measured["counts"] == {1: (1, 4), 64: (64, 4)}
+    assert measured["back"] == pytest.approx(1) and measured["ahead"] >= 2
     assert measured["work"][1] < 0.6 and measured["work"][64] > 4
+    for m, work in measured["work"].items():  # one forward pass and m backward ones
+        assert work == pytest.approx((m + 1) / (measured["ahead"] * 4))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[2][:4] == ["1", "1", "4", f"{measured['work'][1]:.2f}"]
-    assert rows[3][:4] == ["64", "64", "4", f"{measured['work'][64]:.2f}"]
+    assert rows[3][:4] == ["1", "1", "4", f"{measured['work'][1]:.2f}"]
+    assert rows[4][:4] == ["64", "64", "4", f"{measured['work'][64]:.2f}"]
     torch.manual_seed(0)
-    for row, m in zip(rows[2:4], (1, 64), strict=True):  # drawn as in the lesson
+    for row, m in zip(rows[3:5], (1, 64), strict=True):  # drawn as in the lesson
         f, jacobian = lesson.two_layers(4, m)
         x = torch.randn(4, dtype=F64)
         ways = (lesson.jacobian_by_rows, lesson.jacobian_by_columns)
         found = [way(f, x) for way in ways] + [way(f)(x) for way in (jacrev, jacfwd)]
-        assert row[4] == f"{max((J - jacobian(x)).abs().max() for J in found):.0e}"
-    assert " ".join(rows[4]) == "-> by rows it costs less for m = 1; by columns for m = 64"
+        assert row[4] == f"{jacobian(x)[0, 0]:.4f}"
+        assert row[5] == f"{max((J - jacobian(x)).abs().max() for J in found):.0e}"
+    assert " ".join(rows[6]) == "-> take rows for m = 1; take columns for m = 64"
+    ahead = f"a forward-mode pass {measured['ahead']:.2g} times:"
+    assert " ".join(rows[7]) == f"-> a backward pass multiplies 1 times what f does, {ahead}"
+    assert " ".join(rows[8]) == f"the turn is at m = {measured['ahead'] * 4 - 1:.0f}"
     assert curve(events, tmp_path / "reverse", "jacobian/log2_passes") == {0: 0, 6: 6}
     assert curve(events, tmp_path / "forward", "jacobian/log2_passes") == {0: 2, 6: 2}
 
@@ -163,7 +170,7 @@ def test_hvp_is_the_product_with_hessian(lesson):
 
 
 def hvp_rows(out):
-    return {row[0]: row[1:] for row in (line.split() for line in out.splitlines()[2:])}
+    return {row[0]: row[1:] for row in (line.split() for line in out.splitlines()[3:])}
 
 
 def test_what_is_printed_of_hvp_is_measured(lesson, tmp_path, events, capsys):
@@ -180,7 +187,8 @@ def test_what_is_printed_of_hvp_is_measured(lesson, tmp_path, events, capsys):
         f, by_hand = lesson.log_sum_exp(n)
         x, v = torch.randn(2, n, dtype=F64)
         apart = (lesson.hvp(f, x, v) - by_hand(x, v)).abs().max()
-        assert apart < 1e-12 and rows[str(n)][-1] == f"{apart:.0e}"
+        assert apart < 1e-12
+        assert rows[str(n)][-2:] == [f"{by_hand(x, v)[0]:.1e}", f"{apart:.0e}"]
     assert "-> H v costs 2 gradients at every n\n" in out
     assert curve(events, tmp_path / "hvp", "hessian/log2_cost") == {2: 1, 4: 1, 9: 1}
     found = curve(events, tmp_path / "hessian", "hessian/log2_cost")
@@ -217,6 +225,13 @@ def test_rosenbrocks_hessian_by_hand(lesson):
     assert lesson.rosenbrock(torch.ones(2)) == 0 == grad(lesson.rosenbrock)(torch.ones(2)).norm()
 
 
+def next_error(lesson, f, best, e):
+    """Newton's error after a step from best + e: |H^-1 T| / 2, T = d^2/dt^2 grad f(best + t e)."""
+    T = jvp(lambda p: lesson.hvp(f, p, e), (best,), (e,))[1]
+    H = lesson.jacobian_by_rows(grad(f), best)
+    return (torch.linalg.solve(H, T) / 2).norm().item()
+
+
 def test_the_predicted_error_is_half_of_h_inverse_times_the_third_derivative(lesson):
     def f(x):
         return (x**3).sum() + x[0] ** 2 * x[1] + 4 * x.square().sum()
@@ -225,19 +240,20 @@ def test_the_predicted_error_is_half_of_h_inverse_times_the_third_derivative(les
     T = double(6 * 0.25 + 4 * 0.5 * 2, 24 + 2 * 0.25)
     H = double([6 * 2 + 2 * 3 + 8, 2 * 2], [2 * 2, 6 * 3 + 8])
     expected = (torch.linalg.solve(H, T) / 2).norm().item()
-    assert lesson.next_error(f, x, e) == pytest.approx(expected)
+    assert next_error(lesson, f, x, e) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("start", [(0.46, 0.3), (0.64, 0.8), (-1.2, 1.0), (1.19, 1.73)])
-def test_newtons_next_error_is_the_predicted_one(lesson, tmp_path, start):
-    measured = lesson.show_newton(tmp_path, start, steps=9)
-    newton, theory = measured["newton"], measured["theory"]
-    assert theory and newton[-1] < 1e-12
+@pytest.mark.parametrize("start", [(0.8, 0.6), (0.46, 0.3), (0.64, 0.8), (-1.2, 1.0), (1.19, 1.73)])
+def test_newtons_next_error_is_the_predicted_one_where_it_is_small(lesson, start):
+    errors = lesson.newton(lesson.rosenbrock, double(*start), 9) - 1
+    sizes, seen = errors.norm(dim=1).tolist(), 0
+    assert sizes[-1] < 1e-12
     for k in range(1, 10):
-        assert (k in theory) == (1e-7 < newton[k - 1] < 1e-3)
-    for k, law in theory.items():
-        assert newton[k] == pytest.approx(law, rel=0.15)
-        assert 1.6 < math.log(newton[k]) / math.log(newton[k - 1]) < 2.6  # digits about double
+        if 1e-7 < sizes[k - 1] < 1e-3:  # small for the law, its square not for float64
+            law, seen = next_error(lesson, lesson.rosenbrock, double(1, 1), errors[k - 1]), seen + 1
+            assert sizes[k] == pytest.approx(law, rel=0.15)
+            assert 1.5 < math.log(sizes[k]) / math.log(sizes[k - 1]) < 2.6  # digits about double
+    assert seen
 
 
 def test_descent_shrinks_by_the_smallest_eigenvalue(lesson):
@@ -256,19 +272,16 @@ def test_newton_stops_at_a_saddle_where_descent_goes_on_to_a_minimum(lesson):
 
 def test_what_is_printed_of_newton_is_measured(lesson, tmp_path, events, capsys):
     measured = lesson.show_newton(tmp_path)
-    slow, fast, theory = measured["descent"], measured["newton"], measured["theory"]
+    slow, fast = measured["descent"], measured["newton"]
     assert slow[0] == fast[0] == pytest.approx(math.hypot(0.2, 0.4))
-    assert list(theory) == [5, 6] and fast[6] < 1e-11 and slow[6] > 0.4
+    assert fast[6] < 1e-11 and slow[6] > 0.4
     assert fast == sorted(fast, reverse=True)
-    assert 0.01 < abs(fast[5] / theory[5] - 1) < 0.05 and abs(fast[6] / theory[6] - 1) < 1e-3
     lines = capsys.readouterr().out.splitlines()
-    for k, line in enumerate(lines[3:10]):
-        law = f"{theory[k]:.1e}" if k in theory else "-"
-        assert line.split() == [str(k), f"{slow[k]:.1e}", f"{fast[k]:.1e}", law]
-    off = max(abs(fast[k] / theory[k] - 1) for k in theory)
-    left = f"{slow[6]:.0e} by descent, {fast[6]:.0e} by Newton, whose step costs 3 gradients"
-    assert lines[10] == f"   -> left after 6 steps: {left}"
-    assert lines[11] == f"   -> where theory speaks, at 2 steps, it is right within {off:.0%}"
+    assert lines[0].startswith("4. From (0.8, 0.6) to the minimum (1, 1)")
+    for k, line in enumerate(lines[2:9]):
+        assert line.split() == [str(k), f"{slow[k]:.1e}", f"{fast[k]:.1e}"]
+    left = f"{slow[6]:.0e} by descent, {fast[6]:.0e} by Newton"
+    assert lines[9] == f"   -> left after 6 steps: {left}"
     for run, errors in {"descent": slow, "newton": fast}.items():
         logs = {k: math.log10(error) for k, error in enumerate(errors)}
         assert curve(events, tmp_path / run, "newton/log10_error") == pytest.approx(logs)
@@ -329,11 +342,19 @@ def test_what_is_printed_of_the_penalty_is_measured(lesson, tmp_path, events, ca
     assert rows["penalty"] == ["10", "True", "1.1500"]
     assert rows["none"] == ["0", "True", last]
     assert rows["no_create_graph"] == ["10", "False", last]
-    assert "-> without create_graph it is as if there were no penalty, and nothing says so\n" in out
+    assert "-> without create_graph |a| is as without a penalty, and no error is raised\n" in out
+    assert "-> with the penalty |a| is 1.1500; the loss is least at" in out
     assert "1 + |d| / (2 weight) = 1.1500\n" in out
     for run, values in lengths.items():
         found = curve(events, tmp_path / run, "penalty/grad_norm")
         assert found == pytest.approx(dict(enumerate(values, 1)))
+
+
+def test_another_shift_is_told(lesson, tmp_path, capsys):
+    lengths = lesson.show_penalty(tmp_path, 600, 4.0, (0.0, -2.0))
+    assert lengths["penalty"][-1] == pytest.approx(1.25, rel=1e-4)
+    out = capsys.readouterr().out
+    assert "d = (0.0, -2.0)" in out and "1 + |d| / (2 weight) = 1.2500\n" in out
 
 
 # --- the run -----------------------------------------------------------------------------------
@@ -348,7 +369,7 @@ def test_main(lesson, tmp_path, capsys, seed):
     assert measured["costs"]["hvp"] == {4: 2, 16: 2, 2**12: 2}
     assert measured["costs"]["hessian"] == {4: 5, 16: 17}
     out = capsys.readouterr().out
-    assert "by rows it costs less for m = 1; by columns for m = 256\n" in out
+    assert "-> take rows for m = 1; take columns for m = 256\n" in out
     assert f"look: tensorboard --logdir {tmp_path} " in out
     runs = {"reverse", "forward", "hvp", "hessian", "newton", "descent",
             "penalty", "none", "no_create_graph"}  # fmt: skip
