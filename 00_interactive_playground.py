@@ -1,32 +1,30 @@
-"""Autograd differentiates the code that you run; you give neither a formula nor a step size.
+"""Autograd differentiates the code that you run; you write no derivative and choose no step size.
 
 A derivative says how much a result moves when an input moves a little; training needs one for each
-weight. Autograd, PyTorch's automatic differentiation, records the operations as they run, and then
-applies the chain rule to them, from the result back to the inputs. A difference of two nearby
-values is only an approximation, and needs two runs of your code for every input.
+weight. Autograd, automatic differentiation, records the operations while your code runs. backward()
+then applies the chain rule to them, from the result back to the inputs.
 
-    (f(x + h) - f(x - h)) / 2h            = f'(x)  + h^2 f'''(x) / 6   + ...
-    (f(x + h) - 2 f(x) + f(x - h)) / h^2  = f''(x) + h^2 f''''(x) / 12 + ...
+Central differences check it. They use values of f only, a small step h (here 0.01) to each side of
+x. f', f'', f''' and f'''' are the first to the fourth derivative of f; what is left out is smaller:
 
-    f', f'', f''', f''''   the first to the fourth derivative of f, a function of x
-    h   a small step, here 0.01         ...   terms that shrink faster than h^2
-    J   Jacobian: row i holds the derivatives of output i, one for each input
+    (f(x + h) - f(x - h)) / 2h             = f'(x)   + h^2 f'''(x) / 6    + ...
+    (f(x + h) - 2 f(x) + f(x - h)) / h^2   = f''(x)  + h^2 f''''(x) / 12  + ...
 
-    python 00_interactive_playground.py "sin(x) * x**2" --at 1.5     a function of yours
-    python 00_interactive_playground.py -i        asks again and again: sin(x), or sin(x) at 2
+In the playground, section 4, you type a function of x, and both are compared:
+    python 00_interactive_playground.py "sin(x) * x**2" --at 1.5
+    python 00_interactive_playground.py -i       asks again and again: type  sin(x)  or  sin(x) at 2
 
-Autograd uses the exact derivative of each operation. At a kink, a corner as that of |x| at 0, there
-is none, and autograd only chooses a number; an intermediate number may overflow. So the playground
-checks if differences agree with each result.
+Autograd can be wrong. At a kink, such as |x| has at 0, there is no derivative, and autograd chooses
+a number; and a number that arises on the way may be too large for the computer, or too small.
 
 Needs          nothing: this is the first lesson
-Checked here   2x + 2; 4 (2x + 1); a Jacobian by hand and by two calls; f' and f'' by hand
-TensorBoard    curve/y of the runs f, f_prime, f_second: step s is x = at - 3 + s / 50
-Try            python 00_interactive_playground.py "relu(x)" --at 0, and then the same with
-               "log(1 + exp(x))" --at 400: which results are wrong?
-Answer         relu: f' = 0 is a choice, as the slope is 0 on the left and 1 on the right; f'' = 0
-               is doubted for the same kink. log(1 + exp(x)): f'' = 1 is wrong, the true value is
-               2e-174; exp(400)^2 overflows on the way
+Checked here   2x + 2; 4 (2x + 1); all derivatives of two outputs by two inputs; f' and f'' by hand
+TensorBoard    curve/y in the runs f, f_prime, f_second; step s is the point x - 3 + s / 50: where
+               f_prime crosses 0, f has a top or a valley
+Try            python 00_interactive_playground.py "relu(x)" --at 0, where relu(x) is max(0, x), and
+               then "log(1 + exp(x))" --at 400: which results are wrong?
+Answer         relu has neither f' nor f'' at its kink: autograd chose 0. log(1 + exp(x)): f'' = 1
+               is wrong, it is 2e-174; 1 / exp(400)^2 = 4e-348 became 0 on the way
 Source         Baydin et al. 2018, "Automatic differentiation in machine learning", arXiv:1502.05767
 """
 
@@ -38,32 +36,28 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
-from torch import autograd
 from torch.utils.tensorboard import SummaryWriter
 
 from support.expressions import BadExpression, answer, doubts, parse_expression, playground_options
 from support.files import guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "00_interactive_playground"
-H = 0.01  # so small that the terms left out do not matter, so large that rounding does not
+H = 0.01  # small, so that the terms left out are too; not so small that rounding matters
 
 
 # --- 1. in everyday code -----------------------------------------------------------------------
 
 
 def show_first():
-    x = torch.tensor(3.0, requires_grad=True)  # from now on torch records what is done to x
-    y = x**2 + 2 * x
-    before = x.grad
-    y.backward()  # walks from y back to x, and leaves dy/dx in x.grad
     print("1. How fast does y = x^2 + 2x grow at x = 3?")
     print("   line of code                                after this line")
-    # .item() is the tensor's value as a Python number
-    print(f"   x = torch.tensor(3.0, requires_grad=True)   x = {x.item()}, x.grad = {before}")
-    print(f"   y = x**2 + 2 * x                            y = {y.item()}; y keeps its operations")
+    x = torch.tensor(3.0, requires_grad=True)  # from now on torch records what is done to x
+    print(f"   x = torch.tensor(3.0, requires_grad=True)   x = {x.item()}, x.grad = {x.grad}")
+    y = x**2 + 2 * x
+    print(f"   y = x**2 + 2 * x                            y = {y.item()}; y knows how it was made")
+    y.backward()  # walks from y back to x, and leaves dy/dx in x.grad; .item(): as a number
     print(f"   y.backward()                                x.grad = {x.grad.item()}")
     print(f"   -> dy/dx is {x.grad.item()}; by hand 2x + 2 = {2 * x.item() + 2}")
-    assert x.grad == 2 * x + 2
     return x.grad.item()
 
 
@@ -71,14 +65,11 @@ def show_first():
 
 
 def show_many():
-    # a GPU if there is one
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    x = torch.randn(4).to(device).requires_grad_()
+    x = torch.randn(4, requires_grad=True)
     ((2 * x + 1) ** 2).sum().backward()
     by_hand = 4 * (2 * x.detach() + 1)  # detach: the numbers alone, not recorded
     off = (x.grad - by_hand).abs().max().item()
-    print("2. Does one backward() give all derivatives? y = sum over i of (2 x_i + 1)^2, "
-          f"torch on {device}")  # fmt: skip
+    print("2. Does one backward() give all derivatives? y = sum over i of (2 x_i + 1)^2")
     print("   i        x_i   x.grad[i]   by hand: 4 (2 x_i + 1)")
     for i in range(4):
         print(f"   {i}   {x[i]:8.4f}   {x.grad[i]:9.4f}   {by_hand[i]:22.4f}")
@@ -91,28 +82,28 @@ def show_many():
 
 
 def cartesian(p):
-    """p = (r, t), a distance and an angle, to (x, y) = (r cos t, r sin t)."""
+    """p = (r, t), a distance and an angle, to the point (u, v) = (r cos t, r sin t)."""
     r, t = p
     return torch.stack([r * t.cos(), r * t.sin()])
 
 
 def cartesian_jacobian(p):
-    """J (2, 2) by hand at p = (r, t): row 0 is dx/dr, dx/dt and row 1 is dy/dr, dy/dt. Exercise."""
+    """J (2, 2) by hand at p = (r, t): row 0 is du/dr, du/dt and row 1 is dv/dr, dv/dt. Exercise."""
     r, t = p
     return torch.stack([t.cos(), -r * t.sin(), t.sin(), r * t.cos()]).view(2, 2)
 
 
 def show_jacobian():
     p = torch.tensor([2.0, math.pi / 6], dtype=torch.float64)
-    by_hand = cartesian_jacobian(p)
+    f, by_hand = cartesian, cartesian_jacobian(p)
     found = {
-        # jacrev: Jacobian by reverse mode, that is by backward passes
-        "torch.func.jacrev(f)(p)": torch.func.jacrev(cartesian)(p),
-        "autograd.functional.jacobian(f, p)": autograd.functional.jacobian(cartesian, p),
+        "torch.func.jacrev(f)(p)": torch.func.jacrev(f)(p),  # rev: in reverse, as backward()
+        "torch.autograd.functional.jacobian(f, p)": torch.autograd.functional.jacobian(f, p),
         "by hand: cos t, -r sin t, sin t, r cos t": by_hand,
     }
-    print("3. f: (r, t) -> (x, y) = (r cos t, r sin t): what is its Jacobian at r = 2, t = pi / 6?")
-    print("   call                                         dx/dr     dx/dt     dy/dr     dy/dt")
+    print("3. Which call gives all derivatives of two outputs by two inputs (their Jacobian)?")
+    print("   f: p = (r, t) -> (u, v) = (r cos t, r sin t), at r = 2, t = pi / 6")
+    print("   call                                         du/dr     du/dt     dv/dr     dv/dt")
     for name, J in found.items():
         print(f"   {name:<40}" + "".join(f"{value:10.4f}" for value in J.flatten()))
     off = [(J - by_hand).abs().max().item() for J in found.values()]
@@ -127,8 +118,8 @@ def show_jacobian():
 def derivative(f):
     """The function f' of an f that works element by element; x and f'(x) have one shape.
 
-    torch.func.grad(g) is the function that gives the gradient of a number g(x): take the sum of y,
-    whose derivative by x_i is that of y_i alone. Exercise.
+    torch.func.grad(g) is the function that gives the gradient of a number g(x). Take for g the sum
+    of y = f(x): its derivative with respect to x_i is dy_i/dx_i. Exercise.
     """
     return torch.func.grad(lambda x: f(x).sum())
 
@@ -149,15 +140,16 @@ def play(text, at, log_dir):
         raise BadExpression(f"`{text}` is {value} at x = {at:g}")
     central = [difference.item() for difference in central_differences(f, x, H)]
     theory = [H**2 * exact[2] / 6, H**2 * exact[3] / 12]
-    print(f"   f(x) = {text}   x = {at:g}   h = {H:g}")
-    print("                autograd        differences   differences - autograd   "
-          "h^2 f'''/6, h^2 f''''/12")  # fmt: skip
+    print(f"   f(x) = {text} at x = {at:g}; differences with h = {H:g}")
+    print("                autograd        differences   differences - autograd   by theory")
     print(f"   f    {value:16.10g}")
-    for name, e, near, law in zip(("f'", "f''"), exact, central, theory, strict=False):
-        print(f"   {name:<4} {e:16.10g}   {near:16.10g}   {near - e:+22.3e}   {law:+10.3e}")
+    laws = "h^2 f'''/6", "h^2 f''''/12"
+    for i, name in enumerate(("f'", "f''")):
+        print(f"   {name:<4} {exact[i]:16.10g}   {central[i]:16.10g}   "
+              f"{central[i] - exact[i]:+22.3e}   {theory[i]:+10.3e} = {laws[i]}")  # fmt: skip
     said = doubts(lambda h: central_differences(f, x, h), at, value, exact[:2], H)
-    for sentence in said or ["f' and f'' are not contradicted: with h / 10 the differences come "
-                             "nearer to autograd, as far as rounding lets them"]:  # fmt: skip
+    for sentence in said or ["f' and f'' are confirmed: with h / 10 the differences come ten times "
+                             "as near, up to rounding"]:  # fmt: skip
         print(f"   -> {sentence}")
     draw_curves(text, chain[:3], at, log_dir)
     return {"f": value, "autograd": exact[:2], "central": central, "theory": theory, "doubts": said}
@@ -189,12 +181,16 @@ def draw_curves(text, chain, at, log_dir):
 
 def main(seed=0, log_dir=LOG_DIR, at=1.5, expression=None, interactive=False):
     """The lesson; with an expression or `interactive` the playground alone, and the exit status."""
+    look = f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries"
     if interactive or expression is not None:
-        return answer(lambda text, at: play(text, at, log_dir), expression, at, interactive)
+        status = answer(lambda text, at: play(text, at, log_dir), expression, at, interactive)
+        if status == 0:
+            print(look)
+        return status
     torch.manual_seed(seed)
     measured = {"slope": show_first(), **show_many(), **show_jacobian()}
     measured |= show_playground(at, log_dir)
-    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    print(look)
     return measured
 
 

@@ -85,7 +85,7 @@ def doubts(differences, x, value, exact, h):
     """What speaks against f' and f'', `exact`, at x, where f is `value`: sentences, or none.
 
     differences(h) is the pair of their approximations with step h. Where f is smooth they come a
-    hundred times nearer with h / 10; half the distance, and what rounding explains, is asked for.
+    hundred times as near with h / 10; asked for is ten times, up to what rounding explains.
     """
     size, said = abs(value) + abs(x * exact[0]), []
     near = zip(differences(h), differences(h / 10), strict=True)
@@ -97,9 +97,10 @@ def doubts(differences, x, value, exact, h):
                         "though f may have a derivative here")  # fmt: skip
         elif not (math.isfinite(a) and math.isfinite(b)):
             said.append(f"{name} is not checked: f(x - h) or f(x + h) is not finite")
-        elif not abs(b - e) <= abs(a - e) / 2 + rounding:
-            said.append(f"{name} is not confirmed: with h / 10 differences are no nearer to it "
-                        "(a kink, a swing within h, rounding, or an overflow)")  # fmt: skip
+        elif not abs(b - e) <= abs(a - e) / 10 + rounding:
+            said.append(f"{name} is not confirmed: h / 10 does not bring differences ten times as "
+                        "near (a kink, a swing within h, rounding, a number on the way too large "
+                        "or too small)")  # fmt: skip
     return said
 
 

@@ -98,7 +98,7 @@ def test_the_jacobian_section_compares_all_it_prints(lesson, capsys, monkeypatch
 def test_what_is_printed_of_the_first_two_sections(lesson, capsys):
     assert lesson.show_first() == 8
     out = capsys.readouterr().out
-    assert "x = 3.0, x.grad = None\n" in out and "y = 15.0; y keeps its operations" in out
+    assert "x = 3.0, x.grad = None\n" in out and "y = 15.0; y knows how it was made" in out
     assert "x.grad = 8.0\n" in out and "-> dy/dx is 8.0; by hand 2x + 2 = 8.0" in out
     torch.manual_seed(3)
     x = torch.randn(4)
@@ -110,9 +110,8 @@ def test_what_is_printed_of_the_first_two_sections(lesson, capsys):
         row = f"   {i}   {value:8.4f}   {8 * value + 4:9.4f}   {8 * value + 4:22.4f}\n"
         assert row in out
     assert "-> one backward() gave 4 derivatives; largest difference" in out
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     title = "2. Does one backward() give all derivatives? y = sum over i of (2 x_i + 1)^2"
-    assert f"{title}, torch on {device}\n" in out
+    assert f"{title}\n" in out
 
 
 def printed(lesson, capsys, text, x, tmp_path):
@@ -129,12 +128,12 @@ def test_what_is_printed_of_a_function(lesson, capsys, tmp_path):
     rows, said = printed(lesson, capsys, "sin(x) * x**2", 1.5, tmp_path)
     assert rows == {
         "f": ["2.24436372"],
-        "f'": ["3.151643664", "3.151498462", "-1.452e-04", "-1.452e-04"],
-        "f''": ["0.1750494634", "0.174961344", "-8.812e-05", "-8.812e-05"],
+        "f'": ["3.151643664", "3.151498462", "-1.452e-04", "-1.452e-04", "=", "h^2", "f'''/6"],
+        "f''": ["0.1750494634", "0.174961344", "-8.812e-05", "-8.812e-05", "=", "h^2", "f''''/12"],
     }
     assert said == [
-        "-> f' and f'' are not contradicted: with h / 10 the differences come nearer to autograd, "
-        "as far as rounding lets them"
+        "-> f' and f'' are confirmed: with h / 10 the differences come ten times as near, "
+        "up to rounding"
     ]
 
 
@@ -148,7 +147,10 @@ def test_try_what_relu_and_an_overflow_do_to_the_results(lesson, capsys, tmp_pat
     assert rows["f'"][0] == "1" and rows["f''"][0] == "1" and abs(float(rows["f''"][1])) < 1e-7
     assert [words.split()[1] for words in said] == ["f''"]
     assert math.exp(-400) == pytest.approx(1.9e-174, rel=0.02)  # s (1 - s), s the sigmoid of 400
-    assert math.isinf(torch.exp(at(400.0)).square())
+    v = torch.exp(at(400.0))
+    assert 1 / v / v == 0 and math.exp(-700) ** 0.5 > 0  # 4e-348 is too small for a float64
+    near = lesson.derivative(lesson.derivative(parse_expression("log(1 + exp(x))")))(at(360.0))
+    assert math.isinf(torch.exp(at(360.0)).square()) and abs(near) < 1e-9  # too large harms none
 
 
 @pytest.mark.parametrize("text", ["-" * 199 + "x", "x" + "*x" * 99, "9" * 199, "((x**99)**99)**99"])
@@ -182,6 +184,7 @@ def test_an_expression_is_played_alone(lesson, tmp_path, capsys):
     assert lesson.main(expression="sin(x)", at=-0.5, log_dir=tmp_path) == 0
     out = capsys.readouterr().out
     assert f"{math.cos(-0.5):.10g}" in out and "1. " not in out
+    assert out.splitlines()[-1].startswith(f"look: tensorboard --logdir {tmp_path} ")
 
 
 def test_interactive_asks_where_there_is_a_terminal(lesson, tmp_path, monkeypatch, capsys):
@@ -190,7 +193,7 @@ def test_interactive_asks_where_there_is_a_terminal(lesson, tmp_path, monkeypatc
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     assert lesson.main(interactive=True, log_dir=tmp_path) == 0
     out = capsys.readouterr().out
-    assert "f(x) = x**2   x = 3 " in out and "1. " not in out
+    assert "f(x) = x**2 at x = 3;" in out and "1. " not in out
 
 
 def test_the_curves_are_drawn_where_the_function_is_defined(lesson, tmp_path, events):
@@ -230,11 +233,12 @@ def test_main_finds_every_derivative_equal(lesson, tmp_path, seed, x, capsys):
     for head in (
         "1. How fast does y = x^2 + 2x grow at x = 3?\n   line of code  ",
         "   i        x_i   x.grad[i]   by hand: 4 (2 x_i + 1)\n",
-        "3. f: (r, t) -> (x, y) = (r cos t, r sin t): what is its Jacobian at r = 2, t = pi / 6?\n",
-        "   call                                         dx/dr     dx/dt     dy/dr     dy/dt\n",
-        f"   f(x) = sin(x) * x**2   x = {x:g}   h = 0.01\n",
+        "3. Which call gives all derivatives of two outputs by two inputs (their Jacobian)?\n",
+        "   f: p = (r, t) -> (u, v) = (r cos t, r sin t), at r = 2, t = pi / 6\n",
+        "   call                                         du/dr     du/dt     dv/dr     dv/dt\n",
+        f"   f(x) = sin(x) * x**2 at x = {x:g}; differences with h = 0.01\n",
         "4. The playground: are the derivatives of a function that you type right?\n",
-        "   differences   differences - autograd   h^2 f'''/6, h^2 f''''/12\n",
+        "   autograd        differences   differences - autograd   by theory\n",
     ):
         assert head in out
     *_, invitation, look = out.splitlines()
