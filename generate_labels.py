@@ -1,30 +1,31 @@
 """Label files belong to images by name; a script can write the missing ones and leave every other
 file as it was.
 
-A data set may come as a folder of images and a folder of annotations, one text file per image. You
-need such files where a label says more than the name of a folder, or is corrected by hand. What
-goes wrong makes no noise: a correction is overwritten, an image has no label, a label has no image,
-or a.jpg and a.png share one label.
+A data set may come as images to learn from (train/) and to be judged on (val/), and as label files,
+one text file per image. You need such files where a label says more than the name of a folder, or
+is corrected by hand. What goes wrong may make no noise: a correction is overwritten, an image has
+no label, a label has no image, or a.jpg and a.png share one label.
 
     train/ants/0013035.jpg   ->   train/ants_label/0013035.txt, which says "ants"
 
     ants       the class, named by the folder of its images     ants_label  the folder of its labels
     0013035    the stem: a file's name without its ending, the same for an image and its label
 
-torchvision's ImageFolder reads no label files: the name of an image's folder is its label. Label
-folders beside the images make it raise FileNotFoundError, as it takes each folder for a class and
-finds no image in two. With allow_empty=True it has four classes, and bees is 2 instead of 1.
+This script writes into the data set's own folders. Torchvision's ImageFolder reads no label files
+and takes each folder in train/ for a class: from then on ImageFolder("train") raises an error, as
+two of its four folders hold no image. Section 4 says what to do.
 
 Needs          nothing
-Checked here   labels = images in every class; only missing labels are written, and a second run
-               writes none; no file that was there is changed; what ImageFolder makes of it
+Checked here   only missing labels are written, and a second run writes none; no file that was there
+               is changed; what has no partner stops the script; what ImageFolder makes of labels
 TensorBoard    nothing to log: read_data.py shows what these labels lead to
-Try            in show_labels (it works on a copy of the data), write "" in place of "bees" into
-               the label: is a label that says nothing written anew?
-Answer         No: a file is there, so it is kept, whatever it says; one of the labels still differs
+Try            in show_labels, in corrected.write_text("bees", ...), write "" for "bees": is a label
+               that says nothing written anew?
+Answer         No: the file is there and is kept, and section 4 names it, as "" is not "ants"
 Source         hymenoptera_data, from PyTorch's transfer learning tutorial
 """
 
+import os
 import shutil
 import signal
 import tempfile
@@ -73,7 +74,7 @@ def show_everyday():
         print(f"   {name[0]}.jpg   {name}   {before.get(name, '(no file)'):<11}   {text}")
     kept = [name for name in before if after[name] == before[name]]
     new = len(after) - len(before)
-    print(f"   -> labels written: {new}; {', '.join(kept)} was there and is kept")
+    print(f"   -> labels written: {new}; kept as they were: {', '.join(kept) or 'none'}")
     return before, after
 
 
@@ -143,84 +144,91 @@ def show_labels(folder, scratch, remove=3):
     first, second = write_labels(copy), write_labels(copy)
     changed = [path for path, content in before.items() if path.read_bytes() != content]
 
-    print(
-        "2. Does every image have a label now? First the data itself, then a copy of it, on which"
-    )
+    print("2. Are the missing labels written, and nothing else? On a copy of the data, of which")
     print(f"   {len(labels[:remove])} labels were removed and one was corrected by hand")
-    print("                            the data            the copy")
-    print("   split   class   images   had label   new     had label   new   new in a second run")
-    labelled, total = 0, 0
-    for (split, class_name), (count, new) in data.items():
-        images = image_files(class_folder(folder / split, class_name))
-        alone, _ = find_unmatched(images, label_files(images))
-        labelled, total = labelled + count - len(alone), total + count
-        copied, again = first[split, class_name][1], second[split, class_name][1]
-        print(f"   {split:<5}   {class_name:<5}   {count:6d}   {count - new:9d}   {new:3d}     "
-              f"{count - copied:9d}   {copied:3d}   {again:19d}")  # fmt: skip
+    print("                            with a   written by   written by a")
+    print("   split   class   images    label    the script     second run")
+    for (split, class_name), (count, new) in first.items():
+        again = second[split, class_name][1]
+        print(f"   {split:<5}   {class_name:<5}   {count:6d}   {count - new:6d}   {new:11d}   "
+              f"{again:12d}")  # fmt: skip
     runs = [sum(new for _, new in counts.values()) for counts in (first, second)]
-    assert labelled == total and not changed
-    print(f"   -> the data: {labelled} of {total} images have a label")
-    print(f"   -> the copy: {runs[0]} written, then {runs[1]}; files that were there and changed: "
-          f"{len(changed)}")  # fmt: skip
+    assert not changed
+    print(f"   -> {runs[0]} written, then {runs[1]}; other files that changed: {len(changed)}")
+    folders = [class_folder(folder / split, name) for split, name in data]
+    images = [image for images in map(image_files, folders) for image in images]
+    labelled = sum(label_path(image).is_file() for image in images)
+    print(f"   -> the data itself has labels for {labelled} of {len(images)} images")
     return copy, {"data": data, "first": first, "second": second, "changed": changed}
 
 
 # --- 3. what has no partner --------------------------------------------------------------------
 
 
-def show_unmatched(folder):
-    print("3. What has no partner? Nothing is deleted: two names are left out of the lists")
-    images = image_files(class_folder(folder / "train", "ants"))
-    labels = label_files(images)
-    given = [images[0], *images[2:]]
-    alone, orphans = find_unmatched(given, labels[1:])
-    print("   left out of the lists     found to have no partner")
-    for left_out, found in ((labels[0], alone), (images[1], orphans)):
-        print(f"   {left_out.name:<22}    {', '.join(path.name for path in found)}")
-    pairs = len(given) - len(alone)
-    print(f"   -> {len(alone) + len(orphans)} files have no partner; pairs left: {pairs}")
-    return alone, orphans
+def answer_to(copy):
+    """Of train/ants: the images without a label, the labels without an image; and write_labels."""
+    alone, orphans = "-", "-"
+    try:
+        images = image_files(class_folder(copy / "train", "ants"))
+        alone, orphans = (", ".join(path.name for path in paths) or "-"
+                          for paths in find_unmatched(images, label_files(images)))  # fmt: skip
+        answer = f"writes {sum(new for _, new in write_labels(copy).values())}"
+    except DataError as error:
+        answer = str(error).replace(f"{copy / 'train'}{os.sep}", "")
+    return alone, orphans, answer
+
+
+def show_unmatched(copy):
+    print("3. What becomes of a file without a partner? The copy is whole before each row")
+    print("                          image without   label without")
+    print("   what is done           a label         an image        write_labels")
+    first, second, third, *_ = image_files(class_folder(copy / "train", "ants"))
+    label, picture, twin = label_path(second), third.read_bytes(), first.with_suffix(".png")
+    label.unlink()
+    answers = {f"{label.name} deleted": answer_to(copy)}  # which writes it again
+    third.unlink()
+    answers[f"{third.name} deleted"] = answer_to(copy)
+    third.write_bytes(picture)
+    twin.write_bytes(picture)
+    answers[f"{twin.name} added"] = answer_to(copy)
+    twin.unlink()
+    for done, (alone, orphans, answer) in answers.items():
+        print(f"   {done:<20}   {alone:<13}   {orphans:<13}   {answer}")
+    mended = sum(answer.startswith("writes") for *_, answer in answers.values())
+    print(f"   -> {mended} of {len(answers)} is mended; the others stop the script in one line")
+    return answers
 
 
 # --- 4. ImageFolder ----------------------------------------------------------------------------
 
 
-class TwoClasses(ImageFolder):
-    """An ImageFolder for which only the folders of images are classes."""
-
-    def find_classes(self, directory):
-        names = [class_folder(Path(directory), class_name).name for class_name in CLASSES]
-        return names, {name: label for label, name in enumerate(names)}
-
-
 def show_image_folder(copy):
-    print("4. Does ImageFolder need label files? The label folders of the copy are in train/, too")
-    print("   call                                   classes   number of class bees   images")
-    train = copy / "train"
+    print("4. Does ImageFolder need label files? In the copy they are in train/, with the images")
+    print("   call                                     classes   number of class bees")
+    train, other = copy / "train", {}
     try:
-        ImageFolder(train)
-        refused = ""
+        refused = f"no error, {len(ImageFolder(train).classes)} classes"
     except FileNotFoundError as error:
         refused = f"{type(error).__name__}: {str(error).split('. ')[0]}"
-    print(f"   ImageFolder(train)                     {refused}")
-    datasets = {"ImageFolder(train, allow_empty=True)": ImageFolder(train, allow_empty=True),
-                "TwoClasses(train)": TwoClasses(train)}  # fmt: skip
-    numbers = []
-    for call, dataset in datasets.items():
-        numbers.append(dataset.class_to_idx[class_folder(train, "bees").name])
-        print(f"   {call:<36}   {len(dataset.classes):7d}   {numbers[-1]:20d}   {len(dataset):6d}")
-    other = []  # images whose label file says another class than their folder
-    for path, target in datasets["TwoClasses(train)"].samples:
-        if label_path(Path(path)).read_text(encoding="utf-8") != CLASSES[target]:
-            other.append(Path(path).name)
-    same = len(dataset) - len(other)
-    print(
-        f"   -> TwoClasses reads no label file: the files say the same of {same} of {len(dataset)},"
-    )
-    print(f"      and something else of {', '.join(other) or 'none'}")
-    print(f"   -> label folders in train/ make bees class {numbers[0]} instead of {numbers[1]}:")
-    print("      after this run use TwoClasses, or keep the label folders outside train/")
-    return refused, datasets, other
+    print(f"   ImageFolder(train)                       {refused}")
+    every = ImageFolder(train, allow_empty=True)
+    labels = {path: label_path(Path(path)).read_text(encoding="utf-8") for path, _ in every.samples}
+    for class_name in CLASSES:
+        shutil.move(train / f"{class_name}_label", copy)
+    two = ImageFolder(train)
+    bees = [dataset.class_to_idx[class_folder(train, "bees").name] for dataset in (every, two)]
+    print(f"   ImageFolder(train, allow_empty=True)     {len(every.classes):7d}   {bees[0]:20d}")
+    print(f"   labels moved out, ImageFolder(train)     {len(two.classes):7d}   {bees[1]:20d}")
+    for path, number in two.samples:  # [(path, number of its class)]
+        if labels[path] != CLASSES[number]:
+            other[Path(path).name] = labels[path], CLASSES[number]
+    for name, (text, class_name) in other.items():
+        print(f"   {name}: its label file says {text!r}, ImageFolder says {class_name!r}")
+    same = len(two) - len(other)
+    print(f"   -> ImageFolder reads no label file; {same} of {len(two)} say the same as it does")
+    print(f"   -> with allow_empty=True, bees is class {bees[0]}, not {bees[1]}, without an error:")
+    print("      keep label folders outside train/, or skip them: TwoClasses in read_data.py")
+    return refused, every, two, other
 
 
 # --- the lesson --------------------------------------------------------------------------------
@@ -235,9 +243,9 @@ def main(seed=0, root=DATASET, download=False):
     with tempfile.TemporaryDirectory() as scratch:
         copy, counts = show_labels(folder, Path(scratch))
         unmatched = show_unmatched(copy)
-        refused, datasets, other = show_image_folder(copy)
+        refused, every, two, other = show_image_folder(copy)
     return {"texts": texts, "counts": counts, "unmatched": unmatched, "refused": refused,
-            "datasets": datasets, "other": other}  # fmt: skip
+            "classes": (every.classes, two.classes), "other": other}  # fmt: skip
 
 
 def parse(argv=None):

@@ -196,7 +196,8 @@ def test_resize_keeps_the_shape_or_not(lesson, rows, capsys, size):
     assert [text[1] for text in words] == [
         f"{image.shape[1]} x {image.shape[2]}" for image in row
     ]  # fmt: skip
-    assert [text[2] for text in words[1:]] == ["all, in proportion", "all, squeezed", "without the rim"]
+    shown = [text[2] for text in words[1:]]
+    assert shown == ["all, in proportion", "all, squeezed", "without the rim"]
 
 
 def test_what_moves_or_averages_pixels_may_stand_behind_normalize(lesson, x, capsys):

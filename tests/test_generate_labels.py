@@ -77,10 +77,13 @@ def edited(lesson, old, new):
 
 
 def test_try_a_label_that_says_nothing_is_kept(lesson, insects_root, capsys):
-    copied = edited(lesson, 'corrected.write_text("bees"', 'corrected.write_text(""')
+    copied = edited(lesson, 'corrected.write_text("bees", e', 'corrected.write_text("", e')
     measured = copied.main(root=insects_root)
     assert [new for _, new in measured["counts"]["first"].values()] == [2, 0, 0, 0]
-    assert measured["counts"]["changed"] == [] and measured["other"] == ["ants_000.jpg"]
+    assert measured["counts"]["changed"] == []
+    assert measured["other"] == {"ants_000.jpg": ("", "ants")}
+    words = "ants_000.jpg: its label file says '', ImageFolder says 'ants'"
+    assert words in capsys.readouterr().out
 
 
 def test_only_the_missing_labels_of_the_copy_are_written(lesson, folder, tmp_path, capsys):
@@ -94,7 +97,21 @@ def test_only_the_missing_labels_of_the_copy_are_written(lesson, folder, tmp_pat
     assert (copy / "train" / "ants_label" / "ants_001.txt").read_bytes() == b"ants"
     out = capsys.readouterr().out
     assert "\n   1 labels were removed and one was corrected" in out
-    assert "\n   train   ants         3           3     0             2     1" in out
+    assert "\n   train   ants         3        2             1              0\n" in out
+    assert "-> 1 written, then 0; other files that changed: 0\n" in out
+    assert "-> the data itself has labels for 10 of 10 images\n" in out
+
+
+def test_a_label_that_the_data_lack_is_told(lesson, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lesson, "write_labels", lambda folder: dict.fromkeys(
+        [(split, c) for split in lesson.SPLITS for c in lesson.CLASSES], (2, 0)))  # fmt: skip
+    for split, c in product(lesson.SPLITS, lesson.CLASSES):
+        for image in (folder / split / c).iterdir():
+            lesson.label_path(image).parent.mkdir(exist_ok=True)
+            lesson.label_path(image).touch()
+    (folder / "val" / "bees_label" / "bees_001.txt").unlink()
+    lesson.show_labels(folder, tmp_path)
+    assert "-> the data itself has labels for 9 of 10 images\n" in capsys.readouterr().out
 
 
 def test_a_label_that_is_overwritten_is_seen(lesson, folder, tmp_path, monkeypatch):
@@ -115,8 +132,8 @@ def test_older_copies_call_the_folder_ants_image(lesson, folder, insects_root):
     (folder / "train" / "ants").rename(folder / "train" / "ants_image")
     assert lesson.write_labels(folder)["train", "ants"] == (3, 3)
     assert (folder / "train" / "ants_label" / "ants_002.txt").is_file()
-    _, datasets, other = lesson.show_image_folder(folder)
-    assert other == [] and datasets["TwoClasses(train)"].classes == ["ants_image", "bees"]
+    _, _, two, other = lesson.show_image_folder(folder)
+    assert other == {} and two.classes == ["ants_image", "bees"]
 
 
 @pytest.mark.parametrize("state", ["empty", "missing", "other files"])
@@ -162,29 +179,55 @@ def test_two_images_for_one_label_are_an_error(lesson, folder):
         lesson.write_labels(folder)
 
 
+def test_what_has_no_partner_is_mended_or_stops_the_script(lesson, folder, capsys):
+    lesson.write_labels(folder)
+    before = {path: content for path, (_, content) in stamps(folder).items()}
+    answers = lesson.show_unmatched(folder)
+    orphan = Path("ants_label", "ants_002.txt")
+    assert answers == {
+        "ants_001.txt deleted": ("ants_001.jpg", "-", "writes 1"),
+        "ants_002.jpg deleted": (
+            "-", "ants_002.txt", f"{orphan} has no image: delete it, or bring the image back"),
+        "ants_000.png added": (
+            "-", "-", "ants has two images named ants_000: one label cannot serve both"),
+    }  # fmt: skip
+    assert {path: content for path, (_, content) in stamps(folder).items()} == before
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7 and lines[0].startswith("3. What becomes of a file without a partner?")
+    for line, (done, row) in zip(lines[3:6], answers.items(), strict=True):
+        assert " ".join(line.split()) == f"{done} {' '.join(row)}"
+    assert lines[6] == "   -> 1 of 3 is mended; the others stop the script in one line"
+
+
 def test_image_folder_counts_label_folders_as_classes(lesson, folder, capsys):
     lesson.write_labels(folder)
-    refused, datasets, other = lesson.show_image_folder(folder)
+    refused, every, two, other = lesson.show_image_folder(folder)
     assert refused.startswith("FileNotFoundError: ") and refused.endswith("ants_label, bees_label")
-    every, two = datasets.values()
     assert every.class_to_idx == {"ants": 0, "ants_label": 1, "bees": 2, "bees_label": 3}
     assert two.class_to_idx == {"ants": 0, "bees": 1}
-    assert two.targets == [0, 0, 0, 1, 1, 1] and len(two) == len(every) == 6 and other == []
+    assert two.targets == [0, 0, 0, 1, 1, 1] and len(two) == len(every) == 6 and other == {}
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9 and lines[0].startswith("4. Does ImageFolder need")
+    assert len(lines) == 8 and lines[0].startswith("4. Does ImageFolder need")
     assert lines[2].endswith(refused)
-    assert [line.split()[-3:] for line in lines[3:5]] == [["4", "2", "6"], ["2", "1", "6"]]
-    assert lines[5].endswith("the same of 6 of 6,") and lines[6].endswith("else of none")
-    assert "make bees class 2 instead of 1:" in lines[7]
+    assert [line.split()[-2:] for line in lines[3:5]] == [["4", "2"], ["2", "1"]]
+    assert lines[5] == "   -> ImageFolder reads no label file; 6 of 6 say the same as it does"
+    assert "bees is class 2, not 1, without an error:" in lines[6]
 
 
 def test_a_corrected_label_is_not_the_folders(lesson, folder, capsys):
     lesson.write_labels(folder)
     (folder / "train" / "ants_label" / "ants_001.txt").write_text("bees", encoding="utf-8")
-    assert lesson.show_image_folder(folder)[2] == ["ants_001.jpg"]
-    assert (
-        "the same of 5 of 6,\n      and something else of ants_001.jpg" in capsys.readouterr().out
-    )
+    *_, other = lesson.show_image_folder(folder)
+    assert other == {"ants_001.jpg": ("bees", "ants")}
+    out = capsys.readouterr().out
+    assert "   ants_001.jpg: its label file says 'bees', ImageFolder says 'ants'\n" in out
+    assert "no label file; 5 of 6 say the same" in out
+
+
+def test_label_folders_are_moved_outside_train(lesson, folder):
+    lesson.write_labels(folder)
+    lesson.show_image_folder(folder)
+    assert not list(folder.glob("train/*_label")) and len(list(folder.glob("*_label/*.txt"))) == 6
 
 
 def test_image_folder_needs_no_labels_as_long_as_there_are_none(lesson, folder):
@@ -209,27 +252,23 @@ def test_main_prints_what_it_finds(lesson, insects_root, folder, capsys, seed):
     measured = lesson.main(seed=seed, root=insects_root)
     assert measured["texts"] == (
         {"b.txt": "bees"}, {"a.txt": "ants", "b.txt": "bees", "c.txt": "ants"})  # fmt: skip
-    alone, orphans = measured["unmatched"]
-    assert [p.name for p in alone + orphans] == ["ants_000.jpg", "ants_001.txt"]
+    mended, *stopped = (answer for *_, answer in measured["unmatched"].values())
+    assert mended == "writes 1" and all(stop.startswith("ants") for stop in stopped)
     assert len(list(folder.glob("*/*_label/*.txt"))) == 10  # the data, not only the copy
     assert (folder / "train" / "ants_label" / "ants_000.txt").read_bytes() == b"ants"
     lines = capsys.readouterr().out.splitlines()
     assert [line[:2] for line in lines if line[0] != " "][1:] == ["1.", "2.", "3.", "4."]
-    assert len(lines) == 31 and sum("   -> " in line for line in lines) == 6
+    assert sum("   -> " in line for line in lines) == 6
     assert lines[3:7] == [
         "   a.jpg   a.txt   (no file)     ants", "   b.jpg   b.txt   bees          bees",
         "   c.jpg   c.txt   (no file)     ants",
-        "   -> labels written: 2; b.txt was there and is kept"]  # fmt: skip
+        "   -> labels written: 2; kept as they were: b.txt"]  # fmt: skip
     assert lines[8].startswith("   2 labels were removed")
     assert [line.split() for line in lines[11:15]] == [
-        ["train", "ants", "3", "0", "3", "1", "2", "0"],
-        ["train", "bees", "3", "0", "3", "3", "0", "0"],
-        ["val", "ants", "2", "0", "2", "2", "0", "0"],
-        ["val", "bees", "2", "0", "2", "2", "0", "0"]]  # fmt: skip
+        ["train", "ants", "3", "1", "2", "0"], ["train", "bees", "3", "3", "0", "0"],
+        ["val", "ants", "2", "2", "0", "0"], ["val", "bees", "2", "2", "0", "0"]]  # fmt: skip
     assert lines[15:17] == [
-        "   -> the data: 10 of 10 images have a label",
-        "   -> the copy: 2 written, then 0; files that were there and changed: 0"]  # fmt: skip
-    assert lines[19].split() == ["ants_000.txt", "ants_000.jpg"]
-    assert lines[20].split() == ["ants_001.jpg", "ants_001.txt"]
-    assert lines[21] == "   -> 2 files have no partner; pairs left: 1"
-    assert measured["other"] == ["ants_000.jpg"] and "of 5 of 6," in lines[27]
+        "   -> 2 written, then 0; other files that changed: 0",
+        "   -> the data itself has labels for 10 of 10 images"]  # fmt: skip
+    assert measured["classes"] == (["ants", "ants_label", "bees", "bees_label"], ["ants", "bees"])
+    assert measured["other"] == {"ants_000.jpg": ("bees", "ants")}
