@@ -1,37 +1,48 @@
-"""Without the activation between them, the two Linear layers of a classifier are only one.
+"""A CNN is a chain of layers whose shapes fit: all shapes and parameters follow by formula.
 
-    block: conv 5x5 (padding 2) -> max-pool 2 -> batch norm -> SiLU,    silu(x) = x * sigmoid(x)
-    (3, 32, 32) -> (32, 16, 16) -> (32, 8, 8) -> (64, 4, 4) -> 1024 -> 64 -> 10
-    W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2)
+Moli is the network that train.py trains: three convolution blocks find features in an image, two
+Linear layers make them scores (logits), one for each class. Where an output does not fit the next
+input, PyTorch raises an error: so compute the shapes first. Activations such as SiLU are not there
+for show: without them, and with the mean in place of the maximum in the pools, all of Moli is one
+affine map (in eval() mode): x -> A x + c, and a single Linear layer could do the same.
 
-A stack of affine maps is an affine map, however deep. What an activation adds is depth itself.
-The pool stands before batch norm and activation, so that they see a quarter of the pixels.
+    block   convolution 5x5, padding 2 -> max-pool 2 -> batch norm -> SiLU
+    size    n -> n + 2 * 2 - 5 + 1 = n by the convolution, n -> n / 2 by the pool
+    shape   (3, 32, 32) -> (32, 16, 16) -> (32, 8, 8) -> (64, 4, 4) -> 64 * 4 * 4 = 1024 -> 64 -> 10
+    counts  5 * 5 * C_in * C_out a convolution, 2 * C a batch norm, (inputs + 1) * outputs a Linear
 
-Checked here   shape and parameters of each layer, by formula; the identity above and how far SiLU
-               departs from it; SiLU against x * sigmoid(x)
+    n  the height and the width     C, C_in, C_out  channels     silu(x) = x * sigmoid(x)
+
+Needs          nn_linear.py, nn_relu.py, nn_conv2d.py, nn_maxpool.py, nn_common_layers.py, nn_seq.py
+Checked here   shapes and parameters of each layer, counted and by formula; multiplications; which
+               parts of the network make it more than an affine map
 TensorBoard    nothing of its own: train.py draws this network's graph
-Try            kernel 3 and padding 1: how many parameters go? 16/25 of the convolutions', 50,688
+Try            in block, write kernel_size=3, padding=1: how many parameters are left of 145,706?
+Answer         95,018: each 5x5 kernel loses 16 of 25 numbers, 50,688 in all. The shapes stay
 Source         the CIFAR-10 "quick" network of cuda-convnet (Krizhevsky 2012); Ioffe & Szegedy 2015,
                arXiv:1502.03167; SiLU: Elfwing et al. 2018, arXiv:1702.03118
 """
 
+import copy
+import math
 import signal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from support.files import guard
+
+# --- 1. in everyday code -----------------------------------------------------------------------
 
 
 def block(in_channels, out_channels):
     """(B, in, H, W) -> (B, out, H/2, W/2). Batch norm has a shift; the convolution needs none."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size=5, padding=2, bias=False),
-        nn.MaxPool2d(2),
+        nn.MaxPool2d(2),  # before batch norm and SiLU, so that they see a quarter of the places
         nn.BatchNorm2d(out_channels),
         nn.SiLU(),
     )
@@ -57,6 +68,29 @@ class Moli(nn.Module):
         return self.classifier(self.features(x))
 
 
+def show_everyday():
+    net = Moli(num_classes=3)
+    net.eval()  # for predictions; net.train() to train it
+    x = torch.rand(2, 3, 32, 32)  # two images
+    with torch.no_grad():
+        z = net(x)  # logits
+        p = z.softmax(1)  # probabilities: each row sums to 1
+
+    print("1. In everyday code: what comes out for two images? Moli(num_classes=3), untrained")
+    print("   image   logits                       probabilities            predicted class")
+    for i in range(len(x)):
+        logits, probabilities = (" ".join(f"{v:7.3f}" for v in row[i]) for row in (z, p))
+        print(f"   {i:5d}   {logits}   {probabilities}   {p[i].argmax():15d}")
+    print(
+        f"   -> images {tuple(x.shape)} became logits {tuple(z.shape)}; untrained, all probabilities"
+    )
+    print(f"      are {p.min():.2f} to {p.max():.2f}: near 1 / {z.shape[1]}, which is no opinion")
+    return z
+
+
+# --- 2. shapes and parameters ------------------------------------------------------------------
+
+
 def layers(model):
     """[(name, module)] of each layer that computes something: those without children, in order.
 
@@ -78,40 +112,138 @@ def trace_shapes(model, x):
     return rows
 
 
-def expected_parameters(num_classes=10):
-    """How many parameters Moli has, by formula.
+def factors(layer):
+    """The numbers whose product is how many parameters a layer has; [] if it has none.
 
-    A convolution has k k c_in c_out (no bias), its batch norm two a channel, a Linear layer in *
-    out + out. Exercise.
+    A square convolution without bias: [kernel, kernel, in channels, out channels]; BatchNorm2d: [2,
+    channels]; a Linear layer with bias: [inputs + 1, outputs]. Exercise.
     """
-    channels = [(3, 32), (32, 32), (32, 64)]
-    convolutions = sum(5 * 5 * c_in * c_out + 2 * c_out for c_in, c_out in channels)
-    return convolutions + (1024 * 64 + 64) + (64 * num_classes + num_classes)
+    if isinstance(layer, nn.Conv2d):
+        return [*layer.kernel_size, layer.in_channels, layer.out_channels]
+    if isinstance(layer, nn.BatchNorm2d):
+        return [2, layer.num_features]  # a scale and a shift for each channel
+    if isinstance(layer, nn.Linear):
+        return [layer.in_features + 1, layer.out_features]  # + 1: the bias
+    return []
+
+
+def show_shapes(model, x):
+    print(f"2. What becomes of {len(x)} images? Each layer's output, and its parameters")
+    print("   layer          kind          output shape        counted   by formula")
+    rows, agree = trace_shapes(model, x), 0
+    for (name, kind, shape, count), (_, layer) in zip(rows, layers(model), strict=True):
+        by_formula = factors(layer)
+        agree += count == (math.prod(by_formula) if by_formula else 0)
+        formula = " * ".join(map(str, by_formula)) or "0"
+        print(f"   {name:<12}   {kind:<11}   {shape!s:<17}   {count:7,}   {formula}")
+    total = sum(count for *_, count in rows)
+    print(
+        f"   -> all {total:,} parameters; formula and count agree in {agree} of {len(rows)} layers,"
+    )
+    print(f"      and the last shape is that of model(x), {tuple(model(x).shape)}")
+    return {"parameters": total, "agree": agree}
+
+
+# --- 3. where the parameters are, and where the work is -----------------------------------------
+
+
+def multiplications(layer, shape):
+    """How many multiplications by weights a layer makes for one image; output shape (B, ...).
+
+    A convolution uses each of its weights at each of the H x W places of its output (B, C, H, W), a
+    Linear layer each weight once. Other layers: 0. Exercise.
+    """
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        return layer.weight.numel() * math.prod(shape[2:])  # the product of no numbers is 1
+    return 0
+
+
+def show_work(model, x):
+    from torch.utils.flop_counter import FlopCounterMode  # not on top: train.py imports this file
+
+    traced = trace_shapes(model, x)
+    rows = []
+    for (name, layer), (_, kind, shape, count) in zip(layers(model), traced, strict=True):
+        if work := multiplications(layer, shape):
+            rows.append((f"{name} {kind}", count, work))
+    parameters, work = sum(row[3] for row in traced), sum(row[2] for row in rows)
+    print("3. Where are the parameters, and where is the work? Multiplications for one image")
+    print("   layer                  parameters   of all   multiplications   of all")
+    for name, count, own in rows:
+        shares = count / parameters, own / work
+        print(f"   {name:<20}   {count:10,}   {shares[0]:6.1%}   {own:15,}   {shares[1]:6.1%}")
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    measured = counter.get_total_flops() / 2 / len(x)  # it counts the additions, too
+    print(f"   all, with batch norm   {parameters:10,}            {work:15,}")
+    print(f"   counted by torch                               {measured:15,.0f}")
+    name, count, own = max(rows, key=lambda row: row[1])
+    shares = f"{count / parameters:.0%} of the parameters and does {own / work:.1%} of the work"
+    print(f"   -> {name} holds {shares}")
+    return {"work": work, "torch_work": measured}
+
+
+# --- 4. what makes it more than one Linear layer -------------------------------------------------
+
+
+def replace(model, kind, make):
+    """A deep copy of model, in which each layer of class `kind`, at any depth, is a new make().
+
+    Exercise.
+    """
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, kind):
+                setattr(parent, name, make())
+    return model
+
+
+@torch.no_grad()
+def bend(f, x, y):
+    """The largest |f((x + y) / 2) - (f(x) + f(y)) / 2|, as a float: 0 for an affine f. Exercise."""
+    return (f((x + y) / 2) - (f(x) + f(y)) / 2).abs().max().item()
+
+
+@torch.no_grad()
+def show_affine(model, x, y):
+    model, x, y = copy.deepcopy(model).double(), x.double(), y.double()
+    no_silu = replace(model, nn.SiLU, nn.Identity)
+    networks = {
+        "Moli": model,
+        "no SiLU": no_silu,
+        "mean-pool for max-pool": replace(model, nn.MaxPool2d, lambda: nn.AvgPool2d(2)),
+        "both changes": replace(no_silu, nn.MaxPool2d, lambda: nn.AvgPool2d(2)),
+        "one Linear layer": nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).double(),
+    }
+    print(
+        "4. Which layers keep Moli from being affine? If affine, f((x+y) / 2) = (f(x) + f(y)) / 2"
+    )
+    print("   network                  largest difference   largest output")
+    bends = {}
+    for name, f in networks.items():
+        bends[name] = bend(f, x, y)
+        print(f"   {name:<22}   {bends[name]:18.5f}   {f(x).abs().max():14.3f}")
+    straight = [name for name, size in bends.items() if size < 1e-12]
+    print(f"   -> affine, but for rounding: {', '.join(straight)}")
+    first, second, z = model.classifier[1], model.classifier[3], torch.randn(4, 1024).double()
+    one = z @ (second.weight @ first.weight).T + second.weight @ first.bias + second.bias
+    off = [(second(f(first(z))) - one).abs().max().item() for f in (nn.Identity(), nn.SiLU())]
+    print(
+        "      The two Linear layers alone: W2 (W1 z + b1) + b2 minus (W2 W1) z + (W2 b1 + b2) is"
+    )
+    print(f"      at most {off[0]:.5f} with nothing between them, {off[1]:.5f} with SiLU")
+    return {"bends": bends, "without": off[0], "with_silu": off[1]}
 
 
 def main(seed=0, batch=4):
     torch.manual_seed(seed)
-    model, x = Moli().eval(), torch.randn(batch, 3, 32, 32)
-
-    print("1. shapes and parameters, layer by layer")
-    rows = trace_shapes(model, x)
-    for name, kind, shape, count in rows:
-        print(f"   {name:<14} {kind:<12} {shape!s:<18} {count:7,}")
-    total = sum(count for *_, count in rows)
-    assert rows[-1][2] == model(x).shape and total == expected_parameters()
-    print(f"   parameters measured {total:,}   formula {expected_parameters():,}")
-
-    print("2. the two Linear layers, with nothing and with SiLU between them, against one")
-    first, second = model.classifier[1], model.classifier[3]
-    z = torch.randn(batch, 1024)
-    one = z @ (second.weight @ first.weight).T + second.weight @ first.bias + second.bias
-    without = (second(first(z)) - one).abs().max().item()
-    with_silu = (second(F.silu(first(z))) - one).abs().max().item()
-    assert without < 1e-5
-    print(f"   largest difference with nothing {without:.1e}   with SiLU {with_silu:.2f}")
-    h = torch.linspace(-6, 6, 7)
-    torch.testing.assert_close(model.classifier[2](h), h * torch.sigmoid(h))
-    return {"parameters": total, "without": without, "with_silu": with_silu}
+    measured = {"logits": show_everyday()}
+    model = Moli().eval()
+    x, y = torch.randn(2, batch, 3, 32, 32)
+    with torch.no_grad():
+        measured |= show_shapes(model, x) | show_work(model, x) | show_affine(model, x, y)
+    return measured
 
 
 if __name__ == "__main__":
