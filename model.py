@@ -82,9 +82,11 @@ def show_everyday():
         logits, probabilities = (" ".join(f"{v:7.3f}" for v in row[i]) for row in (z, p))
         print(f"   {i:5d}   {logits}   {probabilities}   {p[i].argmax():15d}")
     print(
-        f"   -> images {tuple(x.shape)} became logits {tuple(z.shape)}; untrained, all probabilities"
+        f"   -> images {tuple(x.shape)} became logits {tuple(z.shape)}; untrained probabilities are"
     )
-    print(f"      are {p.min():.2f} to {p.max():.2f}: near 1 / {z.shape[1]}, which is no opinion")
+    print(
+        f"      {p.min():.2f} to {p.max():.2f}, near 1 / {z.shape[1]}: the network knows nothing yet"
+    )
     return z
 
 
@@ -226,9 +228,10 @@ def show_affine(model, x, y):
         print(f"   {name:<22}   {bends[name]:18.5f}   {f(x).abs().max():14.3f}")
     straight = [name for name, size in bends.items() if size < 1e-12]
     print(f"   -> affine, but for rounding: {', '.join(straight)}")
-    first, second, z = model.classifier[1], model.classifier[3], torch.randn(4, 1024).double()
+    _, first, silu, second = model.classifier
+    z = torch.randn(4, 1024).double()
     one = z @ (second.weight @ first.weight).T + second.weight @ first.bias + second.bias
-    off = [(second(f(first(z))) - one).abs().max().item() for f in (nn.Identity(), nn.SiLU())]
+    off = [(second(f(first(z))) - one).abs().max().item() for f in (nn.Identity(), silu)]
     print(
         "      The two Linear layers alone: W2 (W1 z + b1) + b2 minus (W2 W1) z + (W2 b1 + b2) is"
     )

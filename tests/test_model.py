@@ -195,6 +195,18 @@ def test_each_row_of_table_4_is_the_network_that_it_names(model, monkeypatch):
     assert moli.classifier[1].weight.dtype == torch.float32  # a copy was made double
 
 
+def test_the_two_linear_layers_are_compared_with_and_without_silu(model, monkeypatch):
+    torch.manual_seed(0)
+    moli, x, z = model.Moli().eval(), torch.randn(2, 3, 32, 32), torch.randn(4, 1024)
+    monkeypatch.setattr(torch, "randn", lambda *size: z)
+    measured = model.show_affine(moli, x, x)
+    _, first, _, second = moli.double().classifier
+    h = first(z.double())
+    expected = (second(h * torch.sigmoid(h)) - second(h)).abs().max().item()
+    assert measured["with_silu"] == pytest.approx(expected, rel=1e-9)
+    assert measured["without"] < 1e-12
+
+
 # --- Try, and the whole run --------------------------------------------------------------------
 
 
@@ -223,7 +235,7 @@ def test_main_shows_what_the_layers_make_and_what_bends_them(model, capsys, seed
     z = measured["logits"]
     p = z.softmax(1)
     assert z.shape == (2, 3) and "images (2, 3, 32, 32) became logits (2, 3)" in out
-    assert f"are {p.min():.2f} to {p.max():.2f}: near 1 / 3" in out
+    assert f"      {p.min():.2f} to {p.max():.2f}, near 1 / 3: " in out
     for i in range(2):
         numbers = " ".join(f"{v:7.3f}" for v in z[i]) + "   " + " ".join(f"{v:7.3f}" for v in p[i])
         assert f"   {i:5d}   {numbers}   {p[i].argmax():15d}\n" in out
