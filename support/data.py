@@ -1,6 +1,7 @@
 """Where images lie, real or drawn: opened, checked, and fetched only when asked for."""
 
 import gzip
+import hashlib
 import os
 import tarfile
 import tempfile
@@ -314,3 +315,28 @@ def fetch(url, path, md5, size):
     except (OSError, RuntimeError, HTTPException) as error:
         reason = f"cannot fetch {url} ({size}): {error}"
         raise DataError(f"{reason}; try again, or put the file at {path} by hand") from error
+
+
+def weights_path(weights):
+    """Where torch.hub and torchvision keep these weights, such as VGG16_Weights.IMAGENET1K_V1."""
+    return Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+
+
+def have_weights(weights, mend, size, download=False):
+    """Whether they are there, fetched if `download`. DataError if damaged or out of reach."""
+    path = weights_path(weights)
+    beginning = path.stem.rpartition("-")[2]  # vgg16-397923af.pth: of its SHA-256
+    if path.is_file():
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest().startswith(beginning):
+                return True
+        if not download:
+            raise DataError(f"{path} is damaged (its SHA-256 is another): {mend} fetches it anew")
+    if download:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(weights.url, path, beginning)
+        except (OSError, RuntimeError, HTTPException) as error:
+            reason = f"cannot fetch {weights.url} ({size}): {error}"
+            raise DataError(f"{reason}; try again, or put the file at {path} by hand") from error
+    return download
