@@ -1,30 +1,31 @@
-"""nn.Sequential is a forward written for you: with the same weights it computes the same bits.
+"""nn.Sequential calls its layers one after the other: it is a forward that you need not write.
+
+Use it where every layer takes what the layer before it gives. A second input, or the sum of two
+layers, needs a class with a forward of its own. A Linear layer in it must know how many numbers
+reach it: print the shapes, as section 1 does. The part of the image on which one number of an
+output depends is its receptive field; of what is larger, that number sees only a part.
 
     Sequential(f, g, h)(x) = h(g(f(x)))
 
-    conv 3x3 (padding 1) -> ReLU -> max-pool 2, three times; flatten; linear
-    (3, 32, 32) -> (8, 16, 16) -> (16, 8, 8) -> (32, 4, 4) -> 512 -> 10
+    size <- size + (k - 1) jump     start <- start - padding jump     jump <- jump stride
+    layer by layer, from size = 1, start = 0, jump = 1 at the image, in this order
 
-It is a chain and no more: a skip or a second input needs a forward of one's own, and every part of
-it, as net[:3], is one too. Behind each part one number depends on r x r pixels alone, its
-receptive field; that of unit i begins at pixel p + i j. A layer of kernel k, stride s and padding a
-turns (r, j, p), which is (1, 1, 0) at the start, into
+    size, start  width and first pixel of the field of unit 0, the first number of an output row
+    jump  how far neighbouring fields lie apart: that of unit i begins at pixel start + i jump
+    k, stride, padding  of a layer's window of k x k (nn_conv.py); 1, 1, 0 for ReLU
 
-    (r + (k - 1) j,  j s,  p - a j)
-
-A pool doubles j and with it what every later kernel adds. By gradient the field is where dy/dx is
-not 0 for some image; there the middle counts most, for more paths lead from it to y.
-
-Checked here   both forms: output and gradients bit for bit; shapes; each layer's receptive field,
-               its size and its place, by formula and by gradient
+Needs          nn_module.py, nn_relu.py, nn_conv.py, nn_maxpool.py
+Checked here   both forms: output and gradients bit for bit; the field of each layer, its size and
+               its place, by the rule = the pixels whose gradient is not 0; what pools do to it
 TensorBoard    the graph of each form (runs sequential and by_hand; double-click the network);
-               receptive_field/…: |dy/dx| on the image, in the box that the formula gives
-Try            dilation=2, padding=2 in conv3: what field has pool3? 30 pixels in place of 22
-Source         Araujo et al. 2019, doi:10.23915/distill.00021; Luo et al. 2016, arXiv:1701.04128
+               receptive_field/by_layer: |dy/dx|, light where it is large, in the rule's frame
+Try            in show_fields, add net.conv3 = nn.Conv2d(16, 32, 3, padding=2, dilation=2) after the
+               first line: its window reaches over 5 pixels. What field has pool3?
+Answer         30 pixels instead of 22; conv3 and relu3 have 26 instead of 18
+Source         torch.nn.Sequential; Araujo et al. 2019, doi:10.23915/distill.00021
 """
 
 import signal
-import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -37,12 +38,43 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from support.files import guard
+from support.pictures import caption_row, draw_graph
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_seq"
 
 
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def show_everyday():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(8 * 16 * 16, 10),
+    )
+    images = torch.rand(4, 3, 32, 32)
+    y = net(images)  # (4, 10): ten scores for each image
+    print("1. What does each layer of an nn.Sequential make of 4 images (4, 3, 32, 32)?")
+    print("   net[i]   layer       output             parameters")
+    x, numbers = images, 0
+    for i, layer in enumerate(net):
+        x = layer(x)
+        numbers = x[0].numel() if isinstance(layer, nn.Flatten) else numbers
+        parameters = sum(p.numel() for p in layer.parameters())
+        print(f"   {i:6d}   {type(layer).__name__:<9}   {tuple(x.shape)!s:<16}   {parameters:10,}")
+    off = (x - y).abs().max().item()
+    print(f"   -> {off:g} is the largest difference of the last output from net(images);")
+    print(f"      Linear must take the {numbers:,} numbers that Flatten gives")
+    return off, numbers, tuple(y.shape)
+
+
+# --- 2. the forward written out ----------------------------------------------------------------
+
+
 class ConvPoolLinear(nn.Module):
-    """Images (B, 3, 32, 32) -> logits (B, 10), the forward written out."""
+    """Images (B, 3, 32, 32) -> scores (B, 10), the forward written out."""
 
     def __init__(self):
         super().__init__()
@@ -52,6 +84,7 @@ class ConvPoolLinear(nn.Module):
         self.linear = nn.Linear(32 * 4 * 4, 10)
 
     def forward(self, x):
+        """conv1, ReLU, max-pool of 2 x 2; so with conv2 and conv3; flattened; linear. Exercise."""
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)  # (B, 8, 16, 16)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)  # (B, 16, 8, 8)
         x = F.max_pool2d(F.relu(self.conv3(x)), 2)  # (B, 32, 4, 4)
@@ -59,7 +92,11 @@ class ConvPoolLinear(nn.Module):
 
 
 def conv_pool_linear():
-    """The same as an nn.Sequential. Its names make the keys of its state_dict."""
+    """The same as an nn.Sequential with names, so that it can load the weights of the class.
+
+    nn.Sequential(OrderedDict(name=layer, ...)); the names are conv1, relu1, pool1, conv2, relu2,
+    pool2, conv3, relu3, pool3, flatten, linear. Exercise.
+    """
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(3, 8, kernel_size=3, padding=1),
@@ -78,36 +115,59 @@ def conv_pool_linear():
 
 
 def gradients(net, x):
-    """By name, the gradient of the sum of squares of net(x) in each parameter."""
-    parameters = dict(net.named_parameters())
-    found = torch.autograd.grad(net(x).square().sum(), parameters.values())
-    return dict(zip(parameters, found, strict=True))
+    """The gradient of the sum of squares of net(x) in each parameter, in their order."""
+    return torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+
+
+def show_same(log_dir, batch):
+    by_hand, net, x = ConvPoolLinear(), conv_pool_linear(), torch.randn(batch, 3, 32, 32)
+    print(f"2. Is it the same as a class with a forward? {batch} images of noise")
+    print("   weights        largest difference of the outputs   equal gradients")
+    measured = {}
+    for weights in ("each its own", "the same"):
+        if weights == "the same":
+            net.load_state_dict(by_hand.state_dict())  # by the names of the layers
+        off = (net(x) - by_hand(x)).abs().max().item()
+        pairs = list(zip(gradients(net, x), gradients(by_hand, x), strict=True))
+        equal = sum(torch.equal(a, b) for a, b in pairs)
+        measured[weights] = off, equal
+        print(f"   {weights:<12}   {off:33.2g}   {equal:10d} of {len(pairs)}")
+    assert measured["the same"] == (0, len(pairs))
+    print(f"   -> with the same weights the outputs differ by {off:g}, to the last bit")
+    for name, network in {"sequential": net, "by_hand": by_hand}.items():
+        with SummaryWriter(log_dir / name, purge_step=0) as writer:
+            draw_graph(writer, network)
+    return measured
+
+
+# --- 3. receptive fields -----------------------------------------------------------------------
 
 
 def window(layer):
-    """Kernel (as wide as its dilation makes it), stride and padding of a layer: three integers.
+    """(k, stride, padding) of a layer, three integers; (1, 1, 0) where it has no window.
 
-    k = dilation (kernel - 1) + 1. nn.Conv2d has pairs, of which the first number is meant,
-    nn.MaxPool2d numbers (and no dilation here); any other layer is (1, 1, 0). Exercise.
+    nn.Conv2d, nn.MaxPool2d and nn.AvgPool2d have kernel_size, stride and padding, each a number or
+    a pair, of which the first is meant. k is how many pixels the window reaches over: dilation
+    (kernel_size - 1) + 1. An nn.AvgPool2d has no dilation: it counts as 1. Exercise.
     """
-    if isinstance(layer, nn.Conv2d):
-        return layer.dilation[0] * (layer.kernel_size[0] - 1) + 1, layer.stride[0], layer.padding[0]
-    if isinstance(layer, nn.MaxPool2d):
-        return layer.kernel_size, layer.stride, layer.padding
-    return 1, 1, 0
+    if not isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+        return 1, 1, 0
+    options = layer.kernel_size, layer.stride, layer.padding, getattr(layer, "dilation", 1)
+    kernel, stride, padding, dilation = (n[0] if isinstance(n, tuple) else n for n in options)
+    return dilation * (kernel - 1) + 1, stride, padding
 
 
-def field_by_formula(net, unit):
-    """(first pixel, size) of what unit (unit, unit) behind `net` depends on.
+def field_by_formula(layers, unit):
+    """(first pixel, size) of the field of unit (unit, unit) behind an nn.Sequential.
 
-    From (r, j, p) = (1, 1, 0) layer by layer, each with its window(layer) = (k, s, a); the field
-    begins at p + unit j and is r wide. A layer (k, s, a) turns (r, j, p) into (r + (k - 1) j, j s,
-    p - a j). Exercise.
+    From start, size, jump = 0, 1, 1 layer by layer, as on top, each with its window(layer); then
+    (start + unit jump, size). Exercise.
     """
-    r, j, p = 1, 1, 0
-    for k, s, a in map(window, net):
-        r, j, p = r + (k - 1) * j, j * s, p - a * j
-    return p + unit * j, r
+    start, size, jump = 0, 1, 1
+    for layer in layers:
+        k, stride, padding = window(layer)
+        start, size, jump = start - padding * jump, size + (k - 1) * jump, jump * stride
+    return start + unit * jump, size
 
 
 def gradient_map(net, unit, x):
@@ -135,87 +195,79 @@ def field_by_gradient(heat):
     return first[0], size
 
 
-def middle_share(heat, first, size):
-    """Of the square field, the middle part's share of the area and of the sum of heat (H, W).
-
-    The field begins at pixel (first, first) and is `size` wide; its middle part is what is left
-    without size // 4 pixels at each side. Two floats. Exercise.
-    """
-    quarter = size // 4
-    middle = slice(first + quarter, first + size - quarter)
-    area = (size - 2 * quarter) ** 2 / size**2
-    return area, (heat[middle, middle].sum() / heat.sum()).item()
-
-
 def receptive_field(net, x):
-    """First pixel and size of the field of the middle unit behind `net`, and its gradient map."""
-    unit = net(x).shape[-1] // 2
-    heat = gradient_map(net, unit, x)
-    first, size = field_by_gradient(heat)
-    assert (first, size) == field_by_formula(net, unit)
-    return first, size, heat
+    """First pixel and size, by gradient, of the field of the middle unit; its gradient map."""
+    heat = gradient_map(net, net(x).shape[-1] // 2, x)
+    return *field_by_gradient(heat), heat
 
 
-def field_picture(heat, first, size, scale=8):
-    """heat (H, W) as grey levels, enlarged, and the field's box (1, 4) in its pixels."""
-    grey = (heat / heat.max()).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-    box = torch.tensor([[first, first, first + size, first + size]]) * scale
-    return grey.expand(3, -1, -1), box
+def framed(heat, first, size):
+    """heat (H, W) as grey levels (3, H, W), with a red frame around the square of the field."""
+    picture = (heat / heat.max()).expand(3, -1, -1).clone()
+    low, high = first - 1, first + size  # the frame itself lies outside the field
+    red = torch.tensor([1.0, 0, 0])[:, None]
+    for edge in (low, high):
+        picture[:, edge, low : high + 1] = red
+        picture[:, low : high + 1, edge] = red
+    return picture
 
 
-def draw_graph(writer, net):
-    """The network in TensorBoard, without torch.jit.trace's notice that it is old."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        writer.add_graph(net, torch.zeros(1, 3, 32, 32))
+def show_fields(log_dir, x):
+    net = conv_pool_linear()[:9]  # without flatten and linear
+    print("3. Which pixels does a unit in the middle see? Size: before + (k - 1) jump = after")
+    print("   layer    size by the rule    pixels by the rule   pixels whose gradient is not 0")
+    fields, pictures, words, before, jump, equal = {}, [], [], 1, 1, 0
+    for depth, (name, layer) in enumerate(net.named_children(), 1):
+        part = net[:depth]  # the layers up to this one: an nn.Sequential, too
+        start, size = field_by_formula(part, part(x).shape[-1] // 2)
+        first, wide, heat = receptive_field(part, x)
+        k, stride, _ = window(layer)
+        step = f"{before} + {k - 1} * {jump} = {size}"
+        print(f"   {name:<5}    {step:<15}     {start:8d} to {start + size - 1}   "
+              f"{first:22d} to {first + wide - 1}")  # fmt: skip
+        fields[name], before, jump = (first, wide), size, jump * stride
+        equal += (first, wide) == (start, size)
+        if k > 1:  # behind a ReLU it is the picture of the layer before
+            pictures.append(framed(heat, start, size))
+            words.append(f"{name}\n{size} pixels")
+    print(f"   -> {equal} of {len(fields)} fields are as the rule says; behind {name} a unit sees "
+          f"{size} of the {x.shape[-1]} pixels of a row")  # fmt: skip
+    assert equal == len(fields)
+    title = "|dy/dx| on the image, y a unit in the middle: light is large. Red: the rule's field"
+    with SummaryWriter(log_dir / "sequential", purge_step=0) as writer:
+        writer.add_image("receptive_field/by_layer", caption_row(title, pictures, words, 128), 0)
+    return fields
+
+
+# --- 4. what pools do to it --------------------------------------------------------------------
+
+
+def show_pools(x):
+    net, sizes = conv_pool_linear(), []
+    print("4. How many pixels does a unit see with pools between the convolutions, and without?")
+    print("   convolutions   with pools   without pools")
+    for n in (1, 2, 3):
+        with_pools = net[: 3 * n - 2]  # up to conv1, conv2 or conv3
+        without = nn.Sequential(*[layer for layer in with_pools if isinstance(layer, nn.Conv2d)])
+        sizes.append((receptive_field(with_pools, x)[1], receptive_field(without, x)[1]))
+        print(f"   {n:12d}   {sizes[-1][0]:10d}   {sizes[-1][1]:13d}")
+    more = [sizes[2][form] - sizes[1][form] for form in (0, 1)]
+    print(f"   -> the third convolution adds {more[0]} pixels with two pools before it, "
+          f"{more[1]} without")  # fmt: skip
+    return sizes
+
+
+# --- the lesson --------------------------------------------------------------------------------
 
 
 def main(seed=0, log_dir=LOG_DIR, batch=64):
     torch.manual_seed(seed)
-    by_hand, net, x = ConvPoolLinear(), conv_pool_linear(), torch.randn(batch, 3, 32, 32)
-
-    print("1. both forms on the same images: largest difference of the output")
-    before = (net(x) - by_hand(x)).abs().max().item()
-    net.load_state_dict(by_hand.state_dict())
-    after = (net(x) - by_hand(x)).abs().max().item()
-    ours, theirs = gradients(net, x), gradients(by_hand, x)
-    equal = sum(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert after == 0 and equal == len(ours)
-    print(f"   own weights {before:.2f}   same weights {after:g}   "
-          f"gradients equal: {equal} of {len(ours)}")  # fmt: skip
-
-    print("2. layer by layer: output, parameters, receptive field")
-    fields = {}
-    with SummaryWriter(log_dir / "sequential", purge_step=0) as writer:
-        draw_graph(writer, net)
-        for depth, (name, layer) in enumerate(net.named_children(), 1):
-            shape = tuple(net[:depth](x).shape[1:])
-            count = sum(p.numel() for p in layer.parameters())
-            row = f"   {name:<8} {shape!s:<13} {count:5,}"
-            if len(shape) == 3:
-                first, size, heat = receptive_field(net[:depth], x)
-                fields[name] = first, size
-                formula = field_by_formula(net[:depth], shape[-1] // 2)[1]
-                row += f"   formula {formula:2d}   gradient {size:2d}   from pixel {first:2d}"
-                picture = field_picture(heat, first, size)
-                writer.add_image_with_boxes(f"receptive_field/{depth}_{name}", *picture, depth)
-            print(row)
-    with SummaryWriter(log_dir / "by_hand", purge_step=0) as writer:
-        draw_graph(writer, by_hand)
-
-    print("3. receptive field after one, two, three convolutions")
-    convs = [net.conv1, net.conv2, net.conv3]
-    sizes = {
-        "with pools": [fields[f"conv{n}"][1] for n in (1, 2, 3)],
-        "without pools": [receptive_field(nn.Sequential(*convs[:n]), x)[1] for n in (1, 2, 3)],
-    }
-    for name, row in sizes.items():
-        print(f"   {name:<14} {row}")
-
-    print("4. the middle of pool3's field")
-    area, share = middle_share(heat, *fields["pool3"])
-    print(f"   share of the area {area:.2f}   of |dy/dx| {share:.2f}")
-    return {"before": before, "fields": fields, "sizes": sizes, "share": share}
+    measured = {"everyday": show_everyday(), "same": show_same(log_dir, batch)}
+    x = torch.randn(batch, 3, 48, 48)  # so large that no field in the middle leaves it
+    measured["fields"] = show_fields(log_dir, x)
+    measured["sizes"] = show_pools(x)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":
