@@ -2,10 +2,10 @@
 draw at random comes back with its seed.
 
 Transforms stand between a picture, opened by the library PIL, and the network. Resize and crops
-give all pictures one size. Normalize gives the data mean 0 and standard deviation 1, if these are
-the mean and std of the data. Flips and ColorJitter often show the network a picture in another
-form. Compose([f, g]) is g(f(x)). If you look at a normalised picture without undoing it, about half
-of its numbers are below 0 and are shown as 0.
+give all pictures one size. Normalize, told the mean and standard deviation (std) of a data set,
+makes them 0 and 1. Flips and ColorJitter often show the network a picture in another form.
+Compose([f, g]) is g(f(x)). If you look at a normalised picture without undoing it, about half of
+its numbers are below 0 and are shown as 0.
 
     x  picture (3, H, W) in [0, 1]     s, h, w  sizes in pixels     i, j  a window's first pixel
 
@@ -14,9 +14,9 @@ of its numbers are below 0 and are shown as 0.
     Resize((h, w))      exactly h by w pixels
     RandomCrop((h, w))  the window x[:, i:i+h, j:j+w]; every place (i, j) is equally likely
     flip, horizontal    x.flip(-1), with probability p
-    ColorJitter         f * x + (1 - f) * other, cut to [0, 1]; other is black for brightness=b, the
-                        mean grey for contrast=b, x in grey for saturation=b; f is drawn evenly
-                        from 1 - b to 1 + b
+    ColorJitter         f * x + (1 - f) * other, cut to [0, 1]; f is drawn evenly from 1 - b to
+                        1 + b; other is black (brightness=b), the mean grey (contrast=b), or x in
+                        grey (saturation=b)
 
 Needs          test_Tf.py
 Checked here   the formulas against torchvision; where in x a crop lies; that its seed repeats it;
@@ -213,7 +213,7 @@ def blend(x, other, f):
 
 def show_colours(writer, x, seed):
     print("5. Are flips and ColorJitter the formulas? Its f is given, as brightness=(f, f)")
-    print("   transform             formula                     largest difference")
+    print("   transform             formula                         largest difference")
     weights = torch.tensor([0.2989, 0.587, 0.114])  # how bright red, green and blue look
     grey = (weights[:, None, None] * x).sum(0, keepdim=True).expand_as(x)  # (3, H, W)
     errors, images = {}, {"x": x}
@@ -230,7 +230,7 @@ def show_colours(writer, x, seed):
         made.append((f"{kind}, f = {f:.1f}", formula, y, v2.ColorJitter(**{kind: (f, f)})(x)))
     for name, formula, y, library in made:
         errors[name] = (y - library).abs().max().item()
-        print(f"   {name:<19}   {formula:<25}   {errors[name]:18.0e}")
+        print(f"   {name:<19}   {formula:<29}   {errors[name]:18.0e}")
     worst = max(errors.values())
     print(f"   -> {'yes' if worst < 1e-5 else 'no'}, the largest difference is {worst:.0e}")
     log_row(writer, "jitter", "f * x + (1 - f) * other, cut to [0, 1]", images, 72)
@@ -245,25 +245,24 @@ def show_colours(writer, x, seed):
 
 
 def show_order(x):
-    print("6. May a transform stand behind Normalize as well as before it?")
-    print("   transform                    largest difference of the two orders")
+    print("6. May a transform T stand behind Normalize as well as before it?")
+    print("   T                            largest |Normalize(T(x)) - T(Normalize(x))|")
     norm, gaps = v2.Normalize([0.5, 0.4, 0.3], [0.2, 0.25, 0.3]), {}
     z = norm(x)
     for name, before, behind in (
         ("Resize(64)", v2.Resize(64)(x), v2.Resize(64)(z)),
         ("CenterCrop(64)", v2.CenterCrop(64)(x), v2.CenterCrop(64)(z)),
         ("RandomHorizontalFlip(1)", v2.RandomHorizontalFlip(1)(x), v2.RandomHorizontalFlip(1)(z)),
-        ("adjust_brightness, f = 0.7", tv.adjust_brightness(x, 0.7), tv.adjust_brightness(z, 0.7)),
-        ("adjust_brightness, f = 1", tv.adjust_brightness(x, 1), tv.adjust_brightness(z, 1)),
-        ("0.7 * x, not cut to [0, 1]", 0.7 * x, 0.7 * z),
+        ("brightness, f = 0.7", tv.adjust_brightness(x, 0.7), tv.adjust_brightness(z, 0.7)),
+        ("brightness, f = 1: the cut", tv.adjust_brightness(x, 1), tv.adjust_brightness(z, 1)),
+        ("0.7 * x without the cut", 0.7 * x, 0.7 * z),
     ):
         gaps[name] = (norm(before) - behind).abs().max().item()
-        print(f"   {name:<26}   {gaps[name]:36.1e}")
-    free = [name for name, gap in gaps.items() if gap < 1e-4]
+        print(f"   {name:<26}   {gaps[name]:43.1e}")
     _, cut, scaled = list(gaps.values())[-3:]
-    print(f"   -> yes: {', '.join(free)}")
-    print(f"   -> brightness no: the cut to [0, 1] alone (f = 1) makes {cut:.2f}; 0.7 without")
-    print(f"      the cut {scaled:.2f}; ColorJitter stands before Normalize")
+    print(f"   -> yes: {', '.join(name for name, gap in gaps.items() if gap < 1e-4)}")
+    print("   -> ColorJitter stands before Normalize: behind it, it would cut to [0, 1]")
+    print(f"      ({cut:.2f}), and take 0, which is then the mean colour, for black ({scaled:.2f})")
     return gaps
 
 

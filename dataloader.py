@@ -9,7 +9,7 @@ a generator of its own, the order changes as soon as other code draws a random n
     N  items in the Dataset     B  batch_size     g  the torch.Generator, a source of random numbers
 
     order   = torch.randperm(N, generator=g), after g has drawn one number to seed the workers
-    batches = ceil(N / B), or floor(N / B) with drop_last=True: an incomplete batch is left out
+    batches = N / B rounded up, or down with drop_last=True: an incomplete batch is left out
 
 A worker is a process that reads batches ahead of the loop; with num_workers=0 the loop itself reads
 them. Start with 0, and try 2 or 4 when the training step waits for data. persistent_workers=True

@@ -215,8 +215,8 @@ def test_what_moves_or_averages_pixels_may_stand_behind_normalize(lesson, x, cap
     assert [line[3:29].strip() for line in out[2:8]] == list(gaps)
     assert out[8:] == [
         "   -> yes: Resize(64), CenterCrop(64), RandomHorizontalFlip(1)",
-        f"   -> brightness no: the cut to [0, 1] alone (f = 1) makes {one:.2f}; 0.7 without",
-        f"      the cut {scaled:.2f}; ColorJitter stands before Normalize",
+        "   -> ColorJitter stands before Normalize: behind it, it would cut to [0, 1]",
+        f"      ({one:.2f}), and take 0, which is then the mean colour, for black ({scaled:.2f})",
     ]
 
 
@@ -314,7 +314,7 @@ def test_main(lesson, insects_root, tmp_path, events, capsys, seed):
     assert measured["kinds"] == 4
     assert measured["normalize"]["error"] < 1e-6
     assert measured["aspects"]["x"] == pytest.approx(measured["aspects"]["Resize(64)"], abs=0.02)
-    assert measured["order"]["adjust_brightness, f = 1"] > 0.3
+    assert measured["order"]["brightness, f = 1: the cut"] > 0.3
     corners, repeats = measured["crops"]
     assert list(corners) == list(range(seed, seed + 4)) and all(repeats.values())
     assert all(len(where) == 1 for where in corners.values())
