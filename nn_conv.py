@@ -94,16 +94,18 @@ def measured_size(size, kernel, *options):
 
 
 def show_sizes():
-    print("2. Which size comes out? A row of pixels 0 1 2 ..., its windows; . is a zero of padding")
-    print("   pixels   kernel   stride   padding   dilation   formula   F.conv2d   windows")
+    print("2. Which size comes out, by which windows over pixels 0 1 2 ...? . is a zero of padding")
+    print("   pixels  kernel  stride  padding  dilation   formula  F.conv2d   unseen   windows")
     same = []
     for options in ((7, 3, 1, 0, 1), (7, 3, 1, 1, 1), (7, 5, 1, 2, 1), (7, 3, 2, 0, 1),
                     (8, 3, 2, 0, 1), (8, 3, 2, 1, 1), (7, 3, 1, 0, 2)):  # fmt: skip
         size, kernel, stride, padding, dilation = options
         theory, measured = output_size(*options), measured_size(*options)
+        windows = drawn_windows(*options)
+        unseen = "".join(pixel for pixel in "0123456789"[:size] if pixel not in windows) or "-"
         same += [f"{padding} for kernel {kernel}"] if measured == size else []
-        print(f"   {size:6d}   {kernel:6d}   {stride:6d}   {padding:7d}   {dilation:8d}   "
-              f"{theory:7d}   {measured:8d}   {drawn_windows(*options)}")  # fmt: skip
+        print(f"   {size:6d}  {kernel:6d}  {stride:6d}  {padding:7d}  {dilation:8d}   "
+              f"{theory:7d}  {measured:8d}   {unseen:>6}   {windows}")  # fmt: skip
     sweep = list(product(range(1, 13), range(1, 6), range(1, 4), range(3), range(1, 4)))
     equal = sum(output_size(*options) == measured_size(*options) for options in sweep)
     refused = sum(output_size(*options) < 1 and not measured_size(*options) for options in sweep)

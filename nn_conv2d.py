@@ -144,7 +144,8 @@ def show_counts():
     (few, work), (same, more) = counts[:2]
     print(f"   -> 64 x 64 pixels, not 32 x 32: {same / few:g} times the parameters, "
           f"{more / work:.1f} times the work;")  # fmt: skip
-    print(f"      a Linear layer: {dense[0] / few:,.0f} times, {dense[1] / work:.0f} times")
+    print(f"      Linear to as many outputs: {dense[0] / few:,.0f} times the parameters, "
+          f"{dense[1] / work:.0f} times the work")  # fmt: skip
     return counts, dense
 
 
@@ -168,11 +169,11 @@ def filters_by_hand():
 
 def simple_images():
     """Five images (3, 7, 7) by name: black, but for what the name says, which is white or red."""
-    images = {name: torch.zeros(3, 7, 7) for name in ("right half", "lower half", "dot", "red")}
+    images = {name: torch.zeros(3, 7, 7) for name in ("right half", "lower half", "dot", "all red")}
     images["right half"][:, :, 4:] = 1
     images["lower half"][:, 4:] = 1
     images["dot"][:, 3, 3] = 1
-    images["red"][0] = 1
+    images["all red"][0] = 1
     return images | {"all white": torch.ones(3, 7, 7)}
 
 
@@ -209,7 +210,7 @@ def colourfulness(images):
 
 
 def show_reshaped(layer, x):
-    print(f"5. {len(x)} images made grey, 6 channels of each: may three channels pass for colours?")
+    print(f"5. y: 6 channels of each of {len(x)} grey images. May three of them pass for colours?")
     print("   shown                      pictures   colour: mean of max - min of a pixel")
     grey = x.mean(1, keepdim=True).expand_as(x)
     y, shown = layer(grey).detach(), {}  # y (B, 6, 30, 30)
@@ -219,7 +220,7 @@ def show_reshaped(layer, x):
         shown[name] = len(pictures), colourfulness(pictures)
         print(f"   {name:<24}   {shown[name][0]:8d}   {shown[name][1]:36.3f}")
     wrong = [name for name, (_, colour) in shown.items() if colour > 0.01]
-    print(f"   -> {', '.join(wrong)} gives grey images colours: log each channel as a grey picture")
+    print(f"   -> {', '.join(wrong)} makes grey images coloured: log each channel by itself")
     return shown, grey, y
 
 

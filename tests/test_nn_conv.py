@@ -205,9 +205,10 @@ def test_main_prints_what_it_measures(lesson, tmp_path, capsys, seed):
 
     assert measured["sweep"] == (1266, 354)
     rows = [line.split() for line in lines[9:16]]
-    assert all(row[5] == row[6] == str(len(row) - 7) for row in rows)  # as many windows are drawn
+    assert all(row[5] == row[6] == str(len(row) - 8) for row in rows)  # as many windows are drawn
     assert [row[5] for row in rows] == ["5", "7", "7", "3", "3", "4", "3"]
-    assert lines[13].split() == ["8", "3", "2", "0", "1", "3", "3", "012", "234", "456"]
+    assert [row[7] for row in rows] == ["-", "-", "-", "-", "7", "-", "-"]
+    assert lines[13].split() == ["8", "3", "2", "0", "1", "3", "3", "7", "012", "234", "456"]
     assert "-> padding keeps the size: 1 for kernel 3, 2 for kernel 5. The formula holds" in out
     assert "holds for 1,266\n      shapes of a sweep; F.conv2d refuses 354 more, where" in out
 

@@ -126,7 +126,7 @@ def test_what_lies_elsewhere_is_found_by_the_same_filter(lesson):
 
 def test_which_filter_finds_what(lesson, capsys):
     images = lesson.simple_images()
-    assert [*images] == ["right half", "lower half", "dot", "red", "all white"]
+    assert [*images] == ["right half", "lower half", "dot", "all red", "all white"]
     assert [image.sum().item() for image in images.values()] == [63, 63, 3, 49, 147]
     assert images["right half"][:, :, 4:].all() and images["lower half"][:, 4:].all()
     layer, found = lesson.show_by_hand()
@@ -241,11 +241,11 @@ def test_main_prints_what_it_measures(lesson, images_root, tmp_path, capsys, see
         row in out and "stride 1   64 x 64      168          168     622,728      622,728\n" in out
     )
     assert "-> 64 x 64 pixels, not 32 x 32: 1 times the parameters, 4.3 times the work;" in out
-    assert "a Linear layer: 98,775 times, 114 times\n" in out
+    assert "Linear to as many outputs: 98,775 times the parameters, 114 times the work\n" in out
 
     grey, reshaped, alone = measured["shown"].values()
     assert grey == (2, 0) and alone == (12, 0)
     assert reshaped[0] == 4 and reshaped[1] > 0.03
     assert f"   y.reshape(-1, 3, 30, 30)   {4:8d}   {reshaped[1]:36.3f}\n" in out
-    assert "   -> y.reshape(-1, 3, 30, 30) gives grey images colours: log each" in out
+    assert "   -> y.reshape(-1, 3, 30, 30) makes grey images coloured: log each" in out
     assert lines[-1].startswith(f"look: tensorboard --logdir {tmp_path}   http://localhost:6006/?")
