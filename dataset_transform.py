@@ -57,10 +57,9 @@ def show_everyday(root):
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25]),
     ])  # fmt: skip
-    # as torchvision.datasets.CIFAR10(root, transform=pipeline)
-    dataset = open_images(root, transform=pipeline)
+    dataset = open_images(root, transform=pipeline)  # or torchvision.datasets.CIFAR10(...)
     x, label = dataset[0]  # the picture is read now, and goes through the pipeline now
-    print("                                                                           unlike the")
+    print("                                                                         share unlike")
     print("   after                  shape         dtype           smallest   largest   row above")
     image, changed = open_images(root)[0][0], []  # the same picture without a transform
     before = torch.tensor(np.asarray(image)).permute(2, 0, 1)
@@ -72,11 +71,10 @@ def show_everyday(root):
         changed += [name] if share else []
         print(f"   {name:<20}   {tuple(image.shape)!s:<11}   {image.dtype!s:<13}   "
               f"{image.min():8.2f}   {image.max():7.2f}   {share:9.0%}")  # fmt: skip
-    print(f"   -> values changed (a flip comes half of the time) by {', '.join(changed)}")
+    print(f"   -> changed (a flip comes half of the time) by {', '.join(changed)}")
     versions = len(torch.stack([dataset[0][0] for _ in range(10)]).unique(dim=0))
-    print(f"   -> dataset[0] is (tensor {tuple(x.shape)}, label {label}); read ten times, it gave "
-          f"{versions} of")  # fmt: skip
-    print(f"      {9 * 9 * 2} possible versions: 9 x 9 places of the crop, flipped or not")
+    print(f"   -> dataset[0] is (tensor {tuple(x.shape)}, label {label}); read ten times, it gave")
+    print(f"      {versions} different tensors; 9 x 9 crops, flipped or not, are {9 * 9 * 2}")
     return x, image, versions, changed
 
 
@@ -246,20 +244,20 @@ def draw(log_dir, dataset, mean, std):
         steps.append(step(steps[-1]))
         words.append(type(step).__name__)
     title = "One picture after each step. Normalize: below 0 is black here, above 1 white"
-    undone = denormalize(steps[-1], mean, std)
-    row = caption_row(title, [*steps, undone], [*words, "denormalize"], height=160)
+    images = [*steps, denormalize(steps[-1], mean, std)]
+    row = caption_row(title, images, [*words, "denormalize"], height=160)
     images, captions = [], []
     for i in range(8):
         picture, label = dataset[i]
         images += [to_tensor(picture), *(augment(to_tensor(picture)) for _ in range(7))]
         captions += [dataset.classes[label], *(f"epoch {epoch}" for epoch in range(7))]
     batch = steps[0].expand(8, -1, -1, -1)
-    halves = torch.cat([augment(batch), augment_each(batch, augment)])
-    half_words = ["as one batch"] * 8 + ["one by one"] * 8
+    both = torch.cat([augment(batch), augment_each(batch, augment)])
+    ways = ["as one batch"] * 8 + ["one by one"] * 8
     with SummaryWriter(log_dir, purge_step=0) as writer:
         writer.add_image("transform/steps", row, 0)
         writer.add_image("transform/epochs", caption_grid(torch.stack(images), captions), 0)
-        writer.add_image("transform/batch", caption_grid(halves, half_words), 0)
+        writer.add_image("transform/batch", caption_grid(both, ways), 0)
 
 
 def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=64, download=False):

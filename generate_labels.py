@@ -2,18 +2,18 @@
 file as it was.
 
 A data set may come as images to learn from (train/) and to be judged on (val/), and as label files,
-one text file per image. You need such files where a label says more than the name of a folder, or
-is corrected by hand. What goes wrong may make no noise: a correction is overwritten, an image has
-no label, a label has no image, or a.jpg and a.png share one label.
+one text file per image: where a label says more than the name of a folder, or is corrected by hand.
+What goes wrong may make no noise: a correction is overwritten, an image has no label, a label has
+no image, or a.jpg and a.png share one label.
 
     train/ants/0013035.jpg   ->   train/ants_label/0013035.txt, which says "ants"
 
     ants       the class, named by the folder of its images     ants_label  the folder of its labels
     0013035    the stem: a file's name without its ending, the same for an image and its label
 
-This script writes into the data set's own folders. Torchvision's ImageFolder reads no label files
-and takes each folder in train/ for a class: from then on ImageFolder("train") raises an error, as
-two of its four folders hold no image. Section 4 says what to do.
+This script writes into the data set's own folders. Torchvision's ImageFolder takes each folder in
+train/ for a class: from then on ImageFolder("train") raises an error, as two of its four folders
+hold no image. Section 4 says what to do.
 
 Needs          nothing
 Checked here   only missing labels are written, and a second run writes none; no file that was there
@@ -143,7 +143,6 @@ def show_labels(folder, scratch, remove=3):
     before = {path: path.read_bytes() for path in copy.rglob("*.*") if path.is_file()}
     first, second = write_labels(copy), write_labels(copy)
     changed = [path for path, content in before.items() if path.read_bytes() != content]
-
     print("2. Are the missing labels written, and nothing else? On a copy of the data, of which")
     print(f"   {len(labels[:remove])} labels were removed and one was corrected by hand")
     print("                            with a   written by   written by a")
@@ -155,10 +154,8 @@ def show_labels(folder, scratch, remove=3):
     runs = [sum(new for _, new in counts.values()) for counts in (first, second)]
     assert not changed
     print(f"   -> {runs[0]} written, then {runs[1]}; other files that changed: {len(changed)}")
-    folders = [class_folder(folder / split, name) for split, name in data]
-    images = [image for images in map(image_files, folders) for image in images]
-    labelled = sum(label_path(image).is_file() for image in images)
-    print(f"   -> the data itself has labels for {labelled} of {len(images)} images")
+    total, labels = sum(n for n, _ in data.values()), len([*folder.glob("*/*_label/[!.]*.txt")])
+    print(f"   -> the data itself has {total} images and {labels} labels")
     return copy, {"data": data, "first": first, "second": second, "changed": changed}
 
 

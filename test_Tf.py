@@ -12,9 +12,8 @@ no warning tells you, so an image of floats in 0..255 stays 255 times too large.
     out[c, i, j] = in[i, j, c] / 255
 
 Needs          nothing
-Checked here   ToTensor is the formula bit for bit, v2 up to the last digit of a float32; two other
-               moves of the axes are not; all 256 bytes come back; which types are scaled; what
-               other inputs get
+Checked here   ToTensor is the formula bit for bit, v2 up to the last digit of a float32; all 256
+               bytes come back; which types are scaled; what other inputs get
 TensorBoard    three rows of pictures, one step each: to_tensor/colours takes a picture apart,
                to_tensor/axes moves the axes wrongly, to_tensor/range forgets to divide
 Try            in show_everyday, write dtype=np.int32 for dtype=np.uint8: by what do ToTensor and
@@ -59,9 +58,7 @@ def type_name(x):
 def show_everyday():
     print("1. In everyday code: what becomes of a red and a blue pixel?")
     array = np.array([[[255, 0, 0], [51, 102, 204]]], dtype=np.uint8)  # (H = 1, W = 2, C = 3)
-    x = transforms.ToTensor()(array)
-    y = new_to_tensor()(array)
-
+    x, y = transforms.ToTensor()(array), new_to_tensor()(array)
     print("                                              red pixel         blue pixel")
     print("                        type      shape       r     g     b     r     g     b")
     for name, value, colours in (

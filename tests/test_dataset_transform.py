@@ -217,12 +217,12 @@ def test_main_prints_what_it_measures(lesson, dataset, images_root, tmp_path, ca
 
     x, last, versions, changed = measured["everyday"]
     assert changed[-2:] == ["ToDtype", "Normalize(0.5, 0.25)"]
-    assert f"-> values changed (a flip comes half of the time) by {', '.join(changed)}\n" in out
+    assert f"-> changed (a flip comes half of the time) by {', '.join(changed)}\n" in out
     assert x.shape == last.shape == (3, 32, 32) and x.dtype == torch.float32 and versions > 5
     label = dataset.targets[0]
-    said = f"(tensor (3, 32, 32), label {label}); read ten times, it gave {versions} of"
-    last_words = "      162 possible versions: 9 x 9 places of the crop, flipped or not"
-    assert f"   -> dataset[0] is {said}\n{last_words}\n" in out
+    said = f"   -> dataset[0] is (tensor (3, 32, 32), label {label}); read ten times, it gave\n"
+    said += f"      {versions} different tensors; 9 x 9 crops, flipped or not, are 162\n"
+    assert said in out
     image = np.array(dataset[0][0])
     smallest, largest = (f"{value:.2f}" for value in (image.min(), image.max()))
     assert lines[4].split() == [

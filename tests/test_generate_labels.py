@@ -99,7 +99,7 @@ def test_only_the_missing_labels_of_the_copy_are_written(lesson, folder, tmp_pat
     assert "\n   1 labels were removed and one was corrected" in out
     assert "\n   train   ants         3        2             1              0\n" in out
     assert "-> 1 written, then 0; other files that changed: 0\n" in out
-    assert "-> the data itself has labels for 10 of 10 images\n" in out
+    assert "-> the data itself has 10 images and 10 labels\n" in out
 
 
 def test_a_label_that_the_data_lack_is_told(lesson, folder, tmp_path, monkeypatch, capsys):
@@ -111,7 +111,7 @@ def test_a_label_that_the_data_lack_is_told(lesson, folder, tmp_path, monkeypatc
             lesson.label_path(image).touch()
     (folder / "val" / "bees_label" / "bees_001.txt").unlink()
     lesson.show_labels(folder, tmp_path)
-    assert "-> the data itself has labels for 9 of 10 images\n" in capsys.readouterr().out
+    assert "-> the data itself has 8 images and 9 labels\n" in capsys.readouterr().out
 
 
 def test_a_label_that_is_overwritten_is_seen(lesson, folder, tmp_path, monkeypatch):
@@ -269,6 +269,6 @@ def test_main_prints_what_it_finds(lesson, insects_root, folder, capsys, seed):
         ["val", "ants", "2", "2", "0", "0"], ["val", "bees", "2", "2", "0", "0"]]  # fmt: skip
     assert lines[15:17] == [
         "   -> 2 written, then 0; other files that changed: 0",
-        "   -> the data itself has labels for 10 of 10 images"]  # fmt: skip
+        "   -> the data itself has 10 images and 10 labels"]  # fmt: skip
     assert measured["classes"] == (["ants", "ants_label", "bees", "bees_label"], ["ants", "bees"])
     assert measured["other"] == {"ants_000.jpg": ("bees", "ants")}
