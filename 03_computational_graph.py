@@ -1,34 +1,28 @@
-"""backward() walks over the nodes that the forward pass left; a small class of ours does it, too.
+"""backward() walks over the nodes that the code of a result left; a class of ours does the same.
 
-An operation on a tensor that requires grad leaves a node. The node knows its inputs and how to hand
-a gradient back to them. backward() visits a node after all that used it, and adds the gradients
-that arrive along several paths. A node keeps the values that its derivative needs, so training pays
-memory for every layer. If one of them changes before backward(), the gradient is wrong: PyTorch
-counts edits in place and refuses, unless an edit goes around its count, as `.data` and NumPy do.
+Each operation on a tensor that requires grad leaves a node. The node knows the nodes of its inputs,
+and how to hand a gradient back to them. backward() visits a node only after all nodes that used its
+result, and adds up the gradients that arrive along several paths.
 
-    z = w x,  L = z (z + b)        dL/dz = (z + b) + z, by two paths;  dL/dw = x dL/dz,  dL/db = z
-    D layers act(a W) keep (D + 1) B n numbers if act is relu, 2 D B n if it is silu; weights are
-    not counted, the + 1 is the input of layer 1
+A node also keeps the values that its derivative needs, so every layer costs memory during training.
+PyTorch counts edits in place, and refuses if such a value has changed before backward(). An edit
+made through `.data` is not counted: the gradient is wrong, and nothing is said.
 
-    w, b   parameters    x   a constant    a   activations (B, n): B examples, n units    W (n, n)
-    act    a function of each number: relu(t) = max(0, t); silu(t) = t / (1 + e^-t)
-
-relu keeps its result, which the next layer keeps anyway; silu keeps its input, and the next layer
-keeps its result: two. The graph is what ran and not a plan: four rounds of a loop leave four nodes.
+    w, b   parameters     x   a constant     z = w x     L = z (z + b)
+    dL/dz = (z + b) + z, by two paths        dL/dw = x dL/dz        dL/db = z
 
 Needs          02_autograd_basics.py
 Checked here   the gradients of L by a Value class of ours = by backward() = by hand; detach() and
-               .data; what operations and layers keep; a second backward(); a node per round
-TensorBoard    memory/kept_floats by depth D in the runs relu, silu, no_grad: three straight lines;
-               graph/tree as text in the run tree: L, then the loop after 0, 1, 4 and 7 rounds
-Try            in Value.backward, put = for += : which gradient goes wrong, and why?
+               .data; what operations and layers keep; a second backward()
+TensorBoard    memory/kept_numbers by depth D in the runs relu, silu, no_grad: three straight lines,
+               silu about twice as steep as relu, no_grad at 0
+Try            in Value.backward, replace += by = : which gradient goes wrong, and why?
 Answer         dL/dw is 18, not 39, and dL/dx 12, not 26: z was used twice, and one use overwrites
                the other
 Source         Griewank & Walther 2008, Evaluating Derivatives, chapter 3; Karpathy 2020, micrograd;
                PyTorch notes, "Autograd mechanics"
 """
 
-import math
 import signal
 from pathlib import Path
 
@@ -48,15 +42,21 @@ LOG_DIR = Path(__file__).resolve().parent / "runs" / "03_computational_graph"
 # --- 1. in everyday code -----------------------------------------------------------------------
 
 
+def kind(node):
+    return node and type(node).__name__
+
+
 def tree(node, leaves, depth=0, numbers=None):
     """Lines that draw the graph, inputs indented below; a node met again is only a number."""
-    numbers = {} if numbers is None else numbers
+    numbers, indent = {} if numbers is None else numbers, "  " * depth
     if node is None or node in numbers:
-        return ["  " * depth + ("None" if node is None else f"{numbers[node]} again")]
+        return [indent + ("None" if node is None else f"{numbers[node]} again")]
     numbers[node] = len(numbers)
-    name = [name for name, leaf in leaves.items() if leaf is getattr(node, "variable", None)]
-    lines = ["  " * depth + " ".join([str(numbers[node]), node.name().split(":")[-1], *name])]
-    for parent, _ in node.next_functions:  # one for each input; None where none is needed
+    lines = [f"{indent}{numbers[node]} {kind(node)}"]
+    for name, leaf in leaves.items():
+        if leaf is getattr(node, "variable", None):  # AccumulateGrad knows its leaf
+            lines[0] += " " + name
+    for parent, _ in node.next_functions:
         lines += tree(parent, leaves, depth + 1, numbers)
     return lines
 
@@ -66,22 +66,22 @@ def show_graph():
     x = torch.tensor(3.0)
     z = w * x
     L = z * (z + b)
+    node, inputs = L.grad_fn, L.grad_fn.next_functions  # pairs: the node of an input, and a number
+    z_inputs = inputs[0][0].next_functions
     print("1. Which nodes did z = w * x and L = z * (z + b) leave? w = 2, b = 1, x = 3")
-    print(f"   L.grad_fn                   {L.grad_fn.name()}")
-    print(f"   its next_functions          {[node.name() for node, _ in L.grad_fn.next_functions]}")
-    print("   and so on, each node's inputs indented below it, None for the constant x:")
-    rows = tree(L.grad_fn, {"w": w, "b": b})
+    print("   code                                            kind of node")
+    print(f"   L.grad_fn                                       {kind(node)}")
+    print(f"   L.grad_fn.next_functions                        {[kind(n) for n, _ in inputs]}")
+    print(f"   L.grad_fn.next_functions[0][0].next_functions   {[kind(n) for n, _ in z_inputs]}")
+    print("   All nodes, each above the nodes of its inputs (AccumulateGrad adds to the .grad of a")
+    print("   parameter; None: the constant x; 1 again: node 1, drawn above):")
+    rows = tree(node, {"w": w, "b": b})
     for row in rows:
         print(f"   {row}")
     L.backward()
-    print(
-        "   (Mul, Add: products and sums; AccumulateGrad w: the end, which adds to w.grad; 1 again:"
-    )
-    print("   node 1, drawn above)")
-    again = next(row.split()[0] for row in rows if "again" in row)
-    print(
-        f"   -> node {again} (z = {z:.0f}) has two uses; w.grad {w.grad:.0f}, b.grad {b.grad:.0f}"
-    )
+    again = [row.split()[0] for row in rows if "again" in row]
+    print(f"   -> used twice: node {' and '.join(again)} (z = {z:.0f}); after L.backward() "
+          f"w.grad is {w.grad:.0f}, b.grad {b.grad:.0f}")  # fmt: skip
     return rows
 
 
@@ -89,7 +89,7 @@ def show_graph():
 
 
 class Value:
-    """A number that remembers its sources: what it was made from, with its derivative by each."""
+    """A number that remembers its sources: the Values it was made from, and its slope in each."""
 
     def __init__(self, data, sources=()):
         self.data, self.sources, self.grad = data, sources, 0.0
@@ -98,7 +98,10 @@ class Value:
         return Value(self.data + other.data, [(self, 1.0), (other, 1.0)])
 
     def __mul__(self, other):
-        """The product as a Value; its sources are (self, slope) and (other, slope). Exercise."""
+        """The product as a Value; its sources are (self, slope) and (other, slope).
+
+        A slope is the derivative of the product with respect to self or to other. Exercise.
+        """
         return Value(self.data * other.data, [(self, other.data), (other, self.data)])
 
     def backward(self):
@@ -113,8 +116,11 @@ class Value:
                 source.grad += value.grad * slope
 
     def order(self, found=None):
-        """A dict: its keys are what self was made from, sources first, then self. Exercise."""
-        found = {} if found is None else found  # a dict keeps the order, and each value once
+        """A dict: its keys are all Values behind self, each after its own sources, then self.
+
+        Its values are True: a dict keeps the order, and each key once. Exercise.
+        """
+        found = {} if found is None else found
         if self not in found:
             for source, _ in self.sources:
                 source.order(found)
@@ -135,7 +141,7 @@ def show_own():
     f(*theirs).backward()
     w, b, x = (value.data for value in own)
     by_hand = x * (2 * w * x + b), w * x, w * (2 * w * x + b)
-    print("2. Does our own Value find the gradients of L at w = 2, b = 1, x = 3?")
+    print("2. Does a class of our own, Value, find the gradients of L at w = 2, b = 1, x = 3?")
     print("            our Value   backward()   by hand")
     for name, a, c, law in zip("wbx", own, theirs, by_hand, strict=True):
         print(f"   dL/d{name}   {a.grad:10.4f}   {c.grad:10.4f}   {law:7.4f}")
@@ -156,31 +162,34 @@ def refusal(action):
     return ""
 
 
-def show_twins():
+def show_detach():
     s = torch.tensor(0.3).sigmoid()
     right = (s * (1 - s)).item()
-    print(f"3. y = sigmoid(w), then a tensor made from y is set to 0. Is dy/dw still {right:.4f}?")
-    print("   made from y          memory   edits y counted      w.grad   verdict")
+    print("3. y = sigmoid(w), w = 0.3. A tensor made from y is set to 0 before y.backward().")
+    print(f"   Is w.grad still {right:.4f}?")
+    print("   made from y          its memory   edits that y counted   w.grad   verdict")
     verdicts = {}
     for code in ("y.detach()", "y.data", "y.detach().clone()"):
         w = torch.tensor(0.3, requires_grad=True)
         y = w.sigmoid()
-        twin = eval(code, {"y": y})  # the code that the row shows
-        twin.zero_()
-        memory = "shared" if twin.data_ptr() == y.data_ptr() else "its own"
+        other = eval(code, {"y": y})  # the code that the row shows
+        other.zero_()
+        memory = "that of y" if other.data_ptr() == y.data_ptr() else "its own"
         if refusal(y.backward):
             grad, verdicts[code] = "", "refused"
         else:
             grad, off = f"{w.grad:.4f}", (w.grad - right).abs().item()
             verdicts[code] = "right" if off < 1e-6 else "wrong, and silent"
-        print(f"   {code:<18}   {memory:<7}  {y._version:18}   {grad:6}   {verdicts[code]}")
-    silent = [code for code, verdict in verdicts.items() if verdict == "wrong, and silent"]
-    seen = " ".join(silent)
-    print(f"   -> sigmoid keeps y for backward(); of these only {seen} changes it unnoticed")
+        print(f"   {code:<18}   {memory:<10}   {y._version:20}   {grad:6}   {verdicts[code]}")
+    seen, unseen = (" ".join(code for code, said in verdicts.items() if said == verdict)
+                    for verdict in ("refused", "wrong, and silent"))  # fmt: skip
+    print(f"   -> an edit of {seen} is seen and refused, an edit of {unseen} is not seen")
     z = torch.tensor(3.0, requires_grad=True)
-    (z * z.detach()).backward()
-    print(f"   -> detach() makes a constant: z * z.detach() at z = 3 has slope {z.grad:g}, not 6")
-    return {"verdicts": verdicts, "slope": z.grad.item()}
+    cut, whole = (torch.autograd.grad(f, z)[0].item() for f in (z * z.detach(), z * z))
+    print(f"   -> detach() makes a constant: at z = 3 z * z.detach() has slope {cut:g}, "
+          f"z * z {whole:g}")  # fmt: skip
+    assert (cut, whole) == (3, 6)
+    return {"verdicts": verdicts, "slopes": (cut, whole)}
 
 
 # --- 4. what is kept in memory -----------------------------------------------------------------
@@ -205,22 +214,19 @@ def kept_by(action, *args):
 
 def show_kept():
     w, v, x = (torch.rand(3, requires_grad=grad) for grad in (True, True, False))
-    print("4. What does y keep for backward(), and what does a second y.sum().backward() do?")
-    print("   y (x: a constant)   tensors kept   2nd backward()   2nd, after retain_graph=True")
+    print("4. What does y keep for backward(), and can y.sum().backward() be called twice?")
+    print("   y (x: a constant)   tensors kept   second call")
     kept, second = {}, {}
     for code in ("w + v", "w * v", "w * x", "w.exp()"):
         kept[code] = len(kept_by(eval, code, {"w": w, "v": v, "x": x}))
-        for retain in (False, True):
-            w.grad, y = None, eval(code)
-            y.sum().backward(retain_graph=retain)
-            first = w.grad.clone()
-            said = refusal(y.sum().backward)
-            second[code, retain] = (
-                "refused" if said else f".grad is {(w.grad / first).mean():.0f} times"
-            )
-        print(f"   {code:<17}   {kept[code]:12}   {second[code, False]:<14}   {second[code, True]}")
-    freed = [code for code in kept if second[code, False] == "refused"]
-    print(f"   -> backward() frees what was kept: {len(freed)} of {len(kept)} refuse a second one")
+        y = eval(code)
+        y.sum().backward()
+        second[code] = "refused" if refusal(y.sum().backward) else "passes"
+        print(f"   {code:<17}   {kept[code]:12}   {second[code]}")
+    where = all((second[code] == "refused") == (kept[code] > 0) for code in kept)
+    where = "just where" if where else "not only where"
+    print(f"   -> it is refused {where} a tensor was kept: the first call frees it,")
+    print("      unless it is backward(retain_graph=True)")
     return {"tensors": kept, "second": second}
 
 
@@ -233,8 +239,8 @@ def layers(a, weights, activation):
     return a
 
 
-def kept_floats(a, weights, activation):
-    """Numbers kept by `layers` beside the weights, each memory counted once."""
+def kept_numbers(a, weights, activation):
+    """How many numbers `layers` keeps besides the weights, each memory counted once."""
     own = {W.untyped_storage().data_ptr() for W in weights}
     kept = kept_by(layers, a, weights, activation)
     counts = {tensor.untyped_storage().data_ptr(): tensor.numel() for tensor in kept}
@@ -244,54 +250,35 @@ def kept_floats(a, weights, activation):
 def show_memory(log_dir, batch, width, depth):
     a = torch.randn(batch, width)
     weights = [torch.randn(width, width).requires_grad_() for _ in range(depth)]
-    print(f"5. How many numbers do D layers keep? B n = {batch} x {width} = {batch * width}")
-    print("   run         D       kept   by formula")
-    kept = {"relu": [], "silu": [], "no_grad": []}
-    for run, counts in kept.items():
+    size, kept = batch * width, {}
+    print("5. How many numbers do D layers a = act(a @ W) keep for backward(), besides weights?")
+    print(f"   a holds B n = {batch} x {width} = {size} numbers. Each @ keeps its input, which is")
+    print("   the first a or what act gave. relu keeps what it gives, silu what it gets.")
+    print("   act        D       kept   formula     by formula")
+    for run, act, times, more, formula in (
+        ("relu", F.relu, 1, 1, "(D + 1) B n"), ("silu", F.silu, 2, 0, "2 D B n"),
+        ("no_grad", F.relu, 0, 0, "0"),
+    ):  # fmt: skip
+        kept[run] = []
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
             for D in range(1, depth + 1):
                 with torch.set_grad_enabled(run != "no_grad"):
-                    counts.append(kept_floats(a, weights[:D], F.silu if run == "silu" else F.relu))
-                writer.add_scalar("memory/kept_floats", counts[-1], D)
-                law = {"relu": D + 1, "silu": 2 * D, "no_grad": 0}[run] * batch * width
+                    kept[run].append(kept_numbers(a, weights[:D], act))
+                writer.add_scalar("memory/kept_numbers", kept[run][-1], D)
+                law = (times * D + more) * size
                 if D in (depth // 2, depth):
-                    print(f"   {run:<7}   {D:3}   {counts[-1]:8}   {law:10}")
-                assert counts[-1] == law
-    relu, silu, none = ((counts[-1] - counts[-2]) / (batch * width) for counts in kept.values())
-    print(f"   -> a layer more keeps {relu:g} B n (relu), {silu:g} B n (silu), {none:g} (no_grad)")
+                    print(f"   {run:<7}  {D:3}   {kept[run][-1]:8}   {formula:<11} {law:10}")
+                assert kept[run][-1] == law
+    relu, silu, none = ((counts[-1] - counts[-2]) / size for counts in kept.values())
+    print(f"   -> each further layer keeps {relu:g} B n with relu, {silu:g} B n with silu, "
+          f"{none:g} under no_grad")  # fmt: skip
     return kept
-
-
-# --- 6. a graph is what ran --------------------------------------------------------------------
-
-
-def show_loop():
-    print("6. How long is the graph of a loop? y = x, then y = 2 * y while y < 10")
-    print("   x       nodes of 2 * y   rounds by theory  x.grad   2^rounds")
-    drawn, counts = [], []
-    for start in (10.0, 6.0, 1.0, 0.1):
-        x = y = torch.tensor(start, requires_grad=True)
-        while y < 10:
-            y = 2 * y
-        rows = tree(y.grad_fn, {"x": x})
-        counts.append(sum("Mul" in row for row in rows))
-        drawn.append([f"y = {start:g}, doubled {counts[-1]} times", *rows])
-        turns = max(0, math.ceil(math.log2(10 / start)))
-        y.backward()
-        print(f"   {start:<5g}   {counts[-1]:14}   {turns:15}   {x.grad:6.0f}   {2**turns:7}")
-        assert counts[-1] == turns and x.grad == 2**turns
-    print(f"   -> {counts} nodes from the same code: the graph is what ran")
-    return {"drawn": drawn, "counts": counts}
 
 
 def main(seed=0, log_dir=LOG_DIR, batch=32, width=64, depth=16):
     torch.manual_seed(seed)
-    rows = show_graph()
-    measured = {"own": show_own(), **show_twins(), **show_kept()}
-    measured |= {"kept": show_memory(log_dir, batch, width, depth), **show_loop()}
-    with SummaryWriter(log_dir / "tree", purge_step=0) as writer:
-        for step, lines in enumerate([["L = z (z + b), z = w x", *rows], *measured["drawn"]]):
-            writer.add_text("graph/tree", "    " + "\n    ".join(lines), step)
+    measured = {"tree": show_graph(), "own": show_own(), **show_detach(), **show_kept()}
+    measured["kept"] = show_memory(log_dir, batch, width, depth)
     print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return measured
 

@@ -172,8 +172,13 @@ def test_what_is_printed_of_the_graph(lesson, capsys):
     ]
     out = capsys.readouterr().out
     assert row(out, "L.grad_fn") == ["MulBackward0"]
-    assert row(out, "its next_functions") == ["['MulBackward0',", "'AddBackward0']"]
-    assert "-> node 1 (z = 6) has two uses; w.grad 39, b.grad 6\n" in out
+    assert row(out, "L.grad_fn.next_functions") == ["['MulBackward0',", "'AddBackward0']"]
+    assert row(out, "L.grad_fn.next_functions[0][0].next_functions") == [
+        "['AccumulateGrad',",
+        "None]",
+    ]
+    assert "None: the constant x; 1 again: node 1, drawn above):\n   0 Mul" in out
+    assert "-> used twice: node 1 (z = 6); after L.backward() w.grad is 39, b.grad 6\n" in out
     assert lesson.f(2, 1, 3) == 42
 
 
@@ -181,18 +186,33 @@ def test_what_is_printed_of_the_graph(lesson, capsys):
 
 
 def test_detach_and_data_share_memory_and_only_detach_is_found_out(lesson, capsys):
-    measured = lesson.show_twins()
+    measured = lesson.show_detach()
     assert measured["verdicts"] == {
         "y.detach()": "refused", "y.data": "wrong, and silent", "y.detach().clone()": "right",
     }  # fmt: skip
-    assert measured["slope"] == 3
+    assert measured["slopes"] == (3, 6)
     out = capsys.readouterr().out
     s = 1 / (1 + math.exp(-0.3))
-    assert f"dy/dw still {s * (1 - s):.4f}?" in out
-    assert row(out, "y.detach()") == ["shared", "1", "refused"]
-    assert row(out, "y.data") == ["shared", "0", "0.0000", "wrong,", "and", "silent"]
+    assert f"   Is w.grad still {s * (1 - s):.4f}?\n" in out
+    assert row(out, "y.detach()") == ["that", "of", "y", "1", "refused"]
+    assert row(out, "y.data") == ["that", "of", "y", "0", "0.0000", "wrong,", "and", "silent"]
     assert row(out, "y.detach().clone()") == ["its", "own", "0", f"{s * (1 - s):.4f}", "right"]
-    assert "of these only y.data changes it unnoticed" in out and "has slope 3, not 6\n" in out
+    assert "-> an edit of y.detach() is seen and refused, an edit of y.data is not seen\n" in out
+    assert "-> detach() makes a constant: at z = 3 z * z.detach() has slope 3, z * z 6\n" in out
+
+
+def test_what_a_function_that_keeps_its_input_would_print(lesson, tmp_path, capsys):
+    names = edited(lesson, "        y = w.sigmoid()\n", "        y = w.sin()\n")
+    names["show_detach"]()
+    assert "-> an edit of  is seen and refused" in capsys.readouterr().out
+
+
+def test_numpy_goes_around_the_count_as_data_does(lesson):
+    w = torch.tensor([0.3, -1.0], requires_grad=True)
+    y = w.sigmoid()
+    y.detach().numpy().fill(0)
+    assert y._version == 0 and lesson.refusal(y.sum().backward) == ""
+    assert w.grad.tolist() == [0, 0]
 
 
 def test_an_edit_behind_detach_is_named_by_its_version(lesson):
@@ -234,11 +254,19 @@ def test_what_is_printed_of_what_is_kept(lesson, capsys):
     assert measured["tensors"] == {"w + v": 0, "w * v": 2, "w * x": 1, "w.exp()": 1}
     out = capsys.readouterr().out
     for code, count in measured["tensors"].items():
-        first = "refused" if count else ".grad is 2 times"
-        assert measured["second"][code, False] == first
-        assert measured["second"][code, True] == ".grad is 2 times"
-        assert row(out, code) == f"{count} {first} .grad is 2 times".split()
-    assert "-> backward() frees what was kept: 3 of 4 refuse a second one\n" in out
+        assert measured["second"][code] == ("refused" if count else "passes")
+        assert row(out, code) == [str(count), measured["second"][code]]
+    assert "-> it is refused just where a tensor was kept: the first call frees it,\n" in out
+
+
+@pytest.mark.parametrize("f", [torch.exp, torch.sin, lambda w: w + w])
+def test_a_retained_graph_serves_again(lesson, f):
+    (w,) = leaves((3,))
+    y = f(w)
+    y.sum().backward(retain_graph=True)
+    once = w.grad.clone()
+    assert lesson.refusal(lambda: y.sum().backward(retain_graph=True)) == ""
+    torch.testing.assert_close(w.grad, 2 * once)
 
 
 @pytest.mark.parametrize("f", [torch.exp, torch.sin, torch.square])
@@ -276,12 +304,12 @@ def test_a_second_backward_passes_where_nothing_was_kept(lesson):
         (F.gelu, lambda D: 2 * D),
     ],
 )
-def test_floats_kept_by_depth(lesson, activation, formula, D):
+def test_numbers_kept_by_depth(lesson, activation, formula, D):
     weights = leaves(*[(3, 3)] * D)
     a = torch.randn(7, 3, dtype=torch.float64)
-    assert lesson.kept_floats(a, weights, activation) == formula(D) * 21
+    assert lesson.kept_numbers(a, weights, activation) == formula(D) * 21
     with torch.no_grad():
-        assert lesson.kept_floats(a, weights, activation) == 0
+        assert lesson.kept_numbers(a, weights, activation) == 0
 
 
 def test_layers_by_hand(lesson):
@@ -292,11 +320,21 @@ def test_layers_by_hand(lesson):
 def test_relu_in_place_keeps_no_less(lesson):
     weights = leaves(*[(3, 3)] * 4)
     a = torch.randn(7, 3, dtype=torch.float64)
-    in_place = lesson.kept_floats(a, weights, lambda z: F.relu(z, inplace=True))
-    assert in_place == lesson.kept_floats(a, weights, F.relu) == 5 * 21
+    in_place = lesson.kept_numbers(a, weights, lambda z: F.relu(z, inplace=True))
+    assert in_place == lesson.kept_numbers(a, weights, F.relu) == 5 * 21
 
 
 # --- loops and main ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("start", "rounds"), [(10.0, 0), (6.0, 1), (1.0, 4), (0.1, 7)])
+def test_the_graph_of_a_loop_is_what_ran(lesson, start, rounds):
+    x = y = torch.tensor(start, requires_grad=True)
+    while y < 10:
+        y = 2 * y
+    assert sum("Mul" in row for row in lesson.tree(y.grad_fn, {"x": x})) == rounds
+    y.backward()
+    assert x.grad == 2**rounds
 
 
 def test_two_runs_of_the_same_code_share_only_the_leaf():
@@ -314,47 +352,39 @@ def test_main_measures_what_the_docstring_says(lesson, tmp_path, events, capsys,
         measured = lesson.main(seed=seed, log_dir=tmp_path, batch=5, width=7, depth=5)
     out = capsys.readouterr().out
     out = out[out.rindex("1. Which nodes") :]
+    titles = [line[:2] for line in out.splitlines() if line[1:3] == ". "]
+    assert titles == ["1.", "2.", "3.", "4.", "5."]
     assert measured["own"] == [39, 6, 26]
     for name, value in (("w", "39.0000"), ("b", "6.0000"), ("x", "26.0000")):
         assert row(out, f"dL/d{name}") == [value] * 3
     for head in (
         "1. Which nodes did z = w * x and L = z * (z + b) leave? w = 2, b = 1, x = 3\n",
-        "   and so on, each node's inputs indented below it, None for the constant x:\n   0 Mul",
-        "2. Does our own Value find the gradients of L at w = 2, b = 1, x = 3?\n",
+        "   code                                            kind of node\n",
+        "2. Does a class of our own, Value, find the gradients of L at w = 2, b = 1, x = 3?\n",
         "            our Value   backward()   by hand\n",
-        "   made from y          memory   edits y counted      w.grad   verdict\n",
-        "4. What does y keep for backward(), and what does a second y.sum().backward() do?\n",
-        "   y (x: a constant)   tensors kept   2nd backward()   2nd, after retain_graph=True\n",
-        "5. How many numbers do D layers keep? B n = 5 x 7 = 35\n",
-        "   run         D       kept   by formula\n",
-        "6. How long is the graph of a loop? y = x, then y = 2 * y while y < 10\n",
-        "   x       nodes of 2 * y   rounds by theory  x.grad   2^rounds\n",
+        "3. y = sigmoid(w), w = 0.3. A tensor made from y is set to 0 before y.backward().\n",
+        "   made from y          its memory   edits that y counted   w.grad   verdict\n",
+        "4. What does y keep for backward(), and can y.sum().backward() be called twice?\n",
+        "   y (x: a constant)   tensors kept   second call\n",
+        "5. How many numbers do D layers a = act(a @ W) keep for backward(), besides weights?\n",
+        "   a holds B n = 5 x 7 = 35 numbers.",
+        "   act        D       kept   formula     by formula\n",
     ):
         assert head in out
     assert "-> Value and backward() differ by 0\n" in out
     assert measured["kept"] == {
         "relu": [70, 105, 140, 175, 210], "silu": [70, 140, 210, 280, 350], "no_grad": [0] * 5,
     }  # fmt: skip
-    assert "-> a layer more keeps 1 B n (relu), 2 B n (silu), 0 (no_grad)\n" in out
+    assert "-> each further layer keeps 1 B n with relu, 2 B n with silu, 0 under no_grad\n" in out
+    formulas = {"relu": ["(D", "+", "1)", "B", "n"], "silu": ["2", "D", "B", "n"], "no_grad": ["0"]}
     for run, kept in measured["kept"].items():
         printed = [line.split() for line in out.splitlines() if line.split()[0] == run]
-        assert printed == [[run, f"{D}", f"{kept[D - 1]}", f"{kept[D - 1]}"] for D in (2, 5)]
-        logged = events(tmp_path / run).Scalars("memory/kept_floats")
+        assert printed == [
+            [run, f"{D}", f"{kept[D - 1]}", *formulas[run], f"{kept[D - 1]}"] for D in (2, 5)
+        ]
+        logged = events(tmp_path / run).Scalars("memory/kept_numbers")
         assert [(e.step, e.value) for e in logged] == list(enumerate(kept, start=1))
-    assert measured["counts"] == [0, 1, 4, 7]
-    loops = [line.split() for line in out[out.index("6. How long") :].splitlines()[2:6]]
-    starts = {"10": 0, "6": 1, "1": 4, "0.1": 7}
-    assert loops == [[x, f"{n}", f"{n}", f"{2**n}", f"{2**n}"] for x, n in starts.items()]
-    assert "-> [0, 1, 4, 7] nodes from the same code: the graph is what ran\n" in out
-    texts = events(tmp_path / "tree").Tensors("graph/tree/text_summary")
-    drawn = [e.tensor_proto.string_val[0].decode() for e in texts[-5:]]
-    assert [text.count("MulBackward0") for text in drawn] == [2, 0, 1, 4, 7]
-    assert all(line.startswith("    ") for text in drawn for line in text.splitlines())
-    titles = [text.splitlines()[0].strip() for text in drawn]
-    assert titles == ["L = z (z + b), z = w x"] + [
-        f"y = {x}, doubled {n} times" for x, n in starts.items()
-    ]
-    assert "      1 MulBackward0\n" in drawn[0] and "AccumulateGrad x" in drawn[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["no_grad", "relu", "silu"]
 
 
 def test_main_prints_the_same_twice(lesson, tmp_path, capsys):
