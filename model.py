@@ -81,12 +81,8 @@ def show_everyday():
     for i in range(len(x)):
         logits, probabilities = (" ".join(f"{v:7.3f}" for v in row[i]) for row in (z, p))
         print(f"   {i:5d}   {logits}   {probabilities}   {p[i].argmax():15d}")
-    print(
-        f"   -> images {tuple(x.shape)} became logits {tuple(z.shape)}; untrained probabilities are"
-    )
-    print(
-        f"      {p.min():.2f} to {p.max():.2f}, near 1 / {z.shape[1]}: the network knows nothing yet"
-    )
+    print(f"   -> {tuple(x.shape)} became {tuple(z.shape)}; untrained, the probabilities are")
+    print(f"      {p.min():.2f} to {p.max():.2f}, near 1 / {z.shape[1]}: it knows nothing yet")
     return z
 
 

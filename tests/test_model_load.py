@@ -195,6 +195,19 @@ def test_code_runs_only_unguarded(lesson, moli, tmp_path):
     assert lesson.attempt(torch.load, path, state, marker) == ("UnpicklingError", False)
 
 
+def test_each_row_and_loader_is_asked_anew_whether_code_has_run(
+    lesson, moli, tmp_path, path, capsys
+):
+    marker, state = tmp_path / "marker", moli.state_dict()
+    torch.save({**state, "surprise": lesson.Surprise(marker)}, tmp_path / "surprise.pth")
+    outcomes = lesson.show_code({"a": tmp_path / "surprise.pth", "b": path}, state, marker)
+    assert [ran for row in outcomes.values() for _, ran in row.values()] == [False] * 2 + [True] + [
+        False
+    ] * 3
+    out = capsys.readouterr().out
+    assert out.count("and code ran") == 1 and "ran with: weights_only=False. That" in out
+
+
 def test_a_list_of_safe_globals_lets_nothing_else_in(lesson, tmp_path):
     path, marker = tmp_path / "both.pth", tmp_path / "marker"
     torch.save([nn.Linear(2, 2), lesson.Surprise(marker)], path)
