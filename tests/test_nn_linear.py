@@ -223,6 +223,21 @@ def test_main_trains_alike_on_shuffled_pixels_and_fails_on_the_last_batch(
     head = ["0", "nn.Linear(61440,", "10)", "614,410"]
     assert [*head, "20", "->", "(10,),", "10", "->", "refused"] in rows_of(out, "0 ")
     assert f"refused: {error}\n" in out
+    for head in (
+        "1. How do I put a linear",
+        "   x = images.flatten(1)     y = layer(x)   first pixel + 0.5   sum of pixels + 100\n",
+        "2. Where do the neighbours",
+        "   neighbour       pixel (c, h, w)   place\n",
+        "3. Is nn.Linear(3072, 10) one matrix",
+        "   image     nn.Linear   x @ weight.T + bias\n",
+        "4. Flatten from which axis? 50 images in batches of 20\n",
+        "   from axis   layer                   parameters   images -> output, at both ends\n",
+        "5. What if the pixels of all images are shuffled in one way? 8 steps",
+        "   run        pixels     columns of     first loss   last loss   minus the first row,\n",
+        "                         the weight                              largest\n",
+        "look: tensorboard --logdir ",
+    ):
+        assert head in out
     assert "from axis 0 there are 20 times the parameters, and 1 of 3 batches refused" in out
     for run, losses in measured["losses"].items():
         ((*_, first, last, off),) = rows_of(out, f"{run} ")

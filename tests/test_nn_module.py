@@ -264,6 +264,19 @@ def test_main_shows_what_the_plain_list_loses(lesson, events, tmp_path, capsys, 
     assert rows_of(out, "layer ") == [["layer", "yes", "yes", "yes", "_modules"]]
     assert rows_of(out, "parameter ") == [["parameter", *["yes"] * 3, "_parameters"]]
     assert "-> nothing finds tensor and plain_list; of the 6 names" in out
+    for head in (
+        "1. How do I write a network,",
+        "   named_parameters()   shape    numbers\n",
+        "2. Which attributes does a module find?",
+        "   self.         parameters()   state_dict()   double()   found by OurModule in\n",
+        "3. What does a list lose? Two equal networks learn y = sin(3 x), 300 steps",
+        "   hidden      numbers    loss:            weights of hidden   a reloaded copy minus\n",
+        "   layers in   to learn   first     last   layers moved by     net, largest\n",
+        "4. What does eval() switch?",
+        "   mode      Dropout in the ModuleList   Dropout in the list\n",
+        "look: tensorboard --logdir ",
+    ):
+        assert head in out
     assert "OurModule with its tables finds 6\n" in out
     for run, start in (("plain_list", "list"), ("module_list", "ModuleList")):
         net = measured["nets"][run]

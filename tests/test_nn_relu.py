@@ -1,7 +1,14 @@
+import ast
+import types
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+ACTIVATIONS = {"relu": F.relu, "sigmoid": torch.sigmoid, "gelu": F.gelu, "silu": F.silu}
 
 
 @pytest.fixture
@@ -13,16 +20,72 @@ def lesson(load):
 def pixels(lesson, images_root):
     """800 images shrunk to (800, 192) in [0, 1], and their labels."""
     images, labels = lesson.as_tensors(lesson.open_images(images_root))
-    return F.avg_pool2d(images.float() / 255, 4).flatten(1), labels
+    return F.avg_pool2d(images.double() / 255, 4).flatten(1), labels
+
+
+def edited(lesson, old, new):
+    """The lesson after a reader's edit of code: `old`, which it holds once, is `new`."""
+    tree = ast.parse(Path(lesson.__file__).read_text(encoding="utf-8"))
+    source = ast.unparse(ast.Module(tree.body[1:], []))  # without the docstring
+    assert source.count(old) == 1
+    module = types.ModuleType("edited")
+    module.__file__ = lesson.__file__
+    exec(compile(source.replace(old, new), lesson.__file__, "exec"), module.__dict__)
+    return module
+
+
+def rows_of(out, start):
+    """The words of each printed line that begins with `start`."""
+    return [line.split() for line in out.splitlines() if line.strip().startswith(start)]
+
+
+def curve(events, run, tag):
+    logged = events(run).Scalars(tag)
+    assert [event.step for event in logged] == list(range(len(logged)))
+    return [event.value for event in logged]
+
+
+# --- in everyday code --------------------------------------------------------------------------
+
+
+def test_the_everyday_network_bends_and_without_relu_it_does_not(lesson, capsys):
+    assert lesson.show_everyday() == ([2, 1, 0, 1, 2], [0] * 5)
+    out = capsys.readouterr().out
+    assert rows_of(out, "-2 ") == [["-2", "-2", "2", "0", "2", "2", "0"]]
+    assert rows_of(out, "1 ") == [["1", "1", "-1", "1", "0", "1", "0"]]
+    assert "net(x) changes by [-1, -1, 1, 1]: it bends; the other by [0, 0, 0, 0]\n" in out
+
+
+def test_two_linear_layers_are_one_and_with_an_activation_they_are_not():
+    torch.manual_seed(0)
+    first, last, x = nn.Linear(4, 7).double(), nn.Linear(7, 3).double(), torch.randn(9, 4).double()
+    weight, bias = last.weight @ first.weight, last.weight @ first.bias + last.bias
+    torch.testing.assert_close(last(first(x)), x @ weight.T + bias)
+    for activation in ACTIVATIONS.values():
+        middle = activation(first((x[:3] + x[3:6]) / 2))
+        ends = (activation(first(x[:3])) + activation(first(x[3:6]))) / 2
+        assert (last(middle) - last(ends)).abs().max() > 1e-3  # of a linear map they are equal
+
+
+# --- four activations --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_values_and_slopes_by_hand_are_torchs(lesson, dtype):
     x = torch.tensor([-1000, -88.5, -3.3, -1e-3, -0.0, 0.0, 0.7, 20, 1000], dtype=dtype)
-    for ours, slope, theirs in ((lesson.sigmoid, lesson.sigmoid_slope, torch.sigmoid),
-                                (lesson.relu, lesson.relu_slope, F.relu)):  # fmt: skip
-        torch.testing.assert_close(ours(x), theirs(x))
+    for name, theirs in ACTIVATIONS.items():
+        torch.testing.assert_close(getattr(lesson, name)(x), theirs(x))
+    for slope, theirs in ((lesson.sigmoid_slope, torch.sigmoid), (lesson.relu_slope, F.relu)):
         torch.testing.assert_close(slope(x), lesson.library_slope(theirs, x))
+    assert lesson.relu_slope(x).tolist() == [0] * 6 + [1] * 3
+    assert torch.equal(lesson.relu(x.abs()), x.abs())  # it changes no pixel in [0, 1]
+
+
+def test_the_library_slope_is_a_derivative_and_leaves_x_alone(lesson):
+    x = torch.tensor([0.5, 2.0, -1.0], dtype=torch.float64)
+    torch.testing.assert_close(lesson.library_slope(torch.square, x), 2 * x)
+    torch.testing.assert_close(lesson.library_slope(torch.sin, x), x.cos())
+    assert not x.requires_grad and x.grad is None
 
 
 def test_the_slope_is_a_quarter_at_zero_and_less_elsewhere(lesson):
@@ -30,6 +93,44 @@ def test_the_slope_is_a_quarter_at_zero_and_less_elsewhere(lesson):
     slope = lesson.sigmoid_slope(x)
     zero = x.abs() < 1e-9
     assert zero.sum() == 1 and (slope[zero] == 0.25).all() and (slope[~zero] < 0.25).all()
+
+
+def test_gelu_and_silu_are_flat_at_one_point_below_0():
+    x = torch.linspace(-5, 0, 1000, dtype=torch.float64, requires_grad=True)
+    for activation in (F.gelu, F.silu):
+        (slope,) = torch.autograd.grad(activation(x).sum(), x)
+        assert slope.ne(0).all() and (slope[1:].sign() != slope[:-1].sign()).sum() == 1
+        assert slope[x < -1.5].abs().max() < 0.13
+
+
+def test_the_curves_and_the_table_are_torchs(lesson, events, tmp_path, capsys):
+    largest = lesson.show_activations(tmp_path)
+    expected = {"relu": 1, "sigmoid": 0.25, "gelu": 1.129, "silu": 1.0998}
+    assert largest == pytest.approx(expected, abs=1e-4)
+    out = capsys.readouterr().out
+    x, shown = torch.linspace(-5, 5, 101), torch.tensor([-3.0, 0, 1, 3]).requires_grad_()
+    for name, activation in ACTIVATIONS.items():
+        value, slope = curve(events, tmp_path / name, "curve/value"), []
+        assert value == pytest.approx(activation(x).tolist(), abs=1e-5)
+        slope = lesson.library_slope(activation, x.double()).tolist()
+        slope[50] = {"relu": 0, "sigmoid": 0.25}.get(name, 0.5)
+        assert curve(events, tmp_path / name, "curve/slope") == pytest.approx(slope, abs=1e-5)
+        (slopes,) = torch.autograd.grad(activation(shown).sum(), shown)
+        cells = *activation(shown).tolist(), *slopes.tolist(), expected[name]
+        ((_, *printed),) = rows_of(out, f"{name} ")
+        assert [float(cell) for cell in printed] == pytest.approx(cells, abs=6e-4)
+    assert "-> a sigmoid's slope is at most 0.25, that of ReLU at most 1; by hand" in out
+
+
+@pytest.mark.parametrize("name", ["relu", "sigmoid", "gelu", "silu", "relu_slope", "sigmoid_slope"])
+def test_each_one_by_hand_is_compared(lesson, tmp_path, monkeypatch, name):
+    right = getattr(lesson, name)
+    monkeypatch.setattr(lesson, name, lambda x: right(x) + 1e-6)
+    with pytest.raises(AssertionError):
+        lesson.show_activations(tmp_path)
+
+
+# --- through many layers -----------------------------------------------------------------------
 
 
 def test_the_gradient_through_a_chain_is_the_product_of_its_slopes(lesson):
@@ -43,19 +144,49 @@ def test_the_gradient_through_a_chain_is_the_product_of_its_slopes(lesson):
     torch.testing.assert_close(norms.flatten(), torch.tensor(expected, dtype=torch.float64))
 
 
+def test_the_norm_is_taken_for_each_image_and_its_matrix_is_transposed(lesson):
+    torch.manual_seed(0)
+    W, x = torch.randn(5, 5).double(), torch.randn(3, 5).double()
+    torch.manual_seed(1)
+    norms = lesson.gradient_norms(torch.tanh, [W], x)
+    torch.manual_seed(1)
+    upstream = torch.randn(3, 5, dtype=torch.float64)
+    back = (upstream * (1 - torch.tanh(x @ W.T) ** 2)) @ W
+    torch.testing.assert_close(norms[1], back.norm(dim=1) / upstream.norm(dim=1))
+
+
 def test_orthogonal_weights_stretch_no_vector(lesson):
     torch.manual_seed(0)
-    for W in lesson.orthogonal(17, 3):
+    matrices = lesson.orthogonal(17, 3)
+    for W in matrices:
         torch.testing.assert_close(W @ W.T, torch.eye(17, dtype=torch.float64))
+    assert len(matrices) == 3 and not torch.equal(matrices[0], matrices[1])
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_try_weights_4_w_lift_the_bound_but_not_the_gradient(lesson, pixels, seed):
+def test_try_weights_4_w_lift_the_bound_but_not_the_gradient(
+    lesson, pixels, tmp_path, capsys, seed
+):
+    reader = edited(lesson, "('sigmoid', torch.sigmoid, 1)", "('sigmoid', torch.sigmoid, 4)")
     torch.manual_seed(seed)
-    weights = [4 * W for W in lesson.orthogonal(192, 10)]
-    norms = lesson.gradient_norms(torch.sigmoid, weights, pixels[0][:64].double() - 0.5)
-    assert (norms <= 1).all()
-    assert 0.6 < norms[-1].mean() ** 0.1 < 0.7
+    norms = reader.show_depth(tmp_path, pixels[0] - 0.5, 10)
+    assert norms["bound"].tolist() == [1] * 11
+    assert 0.62 < norms["sigmoid"][-1] ** 0.1 < 0.68
+    assert "-> 64 of 64 images keep the bound. A layer leaves 0.6" in capsys.readouterr().out
+    if not seed:
+        reader.main(log_dir=tmp_path, root=lesson.DATASET2, count=200, depth=3, epochs=1)
+        assert "look: " in capsys.readouterr().out
+
+
+def test_a_bound_that_does_not_hold_stops_the_lesson(lesson, pixels, tmp_path, monkeypatch, capsys):
+    norms = lesson.gradient_norms
+    monkeypatch.setattr(lesson, "gradient_norms", lambda *given: norms(*given) * 1.3)
+    with pytest.raises(AssertionError):
+        lesson.show_depth(tmp_path, pixels[0] - 0.5, 3)
+    assert "-> 0 of 64 images keep the bound" in capsys.readouterr().out
+
+
+# --- dead units --------------------------------------------------------------------------------
 
 
 def test_a_dead_unit_gets_no_gradient_and_a_leaky_one_does(lesson):
@@ -67,14 +198,33 @@ def test_a_dead_unit_gets_no_gradient_and_a_leaky_one_does(lesson):
     assert off.tolist() == [True, False]
     for activation, moves in ((F.relu, [False, True]), (F.leaky_relu, [True, True])):
         layer.zero_grad()
-        F.cross_entropy(head(activation(layer(x))), torch.arange(20) % 10).backward()
+        head(activation(layer(x))).square().sum().backward()
         assert layer.weight.grad.any(1).tolist() == moves
+
+
+def test_a_unit_that_is_on_for_one_image_of_all_is_not_dead(lesson):
+    layer, head = nn.Linear(1, 3), nn.Linear(3, 10)
+    with torch.no_grad():
+        layer.weight[:, 0], layer.bias[:] = torch.tensor([1.0, -1, 1]), torch.tensor([0.0, 0, -99])
+        head.weight.zero_()
+        head.weight[4, 1], head.bias[:] = 1, torch.arange(10) * 0.01
+    x = -torch.ones(200, 1)
+    x[150] = 1
+    labels = torch.full((200,), 4)
+    labels[:20] = 3
+    batches = [*zip(x.split(40), labels.split(40), strict=True)]
+    off, weights, accuracy = lesson.survey(layer, head, batches)
+    assert off.tolist() == [False, False, True]  # the first is on for x[150] alone
+    assert accuracy == 179 / 200  # x[150] is taken for class 9
+    assert torch.equal(weights, layer.weight) and not weights.requires_grad
+    layer.weight.data.zero_()
+    assert weights.any()
 
 
 def test_units_die_by_a_step_against_the_mean_image(lesson, pixels):
     torch.manual_seed(0)
-    x, y = pixels
-    before, after = lesson.train_and_survey(x, y, 128, epochs=1, lr=2.0)
+    x, y = pixels[0].float(), pixels[1]
+    before, after = lesson.train_and_survey(x, y, 128, epochs=1, lr=3.0)
     died = after[0] & ~before[0]
     step = (after[1] - before[1])[died]
     mean = F.normalize(x.mean(0), dim=0)
@@ -84,25 +234,99 @@ def test_units_die_by_a_step_against_the_mean_image(lesson, pixels):
 
 def test_small_steps_kill_no_unit(lesson, pixels):
     torch.manual_seed(0)
-    surveys = [*lesson.train_and_survey(*pixels, 128, epochs=2, lr=0.05)]
+    surveys = lesson.train_and_survey(pixels[0].float(), pixels[1], 128, epochs=2, lr=0.05)
     assert surveys[0][0].sum() == surveys[-1][0].sum()
 
 
+def test_training_is_plain_descent_batch_after_batch(lesson, pixels):
+    x, y = pixels[0][:120].float() - 0.5, pixels[1][:120]
+    torch.manual_seed(3)
+    *_, (_, weights, accuracy) = lesson.train_and_survey(x, y, 16, 2, 0.3, batch_size=50)
+    torch.manual_seed(3)
+    layer, head = nn.Linear(192, 16), nn.Linear(16, 10)
+    parameters = [*layer.parameters(), *head.parameters()]
+    for i in (0, 50, 100) * 2:
+        targets = torch.eye(10)[y[i : i + 50]]
+        loss = (head(layer(x[i : i + 50]).clamp(min=0)) - targets).square().mean()
+        for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            p.data -= 0.3 * g
+    torch.testing.assert_close(weights, layer.weight.detach())
+    right = head(layer(x).relu()).argmax(1) == y
+    assert accuracy == pytest.approx(right.double().mean().item())
+
+
+# --- the whole ---------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_main_keeps_the_bound_and_counts_the_dead(lesson, images_root, events, tmp_path, seed):
+def test_main_keeps_the_bound_and_counts_the_dead(
+    lesson, images_root, pixels, events, tmp_path, capsys, seed
+):
     measured = lesson.main(
         seed=seed, log_dir=tmp_path, root=images_root, count=800, depth=8, epochs=4
     )
-    assert measured["slopes"] == {"sigmoid": 0.25, "relu": 1.0}
-    assert measured["changed"]["[0, 1]"] == 0 and 0.3 < measured["changed"]["[-1, 1]"] < 0.7
-    last = {run: norms[-1].item() for run, norms in measured["norms"].items()}
+    out, norms = capsys.readouterr().out, measured["norms"]
+    assert measured["everyday"][0] == [2, 1, 0, 1, 2]
+    for head in (
+        "1. What does nn.ReLU() do?",
+        "    x   layer before   nn.ReLU()   net(x)   without the ReLU\n",
+        "2. Which values and slopes",
+        "   values at x =                  slopes at x =                  largest\n",
+        "  -3       0       1      3      -3       0       1      3   slope\n",
+        "3. How much of a gradient's length",
+        "   weights g W, W orthogonal; the bound of the sigmoid is (g/4)^n\n",
+        "  sigmoid, g=1         bound     silu, g=1     gelu, g=1     relu, g=1  relu, g=1.41\n",
+        "4. How many of 128 ReLU units are dead? SGD with learning rate 3 on 800 images\n",
+        "   input         dead units after epoch            came   right in the end\n",
+        "                      0     1     2     4   back   (by guessing: 10%)\n",
+        "look: tensorboard --logdir ",
+    ):
+        assert head in out
+    last = {run: values[-1].item() for run, values in norms.items()}
     assert 0.4 * last["bound"] < last["sigmoid"] < last["bound"] == 4.0**-8
+    assert 0.8 * 2**-8 < last["silu"] < 1.2 * 2**-8 and 0.8 * 2**-8 < last["gelu"] < 1.3 * 2**-8
     assert 0.7 * 2**-4 < last["relu"] < 1.4 * 2**-4
     assert 0.7 < last["relu_sqrt2"] < 1.4
+    for run, values in norms.items():
+        logged = curve(events, tmp_path / f"depth_{run}", "grad/log10_norm")
+        assert logged == pytest.approx(values.log10().tolist(), abs=1e-5)
+    _, third = out.split("\n3. ")
+    third, fourth = third.split("\n4. ")
+    order = ("sigmoid", "bound", "silu", "gelu", "relu", "relu_sqrt2")
+    for n in (1, 2, 4, 8):
+        assert rows_of(third, f"{n} ") == [[str(n), *(f"{norms[run][n]:.1e}" for run in order)]]
+    kept = [f"{last[run] ** (1 / 8):.2f}" for run in ("sigmoid", "relu", "relu_sqrt2")]
+    assert f"A layer leaves {kept[0]} of it with a sigmoid,\n      {kept[1]} with ReLU, " in out
+    assert f"{kept[2]} with ReLU and weights sqrt(2) W\n" in out
+
+    x, labels = pixels
+    for run, shift in (("images_0_1", 0.0), ("images_centred", 0.5)):
+        torch.manual_seed(seed)
+        surveys = lesson.train_and_survey((x - shift).float(), labels, 128, 4, 3.0)
+        dead = [int(off.sum()) for off, *_ in surveys]
+        assert measured["dead"][run] == dead
+        assert measured["accuracy"][run] == surveys[-1][2]
+        for (off, before, _), (later, after, _) in pairwise(surveys):
+            assert later[off].all() and torch.equal(after[off], before[off])
+        logged = curve(events, tmp_path / run, "dead/share")
+        assert logged == pytest.approx([number / 128 for number in dead])
+        row = [*(str(dead[epoch]) for epoch in (0, 1, 2, 4)), "0", f"{surveys[-1][2]:.0%}"]
+        name = f"pixels - {shift}" if shift else "pixels 0..1"
+        assert rows_of(fourth, name) == [[*name.split(), *row]]
     dead, centred = measured["dead"]["images_0_1"], measured["dead"]["images_centred"]
-    assert dead[0] < 20 < 60 < dead[-1] and dead == sorted(dead)
-    assert not any(centred)
-    assert measured["accuracy"]["images_0_1"] < 0.2 < measured["accuracy"]["images_centred"]
-    assert len(events(tmp_path / "images_0_1").Scalars("dead/share")) == 5
-    tags = [f"activation/{name}" for name in ("input", "relu", "sigmoid")]
-    assert events(tmp_path / "images").Tags()["images"] == tags
+    assert dead[0] < 20 < 50 < dead[-1] and dead == sorted(dead)
+    assert not any(centred) and measured["back"] == {"images_0_1": 0, "images_centred": 0}
+    assert measured["accuracy"]["images_0_1"] < 0.25 < measured["accuracy"]["images_centred"]
+    assert "-> 0 dead units came back; with 0.5 subtracted 0 are dead in the end instead of " in out
+    assert f"instead of {dead[-1]}\n" in out
+
+
+def test_units_that_come_back_are_counted(lesson, tmp_path, monkeypatch, capsys):
+    states = [[1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1]]
+    surveys = [(torch.tensor(off).bool(), torch.zeros(4, 1), 0.5) for off in states]
+    monkeypatch.setattr(lesson, "train_and_survey", lambda *_: surveys)
+    measured = lesson.show_dead(0, tmp_path, torch.rand(5, 3), torch.zeros(5), 4, 2, 1.0)
+    assert measured["back"] == {"images_0_1": 3, "images_centred": 3}
+    assert "-> 3 dead units came back; with 0.5 subtracted 2 are dead in the end instead of 2" in (
+        capsys.readouterr().out
+    )
