@@ -1,23 +1,25 @@
-"""A training loop is zero, forward, backward, step; without the zero a line's fit never settles.
+"""A training loop clears .grad, computes a loss and its gradient, and moves the parameters.
 
-backward() adds to .grad, so that the gradients of several losses or batches can be summed. The loop
-therefore clears .grad first. The step is made under no_grad, since it must not be recorded as a
-part of the loss. To keep a loss, write loss.item() or loss.detach(): otherwise the whole record of
-how it was computed stays in memory.
+These four steps are called zero, forward, backward, step. backward() adds to .grad, so that the
+gradients of several losses can be summed. If the loop forgets the zero, the fit of a line never
+settles. The step is made under no_grad: it is not a part of the loss, and an edit of a parameter is
+refused otherwise. To keep a loss, write loss.item() or loss.detach(): else the record of how it was
+computed stays in memory.
 
-    zeroed       p <- p - lr g_t                    the error shrinks, if lr is small enough
-    forgotten    p <- p - lr (g_0 + ... + g_t)      it swings, a pendulum without friction
+    zeroed       p becomes p - lr g_t                    the error shrinks, if lr is small enough
+    forgotten    p becomes p - lr (g_0 + ... + g_t)      it swings, a pendulum without friction
 
-    p    the parameters w and b, fitted to y = 2x + 1 by L = mean((w x + b - y)^2)
-    g_t  the gradient of L at step t, dL/dw and dL/db     lr  learning rate
+    p      the parameters w and b, fitted to y = 2x + 1 by the loss L = mean((w x + b - y)^2)
+    g_t    the gradient of L at step t, dL/dw and dL/db            lr     learning rate
+    error  p minus its value at the minimum of L, (2, 1)
 
 Needs          01_manual_gradient.py (Hessian and lam_max, its largest eigenvalue)
 Checked here   the loop = the loop by hand; .grad after k backward() = k times the gradient by
-               hand; a law for w and b at every step, zeroed and forgotten; three refused edits
-TensorBoard    train/loss, param/w, param/b by step in the runs zeroed, forgotten
-Try            in main, put lr=0.34 for lr=0.1, then lr=0.68: which of the two runs blows up?
-Answer         At 0.34 only the zeroed run: its limit is 2 / lam_max = 0.3357. The forgotten one
-               swings on up to 4 / lam_max = 0.6714, so that at 0.68 both blow up
+               hand; a law for w and b at every step, zeroed and forgotten; three refusals
+TensorBoard    train/loss, param/w, param/b by step: zeroed comes to rest at loss 0, w = 2, b = 1;
+               forgotten swings about them and never settles
+Try            in main, replace lr=0.1 by lr=0.34: which of the two runs blows up?
+Answer         Only zeroed: its limit is 2 / lam_max = 0.3357. That of forgotten is twice as large
 Source         PyTorch notes, "Autograd mechanics"; Polyak 1964 (momentum)
 """
 
@@ -60,10 +62,11 @@ def show_everyday():
     p = torch.zeros(2)
     for _ in range(4):
         p = p - 0.1 * gradient(*p, x, y)
-    print(f"   -> four rounds brought the loss from {losses[0]:.1f} to {losses[-1]:.3f};")
-    print(f"      by hand, as in 01_manual_gradient.py, w = {p[0]:.4f} and b = {p[1]:.4f}")
+    left = (w * x + b - y).square().mean().item()
+    print(f"   -> four rounds bring the loss from {losses[0]:.1f} to {left:.3f};")
+    print(f"      four by hand, as in 01_manual_gradient.py, end at w = {p[0]:.4f}, b = {p[1]:.4f}")
     torch.testing.assert_close(torch.stack([w, b]).detach(), p)
-    return losses
+    return [*losses, left]
 
 
 # --- 2. what is recorded -----------------------------------------------------------------------
@@ -81,7 +84,7 @@ def show_recorded():
     loss = (w * x).square().mean()
     with torch.no_grad():
         step = w - 0.1 * w
-    print("2. What is recorded? What comes from w, except by detach() and under no_grad()")
+    print("2. What is recorded? All that comes from w, unless by detach() or under no_grad()")
     print("   tensor                           requires_grad   grad_fn: how it was made")
     rows = {"x": x, "w, requires_grad=True": w, "loss = (w * x).square().mean()": loss,
             "loss.detach()": loss.detach(), "w - 0.1 * w, under no_grad()": step}  # fmt: skip
@@ -93,8 +96,8 @@ def show_recorded():
         loss = (w * x).square().mean()
         kept, detached = kept + loss, detached + loss.detach()
     chains = chain_length(kept.grad_fn), chain_length(detached.grad_fn)
-    print(f"   -> the sum of 50 losses keeps {chains[0]} additions and their inputs in memory;")
-    print(f"      the sum of 50 detached losses keeps {chains[1]}")
+    print(f"   -> a sum of 50 losses keeps records of {chains[0]} additions, and so of each loss;")
+    print(f"      a sum of 50 detached losses keeps {chains[1]}")
     return {"recorded": [tensor.requires_grad for tensor in rows.values()], "chains": chains}
 
 
@@ -153,53 +156,57 @@ def fit(x, y, lr, steps, zero=True):
 
 
 def swing(lr, lam, t):
-    """e_t / e_0 = cos((t + 1/2) phi) / cos(phi / 2) of the forgotten run, cos phi = 1 - lr lam / 2.
+    """The part of the error that is left after t steps without the zero: (T, n).
 
-    For steps t (T, 1) and eigenvalues lam (n,) of L's Hessian it is (T, n); e_t is the error
-    p_t - (2, 1), its part along the eigenvector of lam. Where the law comes from:
-    1. p_(t+1) - p_t = (p_t - p_(t-1)) - lr g_t: the last move again and a new part, momentum 1.
-    2. Along an eigenvector g_t = lam e_t, so e_(t+1) + e_(t-1) = (2 - lr lam) e_t.
-    3. cos(u + phi) + cos(u - phi) = 2 cos(phi) cos(u): a cosine fits, turned by phi in each step.
-    4. No move comes before the first, as if e_(-1) = e_0: the cosine is symmetric about t = -1/2.
-    For lr lam > 4 the angle phi is complex, and the cosine grows. Exercise.
+    t (T, 1) are steps, lam (n,) eigenvalues of L's Hessian, and 0 < lr lam < 4. Along an
+    eigenvector the error e_t is e_0 cos((t + 1/2) phi) / cos(phi / 2), where the angle phi has
+    cos(phi) = 1 - lr lam / 2. So each step turns by phi; in four thoughts:
+    1. p_(t+1) - p_t = (p_t - p_(t-1)) - lr g_t: the last move again (momentum 1), and a new part.
+    2. As g_t = lam e_t, e_(t+1) + e_(t-1) = (2 - lr lam) e_t.
+    3. cos(u + phi) + cos(u - phi) = 2 cos(phi) cos(u): a cosine of u = t phi + const does just so.
+    4. The first step is e_1 = (1 - lr lam) e_0, as if e_(-1) = e_0: the cosine is symmetric about
+       t = -1/2, so const = phi / 2. Exercise.
     """
-    phi = torch.acos(torch.complex(1 - lr * lam / 2, 0 * lam))  # complex numbers, for lr lam > 4
-    return (torch.cos((t + 0.5) * phi) / torch.cos(phi / 2)).real
+    phi = torch.acos(1 - lr * lam / 2)  # (n,)
+    return torch.cos((t + 0.5) * phi) / torch.cos(phi / 2)
 
 
 def theory(x, lr, steps, zero=True):
-    """(steps + 1, 2): the path by e_t = (1 - lr lam)^t e_0, as in lesson 01, or by `swing`."""
+    """(steps + 1, 2): the path of p, by the error (1 - lr lam)^t as in lesson 01, or by `swing`."""
     A = torch.stack([x, torch.ones_like(x)], 1)  # (N, 2)
-    lam, U = torch.linalg.eigh(2 * A.T @ A / len(x))  # of the Hessian: (2,), columns of (2, 2)
+    lam, U = torch.linalg.eigh(2 * A.T @ A / len(x))  # of the Hessian: (2,), and as columns (2, 2)
     t = torch.arange(steps + 1, dtype=x.dtype)[:, None]  # (steps + 1, 1)
     left = (1 - lr * lam) ** t if zero else swing(lr, lam, t)  # (steps + 1, 2)
-    goal = torch.tensor([2.0, 1.0], dtype=x.dtype)
-    return goal - left * (goal @ U) @ U.T
+    minimum = torch.tensor([2.0, 1.0], dtype=x.dtype)
+    parts = -minimum @ U  # of the error at step 0, (0, 0) - minimum, along each eigenvector
+    return minimum + (left * parts) @ U.T
 
 
 def show_forgotten(log_dir, x, y, lr, steps):
-    print(f"4. What if the zero is forgotten? The largest loss of each 20 steps, at lr {lr}")
+    print(f"4. What if the zero is forgotten? The loss in each 20 steps, at lr {lr}")
+    print("   (theory: a step multiplies a part of the error by 1 - lr lam; forgotten, it is a cosine)")
     spans = [f"{t}-{t + 19}" for t in range(0, steps - 18, 20)]
-    print("   run         steps    " + "".join(f"{span:>9}" for span in spans))
-    losses, off = {}, {}
-    for name, zero in (("zeroed", True), ("forgotten", False)):
+    print("   run         loss, steps " + "".join(f"{span:>9}" for span in spans))
+    losses, last, off = {}, {}, []
+    for run, zero in (("zeroed", True), ("forgotten", False)):
         path, law = fit(x, y, lr, steps, zero), theory(x, lr, steps, zero)
-        for kind, points in (("theory", law), ("measured", path)):
-            losses[name] = torch.stack([mse(*p, x, y) for p in points])
-            largest = losses[name].unfold(0, 20, 20).amax(1)
-            print(f"   {name:<11} {kind:<9}" + "".join(f"{value:9.3g}" for value in largest))
-        off[name] = ((path - law).abs().max() / (1 + path.abs().max())).item()
-        with SummaryWriter(log_dir / name, purge_step=0) as writer:
+        losses[run], by_law = (torch.stack([mse(*p, x, y) for p in ps]) for ps in (path, law))
+        largest = losses[run].unfold(0, 20, 20).amax(1)
+        rows = {"largest": largest, "  by theory": by_law.unfold(0, 20, 20).amax(1),
+                "smallest": losses[run].unfold(0, 20, 20).amin(1)}  # fmt: skip
+        for name, values in rows.items():
+            print(f"   {run:<11} {name:<12}" + "".join(f"{value:9.3g}" for value in values))
+        last[run] = (largest[-1] / losses[run][0]).item()
+        off.append(((path - law).abs().max() / (1 + path.abs().max())).item())
+        with SummaryWriter(log_dir / run, purge_step=0) as writer:
             for step, (w, b) in enumerate(path):
-                writer.add_scalar("train/loss", losses[name][step], step)
+                writer.add_scalar("train/loss", losses[run][step], step)
                 writer.add_scalar("param/w", w, step)
                 writer.add_scalar("param/b", b, step)
-    last = {name: (values[-20:].max() / values[0]).item() for name, values in losses.items()}
-    print(
-        f"   -> the last 20 losses reach {last['zeroed']:.1g} times the first loss with the zero,"
-    )
-    print(f"      {last['forgotten']:.2g} times without; theory is within {max(off.values()):.0e}")
-    assert max(off.values()) < 1e-9
+    print(f"   -> the largest loss of steps {spans[-1]}, divided by the first loss: with the zero "
+          f"{last['zeroed']:.1g},")  # fmt: skip
+    print(f"      without {last['forgotten']:.2g}; theory is within {max(off):.0e}")
+    assert max(off) < 1e-9
     return {"losses": losses, "last": last}
 
 
@@ -226,8 +233,9 @@ def show_refused():
         ("y = w * torch.ones(2); y.backward()", "only for scalar outputs", "y has two numbers"),
         ("y = w * torch.ones(2); y.sum().backward()", torch.tensor(2.0), ""),
     ]  # fmt: skip
-    print(f"5. What does autograd refuse? In each row w = {value:.4f} requires grad; mul_ edits y")
-    print("   code                                                  w.grad   by hand, or the error")
+    print("5. Second reading: what does autograd refuse?")
+    print(f"   (in each row w = {value:.4f} requires grad; y.mul_(2) doubles y in place)")
+    print("   code                                        w.grad   by hand, or the error")
     refused, off = [], []
     for code, expected, meaning in rows:
         w = value.clone().requires_grad_()
@@ -238,10 +246,10 @@ def show_refused():
         else:
             off.append((w.grad - expected).abs().item())
             outcome = f"{w.grad:7.4f}   {expected:7.4f}"
-        print(f"   {'; '.join(code.splitlines()):<51}  {outcome}")
-    print(
-        f"   -> {len(refused)} of {len(rows)} are refused; the others are right to {max(off):.1g}"
-    )
+        *first, final = code.splitlines()
+        print("".join(f"   {line}\n" for line in first) + f"   {final:<41}  {outcome}")
+    right = f"the others give the gradient by hand, to {max(off):.1g}"
+    print(f"   -> {len(refused)} of {len(rows)} are refused; {right}")
     assert max(off) < 1e-5
     return refused
 

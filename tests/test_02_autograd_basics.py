@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -17,6 +19,15 @@ def noisy_data(n=7):
     return x, torch.randn(n, dtype=torch.float64)
 
 
+def edited(lesson, old, new):
+    """The lesson's namespace after a reader's edit: `old`, which it holds once, is `new`."""
+    source = Path(lesson.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    names = {"__name__": "edited", "__file__": lesson.__file__}
+    exec(compile(source.replace(old, new), lesson.__file__, "exec"), names)
+    return names
+
+
 def largest_curvature(x):
     """The largest eigenvalue of 2 [[mean x^2, mean x], [mean x, 1]]."""
     trace, det = 2 * (x.square().mean() + 1), 4 * (x.square().mean() - x.mean() ** 2)
@@ -33,13 +44,16 @@ def rows_of(out, start):
 
 def test_the_everyday_loop_is_that_of_pencil(lesson, capsys):
     losses = lesson.show_everyday()
-    assert losses[:2] == pytest.approx([17, 1.685])
+    assert losses[:2] == pytest.approx([17, 1.685]) and len(losses) == 5
+    w, b = torch.tensor(1.8819), torch.tensor(1.1496)
+    left = ((w + b - 3) ** 2 + (2 * w + b - 5) ** 2).item() / 2
+    assert losses[4] == pytest.approx(left, rel=0.01) and f"{left:.3f}" == "0.004"
     out = capsys.readouterr().out
     assert rows_of(out, "0 ") == [["0", "17.0000", "-13.000", "-8.000", "1.3000", "0.8000"]]
     assert rows_of(out, "1 ") == [["1", "1.6850", "-4.100", "-2.500", "1.7100", "1.0500"]]
-    assert "brought the loss from 17.0 to 0.019;\n" in out
+    assert "-> four rounds bring the loss from 17.0 to 0.004;\n" in out
     assert rows_of(out, "3 ")[0][-2:] == ["1.8819", "1.1496"]
-    assert "by hand, as in 01_manual_gradient.py, w = 1.8819 and b = 1.1496\n" in out
+    assert "four by hand, as in 01_manual_gradient.py, end at w = 1.8819, b = 1.1496\n" in out
 
 
 def test_the_everyday_loop_is_compared_with_the_gradient_by_hand(lesson, monkeypatch):
@@ -96,7 +110,9 @@ def test_what_is_recorded(lesson, capsys):
     out = capsys.readouterr().out
     made_by = [line.split()[-1] for line in out.splitlines()[2:7]]
     assert made_by == ["None", "None", "MeanBackward0", "None", "None"]
-    assert "sum of 50 losses keeps 50 additions" in out and "50 detached losses keeps 0\n" in out
+    assert "a sum of 50 losses keeps records of 50 additions, and so of each loss;\n" in out
+    assert "a sum of 50 detached losses keeps 0\n" in out
+    assert "2. What is recorded? All that comes from w, unless by detach() or" in out
 
 
 def test_the_length_of_a_chain(lesson):
@@ -138,12 +154,12 @@ def test_both_laws(lesson, n, lr, zero):
     assert (path[2:] - other[2:]).abs().amax(1).min() > 1e-4
 
 
-@pytest.mark.parametrize("lr", [0.1, 0.9, 1.7])
-def test_the_swing_follows_from_its_recurrence_below_and_above_the_limit(lesson, lr):
+@pytest.mark.parametrize("lr", [0.1, 0.9, 1.3])
+def test_the_swing_follows_from_its_recurrence(lesson, lr):
     lam = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)
     t = torch.arange(12, dtype=torch.float64)[:, None]
     left = lesson.swing(lr, lam, t)
-    assert left.shape == (12, 3) and not left.is_complex()
+    assert left.shape == (12, 3)
     torch.testing.assert_close(left[0], torch.ones_like(lam))
     torch.testing.assert_close(left[1], 1 - lr * lam)
     torch.testing.assert_close(left[2:], (2 - lr * lam) * left[1:-1] - left[:-2])
@@ -173,15 +189,14 @@ def test_the_forgotten_run_blows_up_past_4_over_lam(lesson, zero, bound):
     assert below.abs().max() < 50 < 100 < above[-1].abs().max()
 
 
-@pytest.mark.parametrize(("lr", "zeroed", "forgotten"), [(0.34, True, False), (0.68, True, True)])
-def test_try_which_run_blows_up(lesson, tmp_path, capsys, lr, zeroed, forgotten):
-    last = lesson.main(log_dir=tmp_path, lr=lr)["last"]
-    assert (last["zeroed"] > 30) == zeroed and (last["forgotten"] > 30) == forgotten
-    assert last["forgotten"] < 3 or forgotten
+def test_try_only_the_zeroed_run_blows_up(lesson, tmp_path, capsys):
+    copied = edited(lesson, "points=20, lr=0.1, steps", "points=20, lr=0.34, steps")
+    last = copied["main"](log_dir=tmp_path)["last"]
+    assert last["zeroed"] > 10 and last["forgotten"] < 3
     out = capsys.readouterr().out
     for run in ("zeroed", "forgotten"):
-        theory, measured = (words[2:] for words in rows_of(out, run))
-        assert theory == measured and "nan" not in theory
+        largest, theory, _ = rows_of(out, run)
+        assert largest[2:] == theory[3:] and "nan" not in theory
     assert "look: " in out
 
 
@@ -288,22 +303,24 @@ def test_what_the_table_of_refusals_shows(lesson, capsys, seed):
     torch.manual_seed(seed)
     refused = lesson.show_refused()
     lines = capsys.readouterr().out.splitlines()
-    value = float(lines[0].split(" w = ")[1].split()[0])
-    table = {line[3:54].strip(): line[56:].strip() for line in lines[2:-1]}
+    value = float(lines[1].split(" w = ")[1].split()[0])
+    table = {line[3:44].strip(): line[46:].strip() for line in lines[3:-1]}
     assert [words for words in table.values() if words.startswith("refused")] == [
         'refused   "a leaf Variable that requires grad": w is a leaf: edit under no_grad()',
         'refused   "modified by an inplace operation": exp keeps y for backward()',
         'refused   "only for scalar outputs": y has two numbers',
     ]
     assert [code for code, words in table.items() if "refused" in words] == refused
+    assert list(table.items())[1] == ("with torch.no_grad(): w -= 0.1", "")  # goes on below
+    assert list(table)[2] == "(w * w).backward()"
     w = torch.tensor(value)
     laws = [2 * w - 0.2, 2 * w.cos(), 2.0]
-    passed = [words.split() for words in table.values() if "refused" not in words]
+    passed = [words.split() for words in table.values() if words and "refused" not in words]
     assert [float(words[1]) for words in passed] == pytest.approx(
         [float(v) for v in laws], abs=2e-4
     )
     assert all(measured == by_hand for measured, by_hand in passed)
-    assert lines[-1].startswith("   -> 3 of 6 are refused; the others are right to ")
+    assert lines[-1].startswith("   -> 3 of 6 are refused; the others give the gradient by ")
 
 
 def test_an_error_of_other_words_is_shown_as_it_is(lesson, capsys, monkeypatch):
@@ -322,18 +339,24 @@ def test_main_swings_without_zeroing(lesson, tmp_path, events, capsys, seed):
         measured = lesson.main(seed=seed, log_dir=tmp_path, points=11, steps=60)
     assert measured["times"] == pytest.approx([3, 3])
     zeroed, forgotten = measured["losses"]["zeroed"], measured["losses"]["forgotten"]
-    assert zeroed[-20:].max() < 1e-2 and forgotten[-20:].max() > 0.9 * forgotten[0] > 5
+    assert zeroed[40:60].max() < 1e-2 and forgotten[40:60].max() > 0.9 * forgotten[0] > 5
     assert measured["last"] == pytest.approx({
-        "zeroed": (zeroed[-20:].max() / zeroed[0]).item(),
-        "forgotten": (forgotten[-20:].max() / forgotten[0]).item(),
+        "zeroed": (zeroed[40:60].max() / zeroed[0]).item(),
+        "forgotten": (forgotten[40:60].max() / forgotten[0]).item(),
     })  # fmt: skip
     out = capsys.readouterr().out
     x, y = lesson.make_data(11)
     for run, zero in (("zeroed", True), ("forgotten", False)):
         path = lesson.fit(x, y, 0.1, 60, zero)
         losses = [lesson.mse(*p, x, y).item() for p in path]
-        largest = [f"{max(losses[t : t + 20]):.3g}" for t in (0, 20, 40)]
-        assert rows_of(out, run)[-2:] == [[run, kind, *largest] for kind in ("theory", "measured")]
+        largest, smallest = (
+            [f"{extreme(losses[t : t + 20]):.3g}" for t in (0, 20, 40)] for extreme in (max, min)
+        )
+        assert rows_of(out, run)[-3:] == [
+            [run, "largest", *largest],
+            [run, "by", "theory", *largest],
+            [run, "smallest", *smallest],
+        ]
         loaded = events(tmp_path / run)
         assert set(loaded.Tags()["scalars"]) == {"train/loss", "param/w", "param/b"}
         for tag, values in (("train/loss", losses), ("param/w", path[:, 0].tolist()),
@@ -344,19 +367,20 @@ def test_main_swings_without_zeroing(lesson, tmp_path, events, capsys, seed):
     for head in (
         "1. How does a loop fit w x + b to the points (1, 3) and (2, 5)?\n",
         "   step   loss before   w.grad   b.grad   w after   b after\n",
-        "2. What is recorded? What comes from w, except by detach() and under no_grad()\n",
+        "2. What is recorded? All that comes from w, unless by detach() or under no_grad()\n",
         "   tensor                           requires_grad   grad_fn: how it was made\n",
         "3. What does .grad hold after k backward() without a zero between them?\n",
         "   k     w.grad   k * by hand     b.grad   k * by hand\n",
-        "4. What if the zero is forgotten? The largest loss of each 20 steps, at lr 0.1\n",
-        "   run         steps         0-19    20-39    40-59\n",
-        "   code                                                  w.grad   by hand, or the error\n",
+        "4. What if the zero is forgotten? The loss in each 20 steps, at lr 0.1\n   (theory: a step ",
+        "   run         loss, steps      0-19    20-39    40-59\n",
+        "5. Second reading: what does autograd refuse?\n   (in each row w = ",
+        "   code                                        w.grad   by hand, or the error\n",
     ):
         assert head in out
     last = measured["last"]
     assert (
-        f"-> the last 20 losses reach {last['zeroed']:.1g} times the first loss with the zero,\n"
-        f"      {last['forgotten']:.2g} times without; theory is within "
+        f"-> the largest loss of steps 40-59, divided by the first loss: with the zero "
+        f"{last['zeroed']:.1g},\n      without {last['forgotten']:.2g}; theory is within "
     ) in out
 
 
@@ -365,8 +389,8 @@ def test_the_measured_row_is_that_of_the_run_not_of_theory(lesson, tmp_path, cap
     monkeypatch.setattr(lesson, "fit", lambda x, y, lr, steps, zero: fit(x, y, lr / 2, steps, zero))
     with pytest.raises(AssertionError):
         lesson.show_forgotten(tmp_path, *lesson.make_data(), 0.1, 40)
-    theory, measured = rows_of(capsys.readouterr().out, "zeroed")
-    assert theory[2:] == ["6.89", "0.0247"] and measured[2:] == ["6.89", "0.209"]
+    measured, theory, _ = rows_of(capsys.readouterr().out, "zeroed")
+    assert theory[3:] == ["6.89", "0.0247"] and measured[2:] == ["6.89", "0.209"]
 
 
 def test_main_prints_the_same_twice(lesson, tmp_path, capsys):
