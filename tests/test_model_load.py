@@ -170,6 +170,19 @@ def test_where_a_file_of_a_gpu_can_go(lesson, tmp_path, capsys):
     assert torch.equal(lesson.read_state(path)["a"], torch.ones(3))
 
 
+def test_the_best_device_here_is_among_those_tried(lesson, tmp_path, monkeypatch):
+    best = torch.device("meta")  # stands for a GPU: it can be loaded to anywhere
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: best)
+    devices = lesson.show_devices({"a": torch.ones(3)}, tmp_path / "gpu.pth")
+    assert list(devices) == ["None", "cpu", "meta"] and devices["meta"] == "meta"
+
+
+def test_no_code_runs_on_the_way_to_a_device(lesson, tmp_path):
+    torch.save({"a": print}, tmp_path / "print.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        lesson.device_after(tmp_path / "print.pth", "cpu")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_file_of_a_gpu_is_what_the_lesson_takes_for_one(lesson, tmp_path):
     torch.save({"a": torch.ones(3, device="cuda:0")}, tmp_path / "real.pth")
