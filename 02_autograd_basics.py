@@ -184,7 +184,7 @@ def theory(x, lr, steps, zero=True):
 
 def show_forgotten(log_dir, x, y, lr, steps):
     print(f"4. What if the zero is forgotten? The loss in each 20 steps, at lr {lr}")
-    print("   (theory: a step multiplies a part of the error by 1 - lr lam; forgotten, it is a cosine)")
+    print("   (theory: a step multiplies the error's parts by 1 - lr lam; forgotten, they swing)")
     spans = [f"{t}-{t + 19}" for t in range(0, steps - 18, 20)]
     print("   run         loss, steps " + "".join(f"{span:>9}" for span in spans))
     losses, last, off = {}, {}, []
