@@ -1,10 +1,11 @@
 """A state dict brings a network back bit for bit; to go on with its training takes more.
 
-A state dict is a dict that holds every weight and bias of a network under its name. It is what you
-save, and what you load into a new network with the same layers. torch.save(net, path) would save
-the whole network, but it can be loaded only while its class is found where it was. A training has
-more to remember: Adam keeps two running averages per weight, and the learning rate often depends on
-the epoch. If they are lost, the training goes on in another way, and no error tells.
+A state dict is a dict that holds every weight and bias of a network under its name, and buffers
+such as BatchNorm's running means. It is what you save, and what you load into a new network with
+the same layers. torch.save(net, path) would save the whole network, but that can be loaded only
+while its class is found where it was. A training has more to remember: Adam keeps two running
+averages per weight, and the learning rate often depends on the epoch. If they are lost, the
+training goes on in another way, and no error tells.
 
     torch.save(net.state_dict(), path)                          the weights of net, to a file
     new.load_state_dict(torch.load(path, weights_only=True))    from the file, into a network new
@@ -102,9 +103,9 @@ def fit_best(net, x, y, x_val, y_val, epochs, folder):
     """Fit net(x) to y by Adam(net.parameters(), lr=0.05), one step an epoch on the mean square.
 
     After each step comes the validation loss, the mean squared error of net(x_val) and y_val. When
-    it is lower than ever, `save` writes the state dict to folder/best.pth, and after the last epoch
-    to folder/last.pth.
-    Returns the lowest validation loss, net.state_dict() of its epoch, and a deep copy. Exercise.
+    it is lower than ever, `save` writes the state dict to folder/best.pth; after the last epoch, to
+    folder/last.pth. Returns the lowest validation loss, and of its epoch net.state_dict() and a
+    deep copy of it. Exercise.
     """
     optimizer, best = torch.optim.Adam(net.parameters(), lr=0.05), math.inf
     for _ in range(epochs):
