@@ -1,18 +1,27 @@
-"""A fresh classifier of K classes starts at a loss near ln K, if its input is normalised.
+"""A fresh network for K classes starts at a loss of about log K; if it does not, look for a bug.
 
-    CE = logsumexp(z) - z_t = ln K + Var_k(z) / 2 + (mean_k z - z_t) + O(z^3)
+Before training, the outputs of a network (its logits z_k, one for each class k) are small and know
+nothing of the right class t. So each class gets a probability of about 1 / K, and cross-entropy is
+about -log(1 / K) = log K. One batch is enough to see it. Some bugs start there all the same. Then
+train on one small batch again and again: a network of this size can learn it by heart, so its loss
+must fall to nearly 0.
 
-Its logits z are small and know nothing of the target t: the variance is small, and the bracket
-averages to about 0. So Moli starts near ln 10 = 2.303, and a start far from it is the cheapest sign
-of a bug: pixels in 0..255 are one, unless batch norm mends it. On normalised input batch norm
-hardly moves the loss, but logits spread wider, and every layer's gradient is tens of times larger.
+    loss of an image     logsumexp(z) - z_t = log K + Var(z) / 2 + (mean(z) - z_t) + smaller terms
+    its gradient         along the last bias it is the mean over all images of p - y
+    a small step         p.data <- p.data - lr g lowers the loss by about lr |g|^2
 
-Checked here   the expansion above for Moli with batch norm in train and eval mode, and without; raw
-               pixels, too; the last bias's gradient = mean of p - y; a small step's fall
-TensorBoard    grad/norm by layer (0-2 convolutions, 3-4 linear), runs with_norm and without_norm;
-               logits/fresh, histograms
-Try            the last layer's weights and biases times 0.01: which loss? ln 10, to three decimals
-Source         Glorot & Bengio 2010; Ioffe & Szegedy 2015, arXiv:1502.03167
+    Var, mean  over the K logits of an image     p  softmax(z), probabilities     y  1 for t, else 0
+    g  the gradient of all parameters, |g| its length     lr  the learning rate
+
+Needs          nn_loss.py, nn_optim.py, model.py (Moli, a network for images, with batch norm)
+Checked here   log K for three K; the formula, and where it fails; eight bugs, seen by one of the
+               tests or by none; the gradient of the last bias; the fall of the loss by a step
+TensorBoard    overfit/loss by step in the runs right, softmax, black, shuffled; logits/fresh and
+               grad/norm by layer (0 to 2 convolutions, 3, 4 linear) in with_norm, without_norm
+Try            in show_everyday, write 0.1 * model(x) for model(x): how far is the loss from log K?
+Answer         Less than 0.01 for each K: the smaller the logits, the nearer each class to 1 / K
+Source         Glorot & Bengio 2010; Ioffe & Szegedy 2015, arXiv:1502.03167; both tests: Karpathy
+               2019, "A Recipe for Training Neural Networks"
 """
 
 import copy
@@ -33,15 +42,28 @@ from support.data import as_tensors, channel_stats, open_images, source_line
 from support.files import DATASET2, guard
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_loss_network"
+NEAR = 0.2  # a first loss within it of log K is a good one
 
 
-def load_batch(root, count):
-    """The first `count` images (B, 3, 32, 32), mean 0 and std 1 by channel, and labels (B,)."""
-    dataset = open_images(root)
-    images, labels = (t[:count] for t in as_tensors(dataset))
-    mean, std = channel_stats(images)
-    x = (images.double() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    return x, labels, source_line(dataset)
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def show_everyday(x):
+    print(f"1. In everyday code: the first loss of fresh networks on {len(x)} images")
+    print("     K     loss    log K   loss - log K")
+    rows = {}
+    for K in (2, 10, 100):
+        model = Moli(num_classes=K)
+        t = torch.randint(K, (len(x),))  # any labels will do: it knows none of them
+        loss = F.cross_entropy(model(x), t)
+        rows[K] = loss.item(), math.log(K)
+        print(f"   {K:3d}   {loss:6.3f}   {math.log(K):6.3f}   {loss - math.log(K):+12.3f}")
+    off = max(abs(loss - expected) for loss, expected in rows.values())
+    print(f"   -> log K to {off:.2f}")
+    return rows
+
+
+# --- 2. where log K comes from -----------------------------------------------------------------
 
 
 def without_norm(model):
@@ -58,10 +80,112 @@ def without_norm(model):
 def expected_loss(z, t):
     """Cross-entropy to second order in the logits z (B, K), for targets t (B,): a tensor ().
 
-    The mean over the batch of ln K + Var_k(z) / 2 + mean_k z - z_t; Var divides by K. Exercise.
+    The mean over the batch of log K + Var_k(z) / 2 + mean_k z - z_t; Var divides by K. Exercise.
     """
     bracket = z.mean(1) - z.gather(1, t[:, None]).squeeze(1)
     return math.log(z.shape[1]) + (z.var(1, correction=0) / 2 + bracket).mean()
+
+
+def show_expansion(model, x, t):
+    print(f"2. Where does log K come from? Means over {len(x)} images, K = 10")
+    print("   fresh network                log K   Var(z)/2   mean(z)-z_t   their sum     loss")
+    plain, rows = without_norm(model), {}
+    pixels = 60 * x + 120  # about 0..255 again
+    for name, network, images in (
+        ("batch norm, train mode", copy.deepcopy(model).train(), x),
+        ("batch norm, eval mode", copy.deepcopy(model).eval(), x),
+        ("no batch norm", plain, x),
+        ("no batch norm, pixels 0..255", plain, pixels),
+    ):
+        with torch.no_grad():
+            z = network(images)
+        loss, total = F.cross_entropy(z, t).item(), expected_loss(z, t).item()
+        spread = z.var(1, correction=0).mean().item() / 2
+        rows[name] = {"loss": loss, "sum": total, "spread": spread}
+        bracket = total - spread - math.log(10)
+        print(f"   {name:<28}   {math.log(10):.3f}   {spread:8.3f}   {bracket:+11.3f}   "
+              f"{total:9.3f}   {loss:6.3f}")  # fmt: skip
+    off = [abs(row["loss"] - row["sum"]) for row in rows.values()]
+    print(f"   -> where logits are small the sum is the loss to {max(off[:3]):.0e}; for raw pixels "
+          f"it is off by {off[3]:.2f}")  # fmt: skip
+    return rows
+
+
+# --- 3. bugs -----------------------------------------------------------------------------------
+
+
+def sum_loss(z, t):
+    return F.cross_entropy(z, t, reduction="sum")
+
+
+def loss_of_softmax(z, t):
+    return F.cross_entropy(z.softmax(1), t)
+
+
+def wide_last_layer(model):
+    """A copy whose last layer has weights of deviation 1, as torch.randn draws them."""
+    model = copy.deepcopy(model)
+    nn.init.normal_(model.classifier[-1].weight)
+    return model
+
+
+def overfit(model, x, t, loss_function, steps):
+    """The loss before each of `steps` steps of Adam, lr 0.001, on one batch: a list of floats.
+
+    A deep copy of the model is trained, in train mode; the model stays as it is. Exercise.
+    """
+    model, losses = copy.deepcopy(model).train(), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_function(model(x), t)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def show_bugs(log_dir, x, t, steps):
+    print(f"3. Which bugs does the first loss show? It should be log 10 = {math.log(10):.3f}")
+    print(f"   If it is: does it fall to 0 in {steps} steps on the same {len(x)} images?")
+    print("   bug                                      first loss   last loss   least possible")
+    model, ce, least = Moli(), F.cross_entropy, {"right": 0.0, "shuffled": 0.0}
+    least["softmax"] = math.log(1 + 9 / math.e)  # p is 1 and nine times 0: nn_loss.py, section 4
+    share = t.bincount() / len(t)
+    least["black"] = -share.xlogy(share).sum().item()  # if all look alike, p can be the share
+    losses, at_once, later, neither = {}, [], [], []
+    for i, (words, run, network, images, labels, loss) in enumerate(
+        [
+            ("none", "right", model, x, t, ce),
+            ("pixels in 0..255, no batch norm", "", without_norm(model), 60 * x + 120, t, ce),
+            ("last layer's weights by randn", "", wide_last_layer(model), x, t, ce),
+            ("100 outputs for 10 classes", "", Moli(100), x, t, ce),
+            ("sum of the losses, not the mean", "", model, x, t, sum_loss),
+            ("nll_loss of the logits", "", model, x, t, F.nll_loss),  # it wants log_softmax(z)
+            ("softmax before cross_entropy", "softmax", model, x, t, loss_of_softmax),
+            ("all images black", "black", model, 0 * x, t, ce),
+            ("labels of other images", "shuffled", model, x, t[torch.randperm(len(t))], ce),
+        ]
+    ):
+        losses[words] = overfit(network, images, labels, loss, steps if run else 1)
+        first, last = losses[words][0], losses[words][-1]
+        if abs(first - math.log(10)) > NEAR:
+            at_once.append(i)
+        elif last > 0.5:
+            later.append(i)
+        else:
+            neither.append(i)
+        shown = f"{last:9.3f}   {least[run]:14.3f}" if run else f"{'-':>9}   {'-':>14}"
+        print(f"   {i}  {words:<36}   {first:10.3f}   {shown}")
+        if run:
+            draw(log_dir / run, "overfit/loss", losses[words])
+    words = [", ".join(map(str, rows)) for rows in (at_once, later, neither)]
+    print(f"   -> the first loss is wrong in rows {words[0]}; the last one in rows {words[1]}")
+    print(f"   -> both look right in rows {words[2]}: look at some images with their labels, too")
+    return {"losses": losses, "least": least, "rows": (at_once, later, neither)}
+
+
+# --- 4. the first backward ---------------------------------------------------------------------
 
 
 def gradient_norms(model):
@@ -86,55 +210,72 @@ def loss_after_step(model, x, t, lr):
         return F.cross_entropy(moved(x), t)
 
 
-def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=256, lr=1e-4):
-    torch.manual_seed(seed)
-    x, t, source = load_batch(root, count)
-    print(source)
-    model = Moli().double()
-    plain = without_norm(model)
-
-    print(f"1. the loss of fresh networks on {count} images, ln 10 = {math.log(10):.4f}")
-    starts = {}
-    for name, network in {
-        "batch norm, train": copy.deepcopy(model).train(),
-        "batch norm, eval": copy.deepcopy(model).eval(),
-        "no batch norm": plain,
-    }.items():
-        with torch.no_grad():
-            raw = F.cross_entropy(network(60 * x + 120), t).item()  # about 0..255 again
-            z = network(x)
-        loss, theory = F.cross_entropy(z, t).item(), expected_loss(z, t).item()
-        spread = z.var(1, correction=0).mean().item()
-        starts[name] = {"loss": loss, "theory": theory, "variance": spread, "raw": raw}
-        print(f"   {name:<18} loss {loss:.4f}   expansion {theory:.4f}   "
-              f"variance {spread:.4f}   raw pixels {raw:.2f}")  # fmt: skip
-
-    print("2. backward(): the gradient of the last bias, and the mean of p - y")
+def show_backward(log_dir, model, x, t, lr):
+    print("4. Is the first backward() right, too? With batch norm, in train mode")
     z = model(x)
     loss = F.cross_entropy(z, t)
     loss.backward()
-    error = (z.softmax(1) - F.one_hot(t, 10)).mean(0).detach()
-    torch.testing.assert_close(model.classifier[-1].bias.grad, error)
-    for name, row in {"gradient": model.classifier[-1].bias.grad, "p - y": error}.items():
-        print(f"   {name:<9} " + " ".join(f"{value:+.4f}" for value in row[:6].tolist()))
-
-    print(f"3. one step of lr {lr:g} down the gradient")
+    bias = model.classifier[-1].bias.grad
+    error = (z.softmax(1) - F.one_hot(t, z.shape[1])).mean(0).detach()
+    torch.testing.assert_close(bias, error)
+    print("   class                          " + "".join(f"{k:8d}" for k in range(5)) + "   ...")
+    for name, row in (("gradient of the last bias", bias), ("mean of p - y", error)):
+        print(f"   {name:<31}" + "".join(f"{value:+8.4f}" for value in row[:5].tolist()))
     fall = (loss - loss_after_step(model, x, t, lr)).item()
     theory = lr * sum(p.grad.square().sum().item() for p in model.parameters())
-    print(f"   the loss falls by {fall:.3e}   theory lr |g|^2 {theory:.3e}")
+    print(f"   -> one step of lr {lr:g} lowers the loss by {fall:.2e}; lr |g|^2 is {theory:.2e}")
 
-    print("4. gradient norm by layer")
-    F.cross_entropy(plain(x), t).backward()
+    print("   length of the gradient by layer   with batch norm   without   ratio")
+    plain = without_norm(model)
+    z_plain = plain(x)
+    F.cross_entropy(z_plain, t).backward()
     norms = {"with_norm": gradient_norms(model), "without_norm": gradient_norms(plain)}
-    for name in norms["with_norm"]:
-        row = "   ".join(f"{run} {by_layer[name]:.4f}" for run, by_layer in norms.items())
-        print(f"   {name:<14} {row}")
-    for run, logits in {"with_norm": z, "without_norm": plain(x)}.items():
-        with SummaryWriter(log_dir / run, purge_step=0) as writer:
-            for layer, norm in enumerate(norms[run].values()):
-                writer.add_scalar("grad/norm", norm, layer)
+    for name, a in norms["with_norm"].items():
+        b = norms["without_norm"][name]
+        print(f"   {name:<31}   {a:15.4f}   {b:7.4f}   {a / b:5.1f}")
+    for run, logits in (("with_norm", z), ("without_norm", z_plain)):
+        draw(log_dir / run, "grad/norm", norms[run].values(), logits)
+    first, *_, last = norms["with_norm"]
+    more = [norms["with_norm"][name] / norms["without_norm"][name] for name in (first, last)]
+    print(f"   -> with batch norm the gradient of the first layer is {more[0]:.0f} times as long, "
+          f"of the last {more[1]:.0f} times")  # fmt: skip
+    return {"fall": fall, "theory": theory, "norms": norms}
+
+
+# --- the lesson --------------------------------------------------------------------------------
+
+
+def draw(log_dir, tag, values, logits=None):
+    """A curve over the steps 0, 1, 2 ..., and the histogram of fresh logits."""
+    with SummaryWriter(log_dir, purge_step=0) as writer:
+        for step, value in enumerate(values):
+            writer.add_scalar(tag, value, step)
+        if logits is not None:
             writer.add_histogram("logits/fresh", logits, 0)
-    return {"starts": starts, "fall": fall, "theory": theory, "norms": norms}
+
+
+def load_batch(root, count):
+    """The first `count` images (B, 3, 32, 32), mean 0 and std 1 by channel, and labels (B,)."""
+    dataset = open_images(root)
+    images, labels = (t[:count] for t in as_tensors(dataset))
+    mean, std = channel_stats(images)
+    x = (images.double() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    return x, labels, source_line(dataset)
+
+
+def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=128, few=32, steps=30, lr=1e-4):
+    torch.manual_seed(seed)
+    x, t, source = load_batch(root, count)
+    print(source)
+    model = Moli().double()  # float64 for the formulas
+    measured = {
+        "everyday": show_everyday(x.float()),
+        "expansion": show_expansion(model, x, t),
+        "bugs": show_bugs(log_dir, x[:few].float(), t[:few], steps),
+        "backward": show_backward(log_dir, model, x, t, lr),
+    }
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":

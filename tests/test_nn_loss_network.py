@@ -1,13 +1,34 @@
 import math
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+SMALL = {"count": 16, "few": 12, "steps": 16}
+BUGS = ["none", "pixels in 0..255, no batch norm", "last layer's weights by randn",
+        "100 outputs for 10 classes", "sum of the losses, not the mean", "nll_loss of the logits",
+        "softmax before cross_entropy", "all images black", "labels of other images"]  # fmt: skip
 
 
 @pytest.fixture
 def lesson(load):
     return load("nn_loss_network.py")
+
+
+def edited(lesson, old, new):
+    """The lesson with one change in its source, as a reader makes it on a copy."""
+    source = Path(lesson.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    copied = ModuleType("copy")
+    copied.__file__ = lesson.__file__
+    exec(compile(source.replace(old, new), lesson.__file__, "exec"), vars(copied))
+    return copied
+
+
+# --- the functions -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", [0.01, 0.1])
@@ -18,46 +39,232 @@ def test_the_expansion_is_off_by_the_third_order(lesson, scale, K):
     assert abs(lesson.expected_loss(z, t) - F.cross_entropy(z, t)) < scale**3
 
 
+def test_the_expansion_takes_the_spread_of_each_image_not_of_all(lesson):
+    torch.manual_seed(0)
+    z = 0.1 * torch.randn(40, 5, dtype=torch.float64) + 3 * torch.randn(40, 1, dtype=torch.float64)
+    t = torch.randint(5, (40,))
+    loss = F.cross_entropy(z, t).item()
+    assert lesson.expected_loss(z, t).item() == pytest.approx(loss, abs=1e-3)
+
+
 def test_without_norm_keeps_weights_and_leaves_the_model_alone(lesson):
     model = lesson.Moli()
     plain = lesson.without_norm(model)
     assert torch.equal(plain.features[1][0].weight, model.features[1][0].weight)
-    assert not [m for m in plain.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert len([m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]) == 3
+    assert not [m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len([m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]) == 3
+
+
+def test_gradient_norms_are_those_of_weight_matrices(lesson):
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+    model(torch.randn(4, 1, 3, 3)).square().sum().backward()
+    norms = lesson.gradient_norms(model)
+    assert list(norms) == ["0", "3"]
+    for name, norm in norms.items():
+        assert norm == pytest.approx(model[int(name)].weight.grad.square().sum().sqrt().item())
 
 
 def test_a_step_leaves_the_model_where_it_was(lesson):
-    model, x, t = torch.nn.Linear(4, 3), torch.randn(6, 4), torch.randint(3, (6,))
+    torch.manual_seed(0)
+    model, x, t = nn.Linear(4, 3), torch.randn(6, 4), torch.randint(3, (6,))
     F.cross_entropy(model(x), t).backward()
     before = model.weight.clone()
     after = lesson.loss_after_step(model, x, t, 0.01)
+    W, b = model.weight - 0.01 * model.weight.grad, model.bias - 0.01 * model.bias.grad
+    torch.testing.assert_close(after, F.cross_entropy(x @ W.T + b, t))
     assert after < F.cross_entropy(model(x), t) and torch.equal(model.weight, before)
 
 
-def test_try_a_tiny_last_layer_starts_at_ln_10(lesson, images_root):
+def test_overfitting_trains_a_copy_in_train_mode_on_any_loss(lesson):
     torch.manual_seed(0)
-    x, t, _ = lesson.load_batch(images_root, 64)
+    model, x, t = nn.Linear(4, 3).eval(), torch.randn(6, 4), torch.randint(3, (6,))
+    before = [p.detach().clone() for p in model.parameters()]
+    losses = lesson.overfit(model, x, t, lesson.sum_loss, 3)
+    assert losses[0] == pytest.approx(6 * F.cross_entropy(model(x), t).item()) and len(losses) == 3
+    assert losses[0] > losses[1] > losses[2]
+    assert all(map(torch.equal, before, model.parameters())) and not model.training
+    twin = nn.Linear(4, 3)
+    twin.load_state_dict(model.state_dict())
+    optimizer = torch.optim.Adam(twin.parameters(), lr=0.001)
+    for loss in losses:
+        optimizer.zero_grad()
+        ours = F.cross_entropy(twin(x), t, reduction="sum")
+        ours.backward()
+        optimizer.step()
+        assert ours.item() == pytest.approx(loss)
+    dropping = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.9))
+    first = {lesson.overfit(dropping.eval(), x, t, F.cross_entropy, 1)[0] for _ in range(9)}
+    assert len(first) > 1
+
+
+def test_the_batch_is_normalised_by_channel(lesson, images_root):
+    x, t, source = lesson.load_batch(images_root, 50)
+    assert x.shape == (50, 3, 32, 32) and x.dtype == torch.float64 and t.shape == (50,)
+    assert x.mean((0, 2, 3)).abs().max() < 1e-6
+    torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.ones(3).double(), atol=1e-5,
+                               rtol=0)  # fmt: skip
+    images, labels = lesson.as_tensors(lesson.open_images(images_root))
+    assert torch.equal(t, labels[:50]) and source.startswith("data: Shapes-10, 800 drawn")
+    low, high = (x[:, 0][images[:50, 0] == v].unique() for v in (images[:50, 0].min(), 128))
+    assert len(low) == 1 and len(high) == 1 and low < high
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tiny_last_layer_starts_at_log_10(lesson, images_root, seed):
+    torch.manual_seed(seed)
+    x, t, _ = lesson.load_batch(images_root, 16)
     model = lesson.Moli().double()
     with torch.no_grad():
         for p in model.classifier[-1].parameters():
             p *= 0.01
-    assert F.cross_entropy(model(x), t).item() == pytest.approx(math.log(10), abs=5e-4)
+    assert F.cross_entropy(model(x), t).item() == pytest.approx(math.log(10), abs=1e-3)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_main_measures_what_the_expansion_predicts(lesson, images_root, tmp_path, seed, events):
-    measured = lesson.main(seed=seed, log_dir=tmp_path, root=images_root, count=64)
-    starts = measured["starts"]
-    for start in starts.values():
-        assert start["loss"] == pytest.approx(start["theory"], abs=2e-3)
-        assert abs(start["loss"] - math.log(10)) < 0.05
-    with_norm = starts["batch norm, train"]["variance"]
-    assert with_norm > 1.5 * starts["no batch norm"]["variance"]
-    fresh = starts["batch norm, eval"]["variance"]  # its running statistics are still 0 and 1
-    assert fresh == pytest.approx(starts["no batch norm"]["variance"], rel=1e-3)
-    assert starts["no batch norm"]["raw"] > 2.5 > starts["batch norm, train"]["raw"]
-    assert measured["fall"] == pytest.approx(measured["theory"], rel=0.1)
-    first = next(iter(measured["norms"]["with_norm"]))
-    assert measured["norms"]["with_norm"][first] > 10 * measured["norms"]["without_norm"][first]
-    steps = [e.step for e in events(tmp_path / "without_norm").Scalars("grad/norm")]
-    assert steps == [0, 1, 2, 3, 4]
+# --- the sections ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_try_smaller_logits_start_nearer(lesson, seed, capsys):
+    torch.manual_seed(seed)
+    changed = edited(lesson, "F.cross_entropy(model(x), t)\n        rows[K]",
+                     "F.cross_entropy(0.1 * model(x), t)\n        rows[K]")  # fmt: skip
+    rows = changed.show_everyday(torch.randn(16, 3, 32, 32))
+    assert max(abs(loss - expected) for loss, expected in rows.values()) < 0.01
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.split()[-1] in ("+0.000", "-0.000") or abs(float(line.split()[-1])) < 0.01
+               for line in lines[2:5])  # fmt: skip
+
+
+def test_the_bugs_are_what_their_words_say(lesson, tmp_path, monkeypatch):
+    calls = []
+
+    def note(model, x, t, loss, steps):
+        calls.append((model, x, t, loss, steps))
+        return [2.3, 0.0]
+
+    monkeypatch.setattr(lesson, "overfit", note)
+    torch.manual_seed(3)
+    x, t = torch.randn(12, 3, 32, 32), torch.arange(12) % 10
+    lesson.show_bugs(tmp_path, x, t, steps=7)
+    models, images, labels, losses, steps = zip(*calls, strict=True)
+    assert steps == (7, 1, 1, 1, 1, 1, 7, 7, 7)
+    assert [torch.equal(image, x) for image in images] == [i not in (1, 7) for i in range(9)]
+    torch.testing.assert_close(images[1], (x * 0.25 + 0.5) * 240)
+    assert images[7].abs().max() == 0
+    assert [torch.equal(label, t) for label in labels] == [True] * 8 + [False]
+    assert torch.equal(labels[8].sort()[0], t.sort()[0])
+    z = torch.randn(12, 10)
+    values = [F.cross_entropy(z, t)] * 9
+    values[4], values[5] = values[4] * 12, -z[range(12), t].mean()
+    values[6] = F.cross_entropy(z.softmax(1), t)
+    torch.testing.assert_close([loss(z, t) for loss in losses], values)
+    right = models[0]
+    assert all(models[i] is right for i in (4, 5, 6, 7, 8))
+    norms = [any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) for model in models]
+    assert norms == [i != 1 for i in range(9)]
+    assert models[1].classifier[-1].weight.equal(right.classifier[-1].weight)
+    wide = models[2].classifier[-1].weight
+    assert wide.std().item() == pytest.approx(1, abs=0.1) and abs(wide.mean().item()) < 0.2
+    assert models[2].classifier[1].weight.equal(right.classifier[1].weight)
+    assert [model.classifier[-1].out_features for model in models] == [10] * 3 + [100] + [10] * 5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_main(lesson, images_root, tmp_path, seed, events, capsys):
+    measured = lesson.main(seed=seed, log_dir=tmp_path, root=images_root, **SMALL)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("data: Shapes-10")
+    assert [line[0] for line in out if line[0].isdigit()] == ["1", "2", "3", "4"]
+    assert out[-1].startswith(f"look: tensorboard --logdir {tmp_path} ")
+    follows = [line for line in out if line.startswith("   -> ")]
+
+    # 1. log K
+    rows = measured["everyday"]
+    assert list(rows) == [2, 10, 100]
+    for K, (loss, expected) in rows.items():
+        assert expected == math.log(K) and loss == pytest.approx(expected, abs=0.15)
+        assert f"   {K:3d}   {loss:6.3f}   {expected:6.3f}   {loss - expected:+12.3f}" in out
+    off = max(abs(loss - expected) for loss, expected in rows.values())
+    assert follows[0] == f"   -> log K to {off:.2f}"
+
+    # 2. the formula
+    torch.manual_seed(seed)
+    model = lesson.Moli().double()
+    x, t, _ = lesson.load_batch(images_root, 16)
+    expansion = measured["expansion"]
+    plain = lesson.without_norm(model)
+    first = next(i for i, line in enumerate(out) if line.startswith("2. ")) + 2
+    for line, (name, row), z in zip(out[first:], expansion.items(), (
+        model.train()(x), lesson.copy.deepcopy(model).eval()(x), plain(x),
+        plain((x * 0.25 + 0.5) * 240),
+    ), strict=False):  # fmt: skip
+        assert line.strip().startswith(name)
+        if "eval" not in name:  # above, train() has moved the running statistics
+            assert row["loss"] == pytest.approx(F.cross_entropy(z, t).item())
+            assert row["sum"] == pytest.approx(lesson.expected_loss(z, t).item())
+            spread = (z - z.mean(1, keepdim=True)).square().mean().item() / 2
+            assert row["spread"] == pytest.approx(spread)
+        bracket = row["sum"] - row["spread"] - math.log(10)
+        assert [float(word) for word in line.split()[-5:]] == pytest.approx(
+            [math.log(10), row["spread"], bracket, row["sum"], row["loss"]], abs=6e-4)  # fmt: skip
+    small = list(expansion.values())[:3]
+    assert max(abs(row["loss"] - row["sum"]) for row in small) < 2e-3
+    assert max(abs(row["loss"] - math.log(10)) for row in small) < 0.1
+    assert small[0]["spread"] > 1.5 * small[2]["spread"]
+    assert small[1]["spread"] == pytest.approx(small[2]["spread"], rel=1e-3)  # statistics 0 and 1
+    raw = expansion["no batch norm, pixels 0..255"]
+    assert raw["loss"] > 2.5 and abs(raw["loss"] - raw["sum"]) > 0.02
+    assert follows[1].endswith(f"off by {abs(raw['loss'] - raw['sum']):.2f}")
+
+    # 3. the bugs
+    bugs = measured["bugs"]
+    assert list(bugs["losses"]) == BUGS
+    assert bugs["rows"] == ([1, 2, 3, 4, 5], [6, 7], [0, 8])
+    assert follows[2].endswith("wrong in rows 1, 2, 3, 4, 5; the last one in rows 6, 7")
+    assert "right in rows 0, 8" in follows[3]
+    least = bugs["least"]
+    few = t[:12].bincount() / 12
+    entropy = -sum(p * math.log(p) for p in few.tolist() if p)
+    assert least == {"right": 0, "shuffled": 0, "softmax": pytest.approx(math.log(1 + 9 / math.e)),
+                     "black": pytest.approx(entropy)}  # fmt: skip
+    for run, words in (("right", BUGS[0]), ("softmax", BUGS[6]), ("black", BUGS[7]),
+                       ("shuffled", BUGS[8])):  # fmt: skip
+        losses = bugs["losses"][words]
+        assert least[run] - 1e-4 < losses[-1] < least[run] + 0.1 and len(losses) == 16
+        curve = events(tmp_path / run).Scalars("overfit/loss")
+        assert [e.step for e in curve] == list(range(16))
+        assert [e.value for e in curve] == pytest.approx(losses)
+        (line,) = (line for line in out if words in line)
+        assert line.split()[-3:] == [f"{losses[0]:.3f}", f"{losses[-1]:.3f}", f"{least[run]:.3f}"]
+    (line,) = (line for line in out if BUGS[3] in line)
+    assert line.split()[-3:] == [f"{bugs['losses'][BUGS[3]][0]:.3f}", "-", "-"]
+
+    # 4. the first backward
+    backward = measured["backward"]
+    assert backward["fall"] == pytest.approx(backward["theory"], rel=0.05) and backward["fall"] > 0
+    norms = backward["norms"]
+    assert next(iter(norms["with_norm"])) == "features.0.0" and len(norms["with_norm"]) == 5
+    ratios = [a / b for a, b in zip(*(run.values() for run in norms.values()), strict=True)]
+    assert min(ratios) > 5 and ratios[0] > 20
+    assert f"first layer is {ratios[0]:.0f} times as long, of the last {ratios[4]:.0f}" in out[-2]
+    model.zero_grad()
+    for run, network in (("with_norm", model.train()), ("without_norm", plain)):
+        z = network(x)
+        F.cross_entropy(z, t).backward()
+        theirs = [network.get_parameter(f"{name}.weight").grad.norm().item() for name in norms[run]]
+        assert list(norms[run].values()) == pytest.approx(theirs)
+        curve = events(tmp_path / run).Scalars("grad/norm")
+        assert [e.value for e in curve] == pytest.approx(theirs)
+        assert [e.step for e in curve] == [0, 1, 2, 3, 4]
+        (histogram,) = events(tmp_path / run).Histograms("logits/fresh")
+        shown = histogram.histogram_value
+        assert (shown.min, shown.max) == pytest.approx((z.min().item(), z.max().item()))
+        assert shown.num == 160
+    squares = sum(p.grad.square().sum().item() for p in model.parameters())
+    assert backward["theory"] == pytest.approx(1e-4 * squares)
+    bias, error = (
+        line.split()[-5:] for line in out if line.startswith(("   gradient of", "   mean of"))
+    )
+    assert bias == error and len(bias) == 5
+    gradient = model.classifier[-1].bias.grad[:5].tolist()
+    assert [float(word) for word in bias] == pytest.approx(gradient, abs=6e-5)
