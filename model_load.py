@@ -57,9 +57,9 @@ def show_everyday(path, image):
     net.load_state_dict(torch.load(path, weights_only=True))
     net.eval()
     with torch.no_grad():
-        p = net(image[None]).softmax(1)[0]  # [None]: one image (3, 32, 32) is a batch (1, ...)
+        p = net(image[None]).softmax(1)[0]  # [None]: image (3, 32, 32) is a batch (1, 3, 32, 32)
 
-    print("1. In everyday code: load a network, predict one image. Of which colour is it?")
+    print("1. In everyday code: load a network that knows three colours, and predict one image")
     print("   class    mean of that colour in the image   probability")
     for name, colour, probability in zip(CLASSES, image.mean((1, 2)), p, strict=True):
         print(f"   {name:<7}  {colour:32.2f}   {probability:11.3f}")
@@ -253,8 +253,10 @@ def show_code(paths, state, marker):
         for name, load in loaders.items():
             marker.unlink(missing_ok=True)
             outcome, has_run = outcomes[kind][name] = attempt(load, path, state, marker)
-            row += f"{f'{outcome}, and code ran' if has_run else outcome:<25}"
-            ran += [name] * has_run
+            if has_run:
+                outcome = f"{outcome}, and code ran"
+                ran.append(name)
+            row += f"{outcome:<25}"
         print(row.rstrip())
     print(f"   -> code from a file ran with: {', '.join(ran)}. That is for your own files only")
     return outcomes
