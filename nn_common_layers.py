@@ -1,21 +1,30 @@
 """Of six common layers only BatchNorm2d and Dropout compute something else in eval mode.
 
-    BatchNorm2d   (x - mean) / sqrt(var + eps) * weight + bias, by channel, all four (C,)
-                  train: mean and var of the batch over (B, H, W); eval: the running ones,
-                  running <- (1 - m) running + m batch, from 0 and 1, var divided by n - 1
-    Dropout(p)    train: x keep / (1 - p), keep ~ Bernoulli(1 - p), so that E y = x; eval: x
-    AvgPool2d(k)  the mean of each window: a convolution with weights 1 / k^2
-    AdaptiveAvgPool2d(n)  window i of n on an axis of H: floor(i H / n) up to ceil((i + 1) H / n)
-    Flatten       (B, C, H, W) -> (B, C H W), the same numbers in the same order
-    Embedding     weight[i] = one_hot(i) @ weight; row v's gradient sums over the places of token v
+net.train() and net.eval() switch them. In train mode BatchNorm2d uses mean and variance of the
+batch, so a network left there answers an image by the images beside it. In eval mode it uses
+running averages of what it met in training; after few batches these are still near their start.
 
-Left in train mode, a network answers an image by the company it comes in. Put into eval mode after
-few batches, it uses running statistics that are still near their start.
+    BatchNorm2d(C)   y = (x - mean) / sqrt(var + eps) * weight + bias, for each channel by itself
+                     train: mean and var of the batch, over its images, rows and columns
+                     eval: running ones; a batch moves them: running <- (1 - m) running + m batch
+    Dropout(p)       train: 0 with probability p, else x / (1 - p), so that the mean stays; eval: x
+    AvgPool2d(k)     the mean of each window of k by k pixels
+    AdaptiveAvgPool2d(n)   n by n means, whatever the size of the image
+    Flatten          (B, C, H, W) -> (B, C H W)
+    Embedding(V, D)  a table of V rows of D numbers: token i, a whole number, becomes row i
 
-Checked here   each law against its layer; the two modes of each layer against each other
-TensorBoard    batchnorm/running_mean and eval_minus_train by batch, runs momentum_0.1 and 0.5;
-               dropout/mean and share_kept by number of masks, runs p_0.2, 0.5, 0.8: all means to 1
-Try            Dropout(0.5) twice, on ones: which mean and variance? 1 as before, and 3 for 1
+    m  momentum, here 0.1     eps  1e-5     weight, bias  learned; at the start 1 and 0
+    The running mean starts at 0, the running var at 1. A batch's var moves it as sum / (n - 1),
+    n numbers of the channel; the var in y is sum / n.
+
+Needs          nn_conv2d.py, nn_maxpool.py
+Checked here   each layer = by hand; both modes of each; how far the running averages are behind
+TensorBoard    batchnorm/running_mean and eval_minus_train by batch, in the runs momentum_0.1, 0.5:
+               one goes to 5, the other to 0; dropout/mean and share_kept by number of masks, in
+               the runs p_0.2, 0.5, 0.8: all means go to 1, the shares to 1 - p
+Try            in show_dropout, put nn.Sequential(nn.Dropout(p), nn.Dropout(p)) for nn.Dropout(p):
+               which mean and variance do the rows of the layer show?
+Answer         Mean 1 as before; at p = 0.5 variance 3, not 1, as 1 of 4 is left, 4 times as large
 Source         Ioffe & Szegedy 2015, arXiv:1502.03167; Srivastava et al. 2014, JMLR 15
 """
 
@@ -35,7 +44,63 @@ from support.files import guard
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_common_layers"
 
 
-# --- BatchNorm2d -----------------------------------------------------------------------------
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def in_columns(numbers):
+    return " ".join(f"{number:z5.2f}" for number in numbers.flatten().tolist())
+
+
+def show_everyday():
+    x = torch.tensor([[1.0, 1.0], [3.0, 3.0]]).view(1, 1, 2, 2)  # one image, one channel, 2 x 2
+    tokens = torch.tensor([2, 0])
+    print("1. What do six layers make of the pixels 1 1 / 3 3 (Embedding: of the tokens 2 and 0)?")
+    print(
+        "   layer                  after .train()            after .eval()             difference"
+    )
+    modes = {}
+    for layer in (nn.BatchNorm2d(1), nn.Dropout(0.5), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1),
+                  nn.Flatten(), nn.Embedding(3, 2)):  # fmt: skip
+        given = tokens if isinstance(layer, nn.Embedding) else x
+        trained, evaluated = layer.train()(given), layer.eval()(given)
+        name = type(layer).__name__
+        modes[name] = (trained - evaluated).abs().max().item()
+        print(f"   {name:<20}   {in_columns(trained):<23}   {in_columns(evaluated):<23}   "
+              f"{modes[name]:10.2f}")  # fmt: skip
+    switched = [name for name, difference in modes.items() if difference]
+    print(f"   -> train() and eval() matter to {' and '.join(switched)}")
+    return modes
+
+
+# --- 2. where they stand -----------------------------------------------------------------------
+
+
+def show_network():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, kernel_size=3, padding=1, bias=False),  # the norm behind it has a bias
+        nn.BatchNorm2d(8),  # behind a convolution, before its activation
+        nn.ReLU(),
+        nn.AvgPool2d(2),  # fewer pixels for what follows
+        nn.AdaptiveAvgPool2d(1),  # one number per channel, for images of any size
+        nn.Flatten(),  # each image becomes a row
+        nn.Dropout(0.5),  # before a linear layer
+        nn.Linear(8, 10),
+    )
+    x = torch.randn(2, 3, 32, 32)
+    sizes = [tuple(net(images).shape) for images in (x, torch.randn(2, 3, 20, 50))]
+    print(f"2. Where do they stand in a network? Shapes for images {tuple(x.shape)}")
+    print("   layer               output           parameters")
+    for layer in net:
+        x = layer(x)
+        count = sum(p.numel() for p in layer.parameters())
+        print(f"   {type(layer).__name__:<18}  {tuple(x.shape)!s:<15}  {count:10}")
+    y = nn.Embedding(6, 4)(torch.tensor([[1, 5, 1], [0, 2, 2]]))  # the first layer for text
+    print(f"   Embedding, of tokens (2, 3): {tuple(y.shape)}")
+    print(f"   -> images of 32 x 32 pixels give {sizes[0]}, of 20 x 50 pixels {sizes[1]}")
+    return sizes
+
+
+# --- 3. BatchNorm2d ----------------------------------------------------------------------------
 
 
 def batch_norm(x, mean, var, weight, bias, eps=1e-5):
@@ -45,6 +110,31 @@ def batch_norm(x, mean, var, weight, bias, eps=1e-5):
     """
     mean, var, weight, bias = (t.view(-1, 1, 1) for t in (mean, var, weight, bias))
     return (x - mean) / (var + eps).sqrt() * weight + bias
+
+
+def show_batch_norm(x):
+    print(f"3. What does BatchNorm2d do to the three channels of {len(x)} images?")
+    print("             mean of each channel   deviation of each channel")
+    norm, axes = nn.BatchNorm2d(3), (0, 2, 3)
+    y = norm(x)  # train mode, as every new layer
+    mean, var = x.mean(axes), x.var(axes, correction=0)  # over B, H, W: (C,) each
+    hand = batch_norm(x, mean, var, norm.weight, norm.bias)
+    for name, z in (("before", x), ("after", y), ("by hand", hand)):
+        print(f"   {name:<7} {in_columns(z.mean(axes)):>22}   {in_columns(z.std(axes)):>25}")
+    half, company = len(x) // 2, {}
+    for mode in ("train", "eval"):
+        norm.train(mode == "train")
+        company[mode] = (norm(x[:half]) - norm(x)[:half]).abs().max().item()
+    running = batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    off = max((y - hand).abs().max().item(), (norm(x) - running).abs().max().item())
+    change = f"by {company['train']:.2f} in train, {company['eval']:.2g} in eval mode"
+    print(f"   -> by hand the same within {off:.1g} in both modes; without half of its batch an")
+    print(f"      image changes {change}")
+    assert off < 1e-4
+    return company
+
+
+# --- 4. running averages -----------------------------------------------------------------------
 
 
 def running_statistic(start, batch, momentum, t):
@@ -57,59 +147,31 @@ def running_statistic(start, batch, momentum, t):
     return left * start + (1 - left) * batch
 
 
-def company_difference(norm, x):
-    """How much the first half of x (B, C, H, W) changes when the second half is left out."""
-    n = len(x) // 2
-    return (norm(x[:n]) - norm(x)[:n]).abs().max().item()
+def show_running(x, batches, log_dir):
+    print("4. How far is eval mode behind after t times the same batch? Channel 0")
+    print("   momentum    t   running mean   by the law   eval minus train, largest")
+    behind, off, mean = {}, 0, x.mean((0, 2, 3))
+    for momentum in (0.1, 0.5):
+        norm, behind[momentum] = nn.BatchNorm2d(3, momentum=momentum), []
+        with SummaryWriter(log_dir / f"momentum_{momentum}", purge_step=0) as writer:
+            for t in range(1, batches + 1):
+                y = norm.train()(x)
+                law = running_statistic(0, mean, momentum, t)
+                off = max(off, (norm.running_mean - law).abs().max().item())
+                behind[momentum].append((norm.eval()(x) - y).abs().max().item())
+                writer.add_scalar("batchnorm/running_mean", norm.running_mean[0], t)
+                writer.add_scalar("batchnorm/eval_minus_train", behind[momentum][-1], t)
+                if t in (1, batches // 4, batches):
+                    print(f"   {momentum:<8} {t:4}   {norm.running_mean[0]:12.3f}   {law[0]:10.3f}"
+                          f"   {behind[momentum][-1]:25.3f}")  # fmt: skip
+    t, slow = batches // 4, behind[0.1][batches // 4 - 1]
+    print(f"   -> after {t} batches (momentum 0.1) eval mode is still off by {slow:.2f};")
+    print(f"      the law holds within {off:.1g}")
+    assert off < 1e-4
+    return behind
 
 
-def in_columns(numbers):
-    return " ".join(f"{number:z5.2f}" for number in numbers.tolist())
-
-
-def show_batch_norm(x):
-    print("1. BatchNorm2d in train mode: the channels before and after")
-    norm, axes = nn.BatchNorm2d(3), (0, 2, 3)
-    y = norm(x)
-    mean, var = x.mean(axes), x.var(axes, correction=0)  # (C,)
-    torch.testing.assert_close(y, batch_norm(x, mean, var, norm.weight, norm.bias))
-    for name, z in {"x": x, "y": y}.items():
-        print(f"   {name}   mean {in_columns(z.mean(axes))}   std {in_columns(z.std(axes))}")
-    company = {
-        "train": company_difference(norm.train(), x),
-        "eval": company_difference(norm.eval(), x),
-    }
-    torch.testing.assert_close(
-        norm(x), batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    )
-    print("   an image's change when half of its batch is left out: "
-          f"train {company['train']:.2f}   eval {company['eval']:.0e}")  # fmt: skip
-    return company
-
-
-def show_running_mean(x, momentum, batches, log_dir):
-    """Train a fresh layer on x again and again. Largest |eval - train| after each time."""
-    norm, rows = nn.BatchNorm2d(3, momentum=momentum), []
-    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))  # var divided by n - 1
-    with SummaryWriter(log_dir / f"momentum_{momentum}", purge_step=0) as writer:
-        for t in range(1, batches + 1):
-            y = norm.train()(x)
-            expected = running_statistic(0, mean, momentum, t)
-            torch.testing.assert_close(norm.running_mean, expected, rtol=1e-5, atol=1e-5)
-            expected_var = running_statistic(1, var, momentum, t)
-            torch.testing.assert_close(norm.running_var, expected_var, rtol=1e-5, atol=1e-5)
-            off = (norm.eval()(x) - y).abs().max().item()
-            writer.add_scalar("batchnorm/running_mean", norm.running_mean[0], t)
-            writer.add_scalar("batchnorm/eval_minus_train", off, t)
-            rows.append((norm.running_mean[0].item(), expected[0].item(), off))
-    for t in (1, batches // 4, batches):
-        running, theory, off = rows[t - 1]
-        print(f"   momentum {momentum}   t {t:2d}   measured {running:.3f}   theory {theory:.3f}   "
-              f"|eval - train| {off:6.3f}")  # fmt: skip
-    return [off for _, _, off in rows]
-
-
-# --- Dropout ---------------------------------------------------------------------------------
+# --- 5. Dropout --------------------------------------------------------------------------------
 
 
 def dropout(x, p):
@@ -118,24 +180,32 @@ def dropout(x, p):
     return x * keep / (1 - p)
 
 
-def show_dropout(p, masks, log_dir):
-    """Mean and variance of what the layer, and `dropout`, make of a 1, over so many masks."""
-    layer, ones = nn.Dropout(p), torch.ones(masks)
-    drawn = {"layer": layer(ones), "by hand": dropout(ones, p)}
-    for name, y in drawn.items():
-        torch.testing.assert_close(y.unique(), torch.tensor([0, 1 / (1 - p)]))
-        print(f"   p {p}   {name:<8} mean {y.mean():.3f}   theory 1.000   "
-              f"variance {y.var():.3f}   theory {p / (1 - p):.3f}")  # fmt: skip
-    assert torch.equal(layer.eval()(ones), ones)
-    with SummaryWriter(log_dir / f"p_{p}", purge_step=0) as writer:
-        for n in range(20, 2001, 20):
-            first = drawn["layer"][:n]
-            writer.add_scalar("dropout/mean", first.mean(), n)
-            writer.add_scalar("dropout/share_kept", (first != 0).float().mean(), n)
-    return {name: (y.mean().item(), y.var().item()) for name, y in drawn.items()}
+def show_dropout(masks, log_dir):
+    print(f"5. What does Dropout(p) make of a 1, drawn {masks:,} times?")
+    print("   p               values          mean   variance   p / (1 - p)")
+    ones, dropped = torch.ones(masks), {}
+    for p in (0.2, 0.5, 0.8):
+        layer = nn.Dropout(p)
+        drawn = {"layer": layer(ones), "by hand": dropout(ones, p)}
+        for name, y in drawn.items():
+            values = " and ".join(f"{value:g}" for value in y.unique().tolist())
+            dropped[p, name] = y.mean().item(), y.var().item()
+            print(f"   {p}   {name:<9} {values:<12} {y.mean():7.3f}   {y.var():8.3f}   "
+                  f"{p / (1 - p):11.3f}")  # fmt: skip
+        with SummaryWriter(log_dir / f"p_{p}", purge_step=0) as writer:
+            for n in range(20, 2001, 20):
+                first = drawn["layer"][:n]
+                writer.add_scalar("dropout/mean", first.mean(), n)
+                writer.add_scalar("dropout/share_kept", (first != 0).float().mean(), n)
+    off = max(abs(mean - 1) for mean, _ in dropped.values())
+    zeros = (y == 0).float().mean()
+    print(
+        f"   -> each mean is 1 within {off:.3f}, though at p = 0.8 {zeros:.0%} of the ones become 0"
+    )
+    return dropped
 
 
-# --- pooling, Flatten, Embedding -------------------------------------------------------------
+# --- 6. pooling --------------------------------------------------------------------------------
 
 
 def average_pool(x, k, stride):
@@ -163,86 +233,64 @@ def adaptive_average_pool(x, n):
     return torch.stack([x[..., a:b].mean(3) for a, b in windows(x.shape[3], n)], 3)
 
 
+def show_pooling():
+    print("6. Which windows do two pooling layers take of a row 0 1 2 3 4?")
+    print("   layer                    windows       means                by hand")
+    x, means = torch.arange(5.0).expand(1, 1, 3, 5), {}  # an image of three such rows
+    shown = " ".join(f"{a}-{b - 1}" for a, b in windows(5, 3))
+    for name, layer, hand, where in (
+        ("AvgPool2d(3, stride=2)", nn.AvgPool2d(3, stride=2), average_pool(x, 3, 2), "0-2 2-4"),
+        ("AdaptiveAvgPool2d(3)", nn.AdaptiveAvgPool2d(3), adaptive_average_pool(x, 3), shown),
+    ):
+        y, row = layer(x)[0, 0, 0], hand[0, 0, 0]
+        means[name] = y.tolist(), row.tolist()
+        print(f"   {name:<24} {where:<12} {in_columns(y):<17}   {in_columns(row)}")
+    off = max(abs(a - b) for pair in means.values() for a, b in zip(*pair, strict=True))
+    print(f"   -> by hand the same within {off:.1g}")
+    assert off < 1e-5
+    return means
+
+
+# --- 7. Embedding ------------------------------------------------------------------------------
+
+
 def embed(tokens, weight):
-    """Tokens of any shape (…) in 0..V-1 -> (…, D): rows of weight (V, D), as a one-hot product.
+    """Tokens of any shape (...) in 0..V-1 -> (..., D): rows of weight (V, D), as a one-hot product.
 
     A token outside 0..V-1 is an error (F.one_hot raises it). Exercise.
     """
     return F.one_hot(tokens, len(weight)).to(weight.dtype) @ weight
 
 
-def show_pooling(x):
-    print("4. AvgPool2d(3, stride=2), AdaptiveAvgPool2d(3), Flatten")
-    y = nn.AvgPool2d(3, stride=2)(x)
-    convolved = F.conv2d(x, torch.full((3, 1, 3, 3), 1 / 9), stride=2, groups=3)
-    torch.testing.assert_close(y, average_pool(x, 3, 2))
-    torch.testing.assert_close(y, convolved)
-    off = (y - convolved).abs().max()
-    print(f"   average    {tuple(x.shape)} -> {tuple(y.shape)}   off from a convolution {off:.0e}")
-    adaptive = nn.AdaptiveAvgPool2d(3)
-    for size in ((8, 8), (5, 11), (2, 3)):
-        z = torch.randn(2, 3, *size)
-        torch.testing.assert_close(adaptive(z), adaptive_average_pool(z, 3))
-    line = adaptive(torch.arange(5.0).expand(1, 1, 3, 5))[0, 0, 0].tolist()
-    print(f"   adaptive   0 1 2 3 4 -> {line}   windows {windows(5, 3)}")
-    rows = nn.Flatten()(x)
-    assert torch.equal(rows.view_as(x), x)
-    off = (rows.view_as(x) - x).abs().max()
-    print(f"   flatten    {tuple(x.shape)} -> {tuple(rows.shape)}   and back, off by {off:g}")
-    return line
-
-
 def show_embedding(tokens):
-    print(f"5. Embedding(6, 4) of tokens {tokens.tolist()}: gradient of the output's sum by row")
-    gradients = {}
+    print(f"7. Which rows of an Embedding(6, 4) learn from the tokens {tokens.tolist()}?")
+    print(f"   {'row':<38}   0   1   2   3   4   5")
+    rows, off = {"how often the token is there": tokens.bincount(minlength=6).tolist()}, 0
     for padding_idx in (None, 5):
         layer = nn.Embedding(6, 4, padding_idx=padding_idx)
         y = layer(tokens)  # (T,) -> (T, 4)
-        torch.testing.assert_close(y, embed(tokens, layer.weight))
+        off = max(off, (y - embed(tokens, layer.weight)).abs().max().item())
         y.sum().backward()
-        gradients[padding_idx] = layer.weight.grad[:, 0].int().tolist()
-        print(f"   padding_idx {padding_idx!s:<4}   {gradients[padding_idx]}")
-    print(f"   count of the token {tokens.bincount(minlength=6).tolist()}")
-    return gradients
-
-
-def mode_difference(layer, x):
-    """Largest difference between what a layer gives in train and in eval mode."""
-    return (layer.train()(x) - layer.eval()(x)).abs().max().item()
+        rows[f"its gradient, padding_idx={padding_idx}"] = layer.weight.grad[:, 0].int().tolist()
+    for name, row in rows.items():
+        print(f"   {name:<38}" + "".join(f"{number:4}" for number in row))
+    frozen = [token for token in tokens.unique().tolist() if not row[token]]
+    print(f"   -> with padding_idx=5 row {frozen} gets gradient 0 though its token is there; y is")
+    print(f"      one_hot(tokens) @ weight within {off:.1g}")
+    assert off < 1e-6
+    return rows
 
 
 def main(seed=0, log_dir=LOG_DIR, batches=40, masks=100_000):
     torch.manual_seed(seed)
     centre, spread = torch.tensor([[5.0, -2, 0], [3, 0.5, 1]]).view(2, 3, 1, 1)
     x = centre + spread * torch.randn(16, 3, 8, 8)  # (B, C, H, W), each channel at its own scale
-    company = show_batch_norm(x)
-
-    print("2. BatchNorm2d after t times the same batch: running mean of channel 0")
-    behind = {m: show_running_mean(x, m, batches, log_dir) for m in (0.1, 0.5)}
-
-    print(f"3. Dropout of a 1, over {masks:,} masks")
-    dropped = {p: show_dropout(p, masks, log_dir) for p in (0.2, 0.5, 0.8)}
-
-    adaptive = show_pooling(x)
-    tokens = torch.tensor([1, 5, 1, 3, 5, 1])
-    gradients = show_embedding(tokens)
-
-    print("6. train against eval mode: largest difference")
-    layers = (nn.BatchNorm2d(3), nn.Dropout(0.5), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(3),
-              nn.Flatten(), nn.Embedding(6, 4))  # fmt: skip
-    modes = {}
-    for layer in layers:
-        name = type(layer).__name__
-        modes[name] = mode_difference(layer, tokens if name == "Embedding" else x)
-        print(f"   {name:<18} {modes[name]:6.3f}")
-    return {
-        "company": company,
-        "behind": behind,
-        "dropped": dropped,
-        "adaptive": adaptive,
-        "gradients": gradients,
-        "modes": modes,
-    }
+    measured = {"modes": show_everyday(), "sizes": show_network()}
+    measured |= {"company": show_batch_norm(x), "behind": show_running(x, batches, log_dir)}
+    measured |= {"dropped": show_dropout(masks, log_dir), "means": show_pooling()}
+    measured["rows"] = show_embedding(torch.tensor([1, 5, 1, 3, 5, 1]))
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":
