@@ -1,8 +1,8 @@
 """Of six common layers only BatchNorm2d and Dropout compute something else in eval mode.
 
 net.train() and net.eval() switch them. In train mode BatchNorm2d uses mean and variance of the
-batch, so a network left there answers an image by the images beside it. In eval mode it uses
-running averages of what it met in training; after few batches these are still near their start.
+batch, so an image gets another answer beside other images. In eval mode it uses running averages
+of what it met in training; after few batches these are still near their start.
 
     BatchNorm2d(C)   y = (x - mean) / sqrt(var + eps) * weight + bias, for each channel by itself
                      train: mean and var of the batch, over its images, rows and columns
@@ -14,8 +14,8 @@ running averages of what it met in training; after few batches these are still n
     Embedding(V, D)  a table of V rows of D numbers: token i, a whole number, becomes row i
 
     m  momentum, here 0.1     eps  1e-5     weight, bias  learned; at the start 1 and 0
-    The running mean starts at 0, the running var at 1. A batch's var moves it as sum / (n - 1),
-    n numbers of the channel; the var in y is sum / n.
+    The running mean starts at 0, the running var at 1. The var in y is the sum of the n squared
+    deviations of a channel divided by n; the running var takes that sum divided by n - 1.
 
 Needs          nn_conv2d.py, nn_maxpool.py
 Checked here   each layer = by hand; both modes of each; how far the running averages are behind

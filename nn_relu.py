@@ -1,9 +1,10 @@
 """Two linear layers in a row are one linear layer; with nn.ReLU between them they can bend.
 
 An activation is a function that is applied to each number between two layers. ReLU is the usual
-choice: its slope is 1 or 0, so it passes a gradient whole or not at all. GELU and SiLU are smooth
-relatives, whose slope below 0 is small, but 0 at one point only. A sigmoid is for an output in
-0..1, such as a probability: between layers it shrinks gradients, through n layers by 4^-n or more.
+choice: its slope is 1 or 0, so each number's gradient passes whole or not at all. GELU and SiLU
+are smooth relatives: their slope below 0 is small, and is 0 at one point only. A sigmoid is for an
+output in 0..1, such as a probability. Between layers whose weights keep lengths it shrinks the
+gradient by 4 or more each time.
 
     relu(x) = max(x, 0)                  slope 1 where x > 0, else 0
     sigmoid(x) = 1 / (1 + exp(-x))       slope s (1 - s) <= 1/4, where s = sigmoid(x)
@@ -17,14 +18,14 @@ The price of ReLU: a unit whose sum is at most 0 for every image is dead. It giv
 gradient 0. In a first layer, whose inputs stay the same, plain SGD does not bring it back. Pixels
 in [0, 1] are all positive, so one large step can lower a unit's sum for all images at once.
 
-Needs          nn_linear.py (the targets; the loss is the same)
+Needs          nn_linear.py (its targets and its loss are used here)
 Checked here   values and slopes = torch's; the bound for each image; dead units by epoch
 TensorBoard    curve/value and curve/slope, step 10 (x + 5), in the runs relu, sigmoid, gelu, silu;
                grad/log10_norm by layers passed, in the runs depth_...: straight lines, the sigmoid
                under its bound; dead/share by epoch, in the runs images_0_1 and images_centred
 Try            in show_depth, put ("sigmoid", torch.sigmoid, 4) for ("sigmoid", torch.sigmoid, 1):
                the bound is then 1 for all n; is the gradient kept?
-Answer         No: 0.65 of it is left by each layer, as few of the inputs are near 0
+Answer         No: each layer leaves 0.65 of it, for the slope is 1/4 only at a sum of 0
 Source         Glorot & Bengio 2010, section 3; He et al. 2015, arXiv:1502.01852, section 2.2
 """
 
