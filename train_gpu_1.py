@@ -1,19 +1,27 @@
-"""A clock that does not wait for the GPU measures how fast Python queues work, not the work.
+"""A clock that does not wait for the GPU measures how fast Python hands out work, not the work.
 
-    model.cuda()                      parameters and buffers to the GPU, in place
-    x, y = x.cuda(), y.cuda()         every batch, as copies: train_epoch says .to("cuda")
-    torch.cuda.synchronize()          before each reading of the clock
+model.cuda() and x.cuda() are all that an NVIDIA GPU asks of a script; the loop, its optimizer and
+its evaluation are those of train.py. But a call on CUDA tensors returns as soon as its work stands
+in the queue of the GPU. time.perf_counter() then stops too early, and what is measured looks faster
+than the chip can be. The first batch is slower than all others: it loads and chooses what they use.
 
-These lines are all that a GPU asks for; the loop, the optimizer and the evaluation are train.py's.
-A CUDA call returns as soon as its kernel is queued, so a bare perf_counter() stops too early, and
-the first batch pays for what is loaded and chosen once: both are kept apart here.
+    model.cuda()                 moves parameters and buffers to the GPU, in the model itself
+    x = x.cuda()                 a copy of x on the GPU: each batch needs it
+    torch.cuda.synchronize()     waits until the queue is empty: before each reading of a clock
+    TFLOP/s = 2 n^3 k / s / 1e12
+
+    n  rows and columns of a square matrix    k  products of two of them    s  seconds for all k
 
 Needs CUDA
 
-Checked here   the first loss is the CPU's; seconds with and without waiting; the first batch apart;
-               validation accuracy
-TensorBoard    train/loss, val/accuracy, perf/images_per_second, in a run named by its time
-Try            .cuda() on the batches but not on the model: what happens? An error, no silent copy
+Needs          train.py (the loop); a machine without CUDA gets one line and status 1
+Checked here   the clock against CUDA's own events; the first loss on the GPU = the CPU's within
+               0.01; validation accuracy after each epoch, the first batch timed apart
+TensorBoard    train/loss by step, val/accuracy and perf/images_per_second after each epoch, in a
+               run named by its time
+Try            in show_everyday, leave out model.cuda(): what happens?
+Answer         A RuntimeError that names both devices, as nothing is copied without being told: the
+               weights lie on the CPU, and x_there on the GPU
 Source         PyTorch notes, "CUDA semantics": asynchronous execution
 """
 
@@ -27,6 +35,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from model import Moli
@@ -38,8 +47,38 @@ from train import evaluate, make_loader, make_optimizer, train_epoch
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "train_gpu_1"
 
 
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def show_everyday():
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.ones_(model.weight)
+    model.cuda()  # the model itself moves: its weights now lie on the GPU
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    x_there = x.cuda()  # a copy on the GPU; x stays
+    y = model(x_there)  # computed on the GPU, and lies there
+    numbers = y.tolist()  # numbers for Python: waits for the GPU
+    print(f"1. Where do things lie after .cuda()? The GPU is {torch.cuda.get_device_name()}")
+    print("   name           device    value")
+    for name, device, value in (
+        ("model.weight", model.weight.device, "1 1"), ("x", x.device, "rows 1 2 and 3 4"),
+        ("x_there", x_there.device, "rows 1 2 and 3 4"),
+        ("y", y.device, " and ".join(f"{row[0]:.0f}" for row in numbers)),
+    ):  # fmt: skip
+        print(f"   {name:<14} {device!s:<9} {value}")
+    print(f"   -> x stays on {x.device}: what the model gets is a copy on {x_there.device}")
+    return numbers
+
+
+# --- 2. which clock is right -------------------------------------------------------------------
+
+
 def seconds(work, wait=True):
-    """How long work() takes: until it is done, or, with wait=False, until Python has queued it."""
+    """How long work() takes by time.perf_counter(): until the GPU is done, or until it is queued.
+
+    torch.cuda.synchronize() stands before the first reading, so that no older work is counted, and
+    with `wait` also before the second one. Exercise.
+    """
     torch.cuda.synchronize()
     start = time.perf_counter()
     work()
@@ -48,8 +87,72 @@ def seconds(work, wait=True):
     return time.perf_counter() - start
 
 
+def event_seconds(work):
+    """The same by two marks in the queue of the GPU, which it stamps when it comes to them."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000  # it tells milliseconds
+
+
+def show_clocks(size, k=20):
+    a = torch.randn(size, size).cuda()
+
+    def products():
+        for _ in range(k):
+            a @ a
+
+    seconds(products)  # the first ones load the library
+    times = {
+        "without waiting": seconds(products, wait=False),
+        "after torch.cuda.synchronize()": seconds(products),
+        "torch.cuda.Event, the twin": event_seconds(products),
+    }
+    print(f"2. Which clock is right? {k} products of {size} x {size} matrices")
+    print("   clock                            milliseconds   TFLOP/s that it claims")
+    for words, took in times.items():
+        print(f"   {words:<32} {1000 * took:12.3f}   {2 * size**3 * k / took / 1e12:22.1f}")
+    queued, done, by_event = times.values()
+    print(f"   -> without waiting the clock tells {queued / done:.0%} of the time; with it,")
+    print(f"      {done / by_event:.0%} of what the events tell")
+    return {"queued": queued / done, "done": done / by_event}
+
+
+# --- 3. the same loss --------------------------------------------------------------------------
+
+
+def losses_on_both(model, x, y):
+    """Cross-entropy of images x (B, 3, H, W), classes y: on the CPU, then on the GPU, two floats.
+
+    In eval mode; the model, at first on the CPU, is on the GPU afterwards, by .cuda(). Exercise.
+    """
+    on_cpu = F.cross_entropy(model.eval()(x), y).item()
+    model.cuda()
+    return on_cpu, F.cross_entropy(model(x.cuda()), y.cuda()).item()
+
+
+def show_same_loss(model, x, y):
+    on_cpu, on_cuda = losses_on_both(model, x, y)
+    print(f"3. Is the loss of {len(y)} images the same on both?")
+    print("   on the CPU   on the GPU   difference")
+    print(f"   {on_cpu:10.4f}   {on_cuda:10.4f}   {on_cuda - on_cpu:10.4f}")
+    print(f"   -> they are {abs(on_cuda - on_cpu):.4f} apart; a GPU may round what a convolution")
+    print("      multiplies to 10 binary digits behind the point (TF32)")
+    assert abs(on_cpu - on_cuda) < 1e-2
+    return {"on_cpu": on_cpu, "on_cuda": on_cuda}
+
+
+# --- 4. training -------------------------------------------------------------------------------
+
+
 def timed_epoch(model, loader, optimizer, scheduler):
-    """Losses of all steps (T,) on the CPU, seconds of the first step, seconds of the others."""
+    """One train_epoch on "cuda" in two calls: the first batch of the loader, then all others.
+
+    Returns the losses of all steps (T,) and what `seconds` says of the one and of the others.
+    Exercise.
+    """
     batches, losses = iter(loader), []
 
     def train(some):
@@ -60,54 +163,52 @@ def timed_epoch(model, loader, optimizer, scheduler):
     return torch.cat(losses), first, rest
 
 
+def show_training(log_dir, model, loader, val_loader, epochs, batch_size, lr):
+    steps = len(loader)
+    if steps < 2:
+        raise DataError("the first batch is timed apart, and there is no other: a larger limit?")
+    optimizer, scheduler = make_optimizer(model, lr, epochs * steps)
+    print("4. How fast does it train? Batches are made on the CPU; milliseconds for a batch")
+    print("   epoch   train loss   val loss   val accuracy   first, ms   others, ms   images/s")
+    run = f"{datetime.now():%Y%m%d-%H%M%S}"
+    with SummaryWriter(log_dir / run, purge_step=0) as writer:
+        for epoch in range(1, epochs + 1):
+            losses, first, rest = timed_epoch(model, loader, optimizer, scheduler)
+            check_finite(losses, epoch * steps)
+            val_loss, accuracy, _ = evaluate(model, val_loader, "cuda")
+            check_finite(val_loss, epoch * steps, "validation ")
+            later = rest / (steps - 1)
+            for step, loss in enumerate(losses, start=(epoch - 1) * steps + 1):
+                writer.add_scalar("train/loss", loss, step)
+            writer.add_scalar("val/accuracy", accuracy, epoch * steps)
+            writer.add_scalar("perf/images_per_second", batch_size / later, epoch * steps)
+            print(f"   {epoch:5}   {losses.mean():10.3f}   {val_loss:8.3f}   {accuracy:12.3f}   "
+                  f"{1000 * first:9.1f}   {1000 * later:10.1f}   "
+                  f"{batch_size / later:8,.0f}")  # fmt: skip
+    ratio = first / later
+    print(f"   -> in epoch {epochs} the first batch took {ratio:.1f} times the others' time;")
+    print(f"      {accuracy:.1%} of the validation images are right")
+    return accuracy
+
+
 def main(
     seed=0, log_dir=LOG_DIR, root=DATASET2, epochs=2, batch_size=64, lr=0.1, limit=None, size=2048
 ):
     if not torch.cuda.is_available():
         raise DataError("no CUDA GPU: train_gpu_2.py runs on any device, train.py on the CPU")
     torch.manual_seed(seed)
-    print(f"1. twenty products of {torch.cuda.get_device_name()}, timed")
-    a = torch.randn(size, size).cuda()
-    seconds(lambda: a @ a)  # the first one loads the library
-    queued, done = (seconds(lambda: [a @ a for _ in range(20)], wait) for wait in (False, True))
-    print(f"   without waiting / with waiting {queued / done:.3f}")
-
     splits, train_set = load_splits(root, limit, seed)
     print(source_line(train_set))
     stats = channel_stats(splits["train"][0])
-    model = Moli().to(memory_format=torch.channels_last)
-
-    print("2. loss of the first images")
-    val_loader = make_loader(*splits["val"], stats)
-    x, y = next(iter(val_loader))
-    on_cpu = F.cross_entropy(model.eval()(x), y).item()
-    model.cuda()
-    on_cuda = F.cross_entropy(model(x.cuda()), y.cuda()).item()
-    print(f"   CPU {on_cpu:.4f}   GPU {on_cuda:.4f}")
-    assert abs(on_cpu - on_cuda) < 1e-2  # TF32 convolutions keep 10 bits
-
-    print("3. training, the batches made on the CPU")
     loader = make_loader(*splits["train"], stats, batch_size, train=True)
-    steps = len(loader)
-    if steps < 2:
-        raise DataError("the first batch is timed apart, and there is no other: a larger limit?")
-    optimizer, scheduler = make_optimizer(model, lr, epochs * steps)
-    run = f"{datetime.now():%Y%m%d-%H%M%S}"
-    with SummaryWriter(log_dir / run, purge_step=0) as writer:
-        for epoch in range(epochs):
-            losses, first, rest = timed_epoch(model, loader, optimizer, scheduler)
-            check_finite(losses, (epoch + 1) * steps)
-            val_loss, accuracy, _ = evaluate(model, val_loader, "cuda")
-            check_finite(val_loss, (epoch + 1) * steps, "validation ")
-            speed = (steps - 1) * batch_size / rest
-            for i, loss in enumerate(losses, start=epoch * steps + 1):
-                writer.add_scalar("train/loss", loss, i)
-            writer.add_scalar("val/accuracy", accuracy, (epoch + 1) * steps)
-            writer.add_scalar("perf/images_per_second", speed, (epoch + 1) * steps)
-            timing = f"first batch {first:.2f} s, then {speed:,.0f} images/s"
-            print(f"   epoch {epoch + 1}   train loss {losses.mean():.3f}   "
-                  f"val loss {val_loss:.3f}   accuracy {accuracy:.3f}   ({timing})")  # fmt: skip
-    return {"on_cpu": on_cpu, "on_cuda": on_cuda, "val_accuracy": accuracy, "queued": queued / done}
+    val_loader = make_loader(*splits["val"], stats)
+    model = Moli().to(memory_format=torch.channels_last)
+    measured = {"everyday": show_everyday(), **show_clocks(size)}
+    measured |= show_same_loss(model, *next(iter(val_loader)))
+    measured["val_accuracy"] = show_training(
+        log_dir, model, loader, val_loader, epochs, batch_size, lr)  # fmt: skip
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from support.files import DataError
 
@@ -16,6 +19,19 @@ def lesson(load):
     return load("train_gpu_1.py")
 
 
+class Event:
+    """A mark of torch.cuda, made by the CPU's clock."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1000 * (end.at - self.at)
+
+
 @pytest.fixture
 def pretended_cuda(monkeypatch, lesson):
     """.cuda() that stays on the CPU: the path of the code is what is tested, not the GPU."""
@@ -24,6 +40,7 @@ def pretended_cuda(monkeypatch, lesson):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "pretended GPU")
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: self)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     devices = []
     for name in ("train_epoch", "evaluate"):
         real = getattr(lesson, name)
@@ -55,6 +72,98 @@ def test_waiting_brackets_the_clock(lesson, monkeypatch):
     assert calls == ["wait", "work"]
 
 
+def test_events_bracket_the_work_and_tell_seconds(lesson, monkeypatch):
+    calls = []
+
+    class Mark:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append(self)
+
+        def elapsed_time(self, end):
+            return 250.0 if calls[0] is self and calls[2] is end else -1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Mark)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    assert lesson.event_seconds(lambda: calls.append("work")) == 0.25
+    assert calls[1] == "work" and calls[3] == "wait"
+
+
+def test_everyday_copies_x_and_multiplies(lesson, pretended_cuda, capsys):
+    assert lesson.show_everyday() == [[3.0], [7.0]]
+    out = capsys.readouterr().out
+    assert "The GPU is pretended GPU\n   name           device    value\n" in out
+    assert "   y              cpu       3 and 7\n" in out and "-> x stays on cpu: what" in out
+
+
+def test_the_table_of_clocks(lesson, pretended_cuda, monkeypatch, capsys):
+    waits, products, real = [], [], torch.Tensor.__matmul__
+
+    def seconds(work, wait=True):
+        work()
+        waits.append(wait)
+        return {1: 9.0, 2: 0.001, 3: 0.02}[len(waits)]
+
+    monkeypatch.setattr(lesson, "seconds", seconds)
+    monkeypatch.setattr(lesson, "event_seconds", lambda work: work() or 0.025)
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda a, b: products.append(a.shape) or real(a, b)
+    )
+    assert lesson.show_clocks(50, k=5) == pytest.approx({"queued": 0.05, "done": 0.8})
+    assert waits == [True, False, True] and products == [(50, 50)] * 20
+    out = capsys.readouterr().out
+    assert "2. Which clock is right? 5 products of 50 x 50 matrices\n" in out
+    rows = [line.split()[-2:] for line in out.splitlines()[2:5]]
+    assert rows == [["1.000", "0.0"], ["20.000", "0.0"], ["25.000", "0.0"]]
+    assert "-> without waiting the clock tells 5% of the time; with it,\n" in out
+    assert "      80% of what the events tell\n" in out
+
+
+def test_teraflops_are_2_n_cubed_for_a_product(lesson, pretended_cuda, monkeypatch, capsys):
+    monkeypatch.setattr(lesson, "seconds", lambda work, wait=True: 1e-6)
+    monkeypatch.setattr(lesson, "event_seconds", lambda work: 2e-6)
+    lesson.show_clocks(200, k=3)
+    rows = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:5]]
+    assert rows == ["48.0", "48.0", "24.0"]  # 2 * 200^3 * 3 / 1e-6 / 1e12
+
+
+def test_both_losses_are_of_the_model_in_eval_mode(lesson, pretended_cuda, load, monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: moved.append(self) or self)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: moved.append(self) or self)
+    torch.manual_seed(0)
+    model, x, y = load("model.py").Moli(), torch.randn(6, 3, 32, 32), torch.arange(6)
+    wanted = F.cross_entropy(model.eval()(x), y).item()
+    assert lesson.losses_on_both(model.train(), x, y) == pytest.approx((wanted, wanted))
+    assert moved[0] is model and {id(t) for t in moved[1:]} == {id(x), id(y)}
+
+
+def test_a_loss_that_differs_stops_it(lesson, monkeypatch):
+    monkeypatch.setattr(lesson, "losses_on_both", lambda *a: (2.3, 2.32))
+    with pytest.raises(AssertionError):
+        lesson.show_same_loss(None, None, torch.zeros(3))
+
+
+def test_an_epoch_is_a_first_batch_and_the_others(lesson, pretended_cuda, monkeypatch):
+    batches = [(torch.randn(4, 5), torch.arange(4) % 3) for _ in range(3)]
+    model, calls = torch.nn.Linear(5, 3), []
+    optimizer, scheduler = lesson.make_optimizer(model, 0.1, 3)
+    expected = F.cross_entropy(model(batches[0][0]), batches[0][1]).item()
+
+    def seconds(work):
+        work()
+        calls.append(optimizer.state_dict()["state"] != {})
+        return len(calls) * 10.0
+
+    monkeypatch.setattr(lesson, "seconds", seconds)
+    losses, first, rest = lesson.timed_epoch(model, batches, optimizer, scheduler)
+    assert losses.shape == (3,) and (first, rest) == (10.0, 20.0)
+    assert losses[0].item() == pytest.approx(expected) and scheduler.last_epoch == 3
+    assert pretended_cuda == ["cuda", "cuda"]
+
+
 def test_run_all_skips_it_where_there_is_no_cuda(load):
     run_all = load("run_all.py")
     assert run_all.needs_cuda(TOP / "train_gpu_1.py")
@@ -74,7 +183,14 @@ def test_main_takes_the_same_path_on_a_pretended_gpu(
     assert [e.step for e in read.Scalars("val/accuracy")] == [5, 10]
     assert read.Scalars("val/accuracy")[-1].value == pytest.approx(measured["val_accuracy"])
     losses = [e.value for e in read.Scalars("train/loss")]
-    assert f"train loss {sum(losses[5:]) / 5:.3f}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if re.match("       [12]   ", line)]
+    assert [row[1] for row in rows] == [f"{sum(losses[i : i + 5]) / 5:.3f}" for i in (0, 5)]
+    assert rows[1][3] == f"{measured['val_accuracy']:.3f}"
+    assert f"      {measured['val_accuracy']:.1%} of the validation images are right\n" in out
+    assert "3. Is the loss of 20 images the same on both?\n" in out
+    assert f"   {measured['on_cpu']:10.4f}   {measured['on_cuda']:10.4f}       0.0000\n" in out
+    assert "-> they are 0.0000 apart;" in out and measured["everyday"] == [[3.0], [7.0]]
 
 
 def test_the_first_batch_is_timed_apart_and_images_are_those_of_the_others(
@@ -86,10 +202,15 @@ def test_the_first_batch_is_timed_apart_and_images_are_those_of_the_others(
 
     took = iter([1.0, 1.0, 2.0, 7.0, 0.5] + [1.0] * 9)  # warm-up, queued, done, first batch, rest
     monkeypatch.setattr(lesson, "seconds", slow)
+    monkeypatch.setattr(lesson, "event_seconds", lambda work: 4.0)
     small = {"limit": 200, "batch_size": 32, "size": 64, "epochs": 1}
     measured = lesson.main(log_dir=tmp_path, root=images_root, **small)
-    assert measured["queued"] == 0.5
-    assert "first batch 7.00 s, then 256 images/s" in capsys.readouterr().out  # 4 * 32 / 0.5
+    assert measured["queued"] == measured["done"] == 0.5
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("       1   "))
+    assert row.split()[-3:] == ["7000.0", "125.0", "256"]  # 4 * 32 / 0.5
+    assert "   epoch   train loss   val loss   val accuracy   first, ms   others, ms" in out
+    assert "-> in epoch 1 the first batch took 56.0 times the others' time;\n" in out
     (event,) = events(next(tmp_path.iterdir())).Scalars("perf/images_per_second")
     assert event.value == 256
 
@@ -132,12 +253,19 @@ def test_too_few_images_are_one_line(lesson, pretended_cuda, images_root, tmp_pa
 
 
 @cuda
-def test_try_a_batch_on_the_gpu_and_a_model_on_the_cpu_is_an_error(load):
-    with pytest.raises(RuntimeError):
-        load("model.py").Moli()(torch.zeros(2, 3, 32, 32).cuda())
+def test_try_a_batch_on_the_gpu_and_a_model_on_the_cpu_is_an_error(lesson, monkeypatch):
+    monkeypatch.setattr(torch.nn.Linear, "cuda", lambda self: self)  # as if left out
+    with pytest.raises(RuntimeError, match="device"):
+        lesson.show_everyday()
+
+
+def test_weights_and_inputs_on_two_devices_are_an_error_anywhere():
+    with pytest.raises((RuntimeError, NotImplementedError)):  # meta: a device without numbers
+        torch.nn.Linear(2, 1, bias=False)(torch.zeros(2, 2, device="meta")).tolist()
 
 
 @cuda
 def test_main_on_a_gpu(lesson, images_root, tmp_path):
     measured = lesson.main(log_dir=tmp_path, root=images_root)
     assert abs(measured["on_cpu"] - measured["on_cuda"]) < 1e-2 and measured["queued"] < 0.9
+    assert 0.5 < measured["done"] < 2
