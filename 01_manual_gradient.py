@@ -1,29 +1,29 @@
-"""Two derivatives written by hand are all that gradient descent needs to fit a line.
+"""Two derivatives written by hand and a small enough learning rate fit a line.
 
 Training lowers a loss L, one number that says how wrong the model is. Its gradient holds the
 derivative of L with respect to each parameter, and a step against the gradient lowers L if it is
-short enough. If the learning rate is too large, each step goes so far beyond the minimum that L
-grows; this can be predicted before the run.
+short enough. If the learning rate is too large, the steps swing further and further beyond the
+minimum, and L grows without end. Which learning rates are too large can be said before the run.
 
-    L = mean(r^2),  r = w x + b - y                     r  residuals, one for each point, (N,)
-    dL/dw = mean(2 r x)         dL/db = mean(2 r)       the gradient, by the chain rule
-    w <- w - lr * dL/dw         b <- b - lr * dL/db     one step of gradient descent
-    w and b converge to the minimum from every start exactly if 0 < lr < 2 / lam_max
+    x, y   N data points (N,), here y = 2x + 1, x not all equal        w, b   parameters
+    r = w x + b - y             residuals, one for each point (N,)     L = mean(r^2)
+    dL/dw = mean(2 r x)         dL/db = mean(2 r)                      by the chain rule
+    w becomes w - lr dL/dw      b becomes b - lr dL/db                 a step; lr: learning rate
 
-    x, y   the N data points, here y = 2x + 1, x not all equal     w, b   parameters
-    lr     learning rate
-    H      Hessian: the second derivatives of L, a matrix (2, 2); how the gradient changes
-    lam    eigenvalue of H: along its eigenvector e, H only multiplies by lam, H e = lam e.
-           H has two: L curves least along the flat one and most along the steep one, lam_max
-    error  (w, b) less its value at the minimum, here (w - 2, b - 1)
+    w and b come to the minimum from every start if and only if 0 < lr < 2 / lam_max
+
+H, the Hessian, is the matrix (2, 2) of second derivatives of L: how the gradient changes. It has
+two eigenvectors e, directions in which it only multiplies, H e = lam e; lam is an eigenvalue. Along
+the steep one L curves most, its lam is lam_max; along the flat one L curves least. The error is
+(w, b) minus its value at the minimum, here (w - 2, b - 1).
 
 Needs          00_interactive_playground.py
-Checked here   gradient by hand = central differences = autograd; along each direction a step
+Checked here   gradient by hand = central differences = autograd; along each eigenvector a step
                multiplies the error by 1 - lr lam; the bound, for four learning rates
-TensorBoard    train/log10_loss by step, a run for each lr: three fall, just_above rises;
-               surface/path: the first 20 steps of each run, over a map of L
-Try            in show_learning_rates, put `limit` for `1.02 * limit`: does L fall to 0?
-Answer         No: L stays at 5.3, as w and b end by jumping between the same two points
+TensorBoard    train/log10_loss by step, a run for each lr: three fall, just_above rises after its
+               first step; surface/path: the first 20 steps of each run, over a map of L
+Try            in show_learning_rates, replace `1.02 * limit` by `limit`: does L fall to 0?
+Answer         No: it falls from 6.9 to 5.3 and stays there, as w and b jump between two points
 Source         LeCun et al. 1998, Efficient BackProp, section 5
 """
 
@@ -33,12 +33,11 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
 
 from support.files import guard
+from support.pictures import path_over_contours
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "01_manual_gradient"
 TRUTH = torch.tensor([2.0, 1.0], dtype=torch.float64)  # w and b of the line y = 2x + 1
@@ -48,8 +47,8 @@ TRUTH = torch.tensor([2.0, 1.0], dtype=torch.float64)  # w and b of the line y =
 
 
 def show_everyday():
-    print("1. How do w and b find the line y = 2x + 1 through (1, 3) and (2, 5)?")
-    print("   step        w        b   r at each point   L = mean(r^2)     dL/dw    dL/db")
+    print("1. How do w and b find the line y = 2x + 1 through (1, 3) and (2, 5)? lr = 0.1")
+    print("   step        w        b   r = w x + b - y   L = mean(r^2)     dL/dw    dL/db")
     x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])
     w, b, lr, losses = torch.tensor(0.0), torch.tensor(0.0), 0.1, []
     for step in range(4):
@@ -61,8 +60,10 @@ def show_everyday():
         w = w - lr * dL_dw
         b = b - lr * dL_db
         losses.append(L.item())
-    print(f"   -> w = w - lr * dL/dw and b = b - lr * dL/db, three times at lr {lr}, bring L from "
-          f"{losses[0]:.1f} to {losses[-1]:.3f}")  # fmt: skip
+    losses.append((w * x + b - y).square().mean().item())
+    print(f"   {step + 1:4}   {w:6.3f}   {b:6.3f}{losses[4]:34.4f}")
+    print(f"   -> w = w - lr * dL/dw and b = b - lr * dL/db, four times, bring L from "
+          f"{losses[0]:.1f} to {losses[4]:.3f}")  # fmt: skip
     return losses
 
 
@@ -70,7 +71,7 @@ def show_everyday():
 
 
 def make_data(n=20):
-    """x and y = 2x + 1, both (N,). The mean of x is -1: were it 0, w and b would not interact."""
+    """x and y = 2x + 1, both (N,). If the mean of x were 0 (it is -1), b would not change dL/dw."""
     x = torch.linspace(-3, 1, n, dtype=torch.float64)
     return x, TRUTH[0] * x + TRUTH[1]
 
@@ -100,18 +101,19 @@ def central_difference(f, p, h):
 
 
 def show_gradient(x, y):
-    p = TRUTH + 3 * torch.randn(2, dtype=x.dtype)  # a random point
+    p = TRUTH + 3 * torch.randn(2, dtype=x.dtype)
     by_hand = gradient(*p, x, y)
     by_difference = central_difference(lambda q: loss(*q, x, y), p, h=1.0)
-    w, b = p.clone().requires_grad_()
+    w, b = p.clone().requires_grad_()  # a tensor of two gives two tensors of one
     # autograd.grad: the two derivatives as a tuple; it leaves w.grad and b.grad alone
     by_autograd = torch.stack(torch.autograd.grad(loss(w, b, x, y), (w, b)))
-    print(f"2. Is the gradient by hand right? At a random point, w = {w:.3f}, b = {b:.3f}")
-    print("             by hand   central differences    autograd")
+    print(f"2. Is the gradient by hand right? At random w = {w:.3f}, b = {b:.3f}; from here on")
+    print(f"   there are {len(x)} points, x from {x[0]:g} to {x[-1]:g}, y = 2x + 1")
+    print("             by hand   central differences, h = 1    autograd")
     for i, name in enumerate(("dL/dw", "dL/db")):
-        print(f"   {name}   {by_hand[i]:9.5f}   {by_difference[i]:19.5f}   {by_autograd[i]:9.5f}")
+        print(f"   {name}   {by_hand[i]:9.5f}   {by_difference[i]:26.5f}   {by_autograd[i]:9.5f}")
     apart = (torch.stack([by_difference, by_autograd]) - by_hand).abs().max().item()
-    print(f"   -> they agree to {apart:.0e}: along w or b L is a parabola, so even h = 1 is exact")
+    print(f"   -> they agree to {apart:.0e}: along w or b L is a parabola, so any h is exact")
     assert apart < 1e-11
     return {"by_hand": by_hand.tolist(), "apart": apart}
 
@@ -144,7 +146,7 @@ def hessian(x):
 
 
 def directions_of(H):
-    """lam (2,), rising, and the eigenvectors, the columns of (2, 2), with w not negative."""
+    """lam (2,), smallest first, and the eigenvectors, one a column (2, 2), with w not negative."""
     lam, vectors = torch.linalg.eigh(H)
     return lam, vectors * torch.where(vectors[0] < 0, -1, 1)
 
@@ -162,19 +164,20 @@ def error_factors(path, directions):
 def show_error(x, y, lr, steps):
     H, path = hessian(x), descend(x, y, lr, steps)
     lam, directions = directions_of(H)
-    # gradient = H error, so a step turns a part e of the error into (1 - lr lam) e
+    # gradient = H error, so a step turns a part c of the error into (1 - lr lam) c
     factors, law = error_factors(path[:11], directions), 1 - lr * lam
-    print(f"3. What does a step do to the error (w - 2, b - 1) along H's eigenvectors? lr {lr:g}")
-    print(f"   H, the Hessian of L: [{H[0, 0]:.4f} {H[0, 1]:.4f}; {H[1, 0]:.4f} {H[1, 1]:.4f}]")
-    print("   part    direction (w, b)   eigenvalue lam   1 - lr lam   measured factor: "
-          "in step 1   in step 10")  # fmt: skip
+    print(f"3. What does a step do to the error (w - 2, b - 1)? lr = {lr:g}")
+    print("   (The error is a sum of two parts, along the eigenvectors of H, the Hessian of L.")
+    print("   Theory: a step multiplies a part by 1 - lr lam, lam its eigenvalue.)")
+    print(f"   H = [{H[0, 0]:.4f} {H[0, 1]:.4f}; {H[1, 0]:.4f} {H[1, 1]:.4f}]")
+    print("   part    eigenvector (w, b)   eigenvalue lam   1 - lr lam   measured: step 1  step 10")
     for i, name in ((1, "steep"), (0, "flat")):
         along = "({:.3f}, {:6.3f})".format(*directions[:, i])
-        print(f"   {name:<5}   {along}   {lam[i]:15.4f}   {law[i]:10.4f}   {factors[0, i]:26.4f}   "
-              f"{factors[-1, i]:10.4f}")  # fmt: skip
+        print(f"   {name:<5}   {along}   {lam[i]:16.4f}   {law[i]:10.4f}"
+              f"   {factors[0, i]:16.4f}  {factors[-1, i]:7.4f}")  # fmt: skip
     (flat, steep), (w, b) = factors[0], path[-1]
-    print(f"   -> a step multiplies the steep part by {steep:.2f} and the flat one by {flat:.2f}; "
-          f"{steps} steps end at w {w:.4f}, b {b:.4f}")  # fmt: skip
+    print(f"   -> a step multiplies the steep part by {steep:.2f} and the flat one by {flat:.2f};")
+    print(f"      {steps} steps end at w = {w:.4f}, b = {b:.4f}")
     parts = (path[:11] - TRUTH) @ directions
     torch.testing.assert_close(parts[1:], law * parts[:-1], rtol=1e-7, atol=1e-12)
     return {"factors": factors[0].tolist(), "fit": path[-1].tolist()}
@@ -184,63 +187,40 @@ def show_error(x, y, lr, steps):
 
 
 def largest_lr(x):
-    """2 / lam_max, a float: no learning rate from there on converges. Exercise."""
+    """2 / lam_max, a float: no learning rate from there on converges from every start. Exercise."""
     return 2 / torch.linalg.eigvalsh(hessian(x))[-1].item()
 
 
 def show_learning_rates(log_dir, x, y, lr, steps):
     limit, (lam, _) = largest_lr(x), directions_of(hessian(x))
     rates = {"slow": lr / 5, "fit": lr, "just_below": 0.98 * limit, "just_above": 1.02 * limit}
-    print(f"4. Which lr converge? Prediction: lr < 2 / lam_max = 2 / {lam[1]:.4f} = {limit:.4f}")
+    print(f"4. Which lr converge? The rule: lr < 2 / lam_max = 2 / {lam[1]:.4f} = {limit:.4f}")
+    print(f"   (seen to converge: after {steps} steps L is below 1% of its start)")
     print(f"   run             lr   1 - lr lam: steep     flat   L at step 0   at step {steps}   "
-          "converges? predicted   seen: L below 1%")  # fmt: skip
-    final_loss, right = {}, 0
+          "converges? by the rule   seen")  # fmt: skip
+    final_loss, verdicts = {}, []
     for run, rate in rates.items():
-        predicted = "yes" if rate < limit else "no"
         path = descend(x, y, rate, steps)
         losses = loss(path[:, :1], path[:, 1:], x, y)  # (steps + 1,)
-        seen = "yes" if losses[-1] < losses[0] / 100 else "no"
+        verdicts.append(("yes" if rate < limit else "no",
+                         "yes" if losses[-1] < losses[0] / 100 else "no"))  # fmt: skip
         flat, steep = 1 - rate * lam
         print(f"   {run:<10}   {rate:.4f}   {steep:17.4f}   {flat:6.4f}   {losses[0]:11.2f}   "
-              f"{losses[-1]:11.1e}   {predicted:>20}   {seen:>16}")  # fmt: skip
-        right += predicted == seen
+              f"{losses[-1]:11.1e}   {verdicts[-1][0]:>22}   {verdicts[-1][1]:>4}")  # fmt: skip
         final_loss[run] = losses[-1].item()
+        words = f"lr {rate:.4f}: first 20 steps from (0, 0)\ndark: L low   light: L high"
+        picture = path_over_contours(
+            lambda w, b: loss(w[..., None], b[..., None], x, y), path[:21], TRUTH, 4.0, words
+        )
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
             for step, value in enumerate(losses.clamp_min(1e-30).log10()):
                 writer.add_scalar("train/log10_loss", value, step)
-            picture = draw_path(contours(x, y, size=420, reach=4.0), path[:21], rate, reach=4.0)
             writer.add_image("surface/path", picture, 0, dataformats="HWC")
-    print(f"   -> the rule lr < 2 / lam_max predicted {right} of {len(rates)} runs")
+    right = sum(rule == seen for rule, seen in verdicts)
+    always = sum(seen == "yes" for _, seen in verdicts)
+    print(f"   -> the rule is right about {right} of {len(rates)} runs; "
+          f"to say yes always is right about {always}")  # fmt: skip
     return {"limit": limit, "final_loss": final_loss, "right": right}
-
-
-# --- pictures ----------------------------------------------------------------------------------
-
-
-def contours(x, y, size, reach):
-    """A picture of the loss, `reach` to each side of the minimum: w to the right, b upwards."""
-    offset = torch.linspace(-reach, reach, size, dtype=x.dtype)
-    w, b = TRUTH[0] + offset, TRUTH[1] + offset.flip(0)
-    surface = loss(w[None, :, None], b[:, None, None], x, y)  # (size, size)
-    band = (1.5 * surface.clamp_min(0.01).log2()).floor()
-    shade = (band - band.min()) / (band.max() - band.min())  # 0 lowest ... 1 highest
-    return Image.fromarray((40 + 210 * shade).byte().numpy()).convert("RGB")
-
-
-def draw_path(picture, path, lr, reach):
-    """The contours with the points of a path and the joints between them, (size, size, 3)."""
-    pen, middle = ImageDraw.Draw(picture), (picture.width - 1) / 2
-    w, b = (path - TRUTH).T * middle / reach
-    points = (torch.stack([w, -b], 1) + middle).tolist()  # column, row
-    pen.line([tuple(point) for point in points], fill="firebrick", width=2)
-    for column, row in points:
-        pen.ellipse((column - 3, row - 3, column + 3, row + 3), fill="firebrick")
-    words = f"lr {lr:.4f}: first {len(path) - 1} steps from (0, 0)\ndark: L low   light: L high"
-    pen.text((8, 4), words, fill="black", font_size=21)
-    w, b = TRUTH.tolist()
-    frame = f"right: w {w - reach:g} to {w + reach:g}   up: b {b - reach:g} to {b + reach:g}"
-    pen.text((8, picture.height - 8), frame, fill="black", font_size=21, anchor="ls")
-    return np.array(picture)
 
 
 def main(seed=0, log_dir=LOG_DIR, lr=0.1, steps=200):

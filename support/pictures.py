@@ -73,6 +73,30 @@ def heat_columns(title, grey, heats, captions, height=192):
     return caption_row(title, columns, captions, height)
 
 
+def path_over_contours(f, path, centre, reach, words, size=420):
+    """Points (n, 2) and the joints between them over bands of grey of f: (size, size, 3) uint8.
+
+    A point is (w, b): w goes to the right, b upwards, from `reach` below `centre` (2,) to `reach`
+    above it. f takes tensors w and b that broadcast. `words` are written on top.
+    """
+    offset = torch.linspace(-reach, reach, size, dtype=path.dtype)
+    surface = f(centre[0] + offset, centre[1] + offset.flip(0)[:, None])  # (size, size)
+    band = (1.5 * surface.clamp_min(0.01).log2()).floor()
+    shade = (band - band.min()) / (band.max() - band.min())  # 0 lowest ... 1 highest
+    picture = Image.fromarray((40 + 210 * shade).byte().numpy()).convert("RGB")
+    pen, middle = ImageDraw.Draw(picture), (size - 1) / 2
+    w, b = (path - centre).T * middle / reach
+    points = (torch.stack([w, -b], 1) + middle).tolist()  # column, row
+    pen.line([tuple(point) for point in points], fill="firebrick", width=2)
+    for column, row in points:
+        pen.ellipse((column - 3, row - 3, column + 3, row + 3), fill="firebrick")
+    w, b = centre.tolist()
+    frame = f"right: w {w - reach:g} to {w + reach:g}   up: b {b - reach:g} to {b + reach:g}"
+    pen.text((8, 4), words, fill="black", font_size=21)
+    pen.text((8, size - 8), frame, fill="black", font_size=21, anchor="ls")
+    return np.array(picture)
+
+
 def number_grid(numbers, ink, last, cell=26):
     """A matrix of whole numbers in 0..last as uint8 (3, H, W): each in its cell, large ones darker.
 

@@ -1,11 +1,14 @@
 import io
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+
+from support.pictures import path_over_contours
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def test_the_everyday_loop_is_the_one_of_pencil_and_of_sgd(lesson, capsys):
     torch.nn.init.zeros_(model.bias)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     theirs = []
-    for _ in range(4):
+    for _ in range(5):
         optimizer.zero_grad()
         L = F.mse_loss(model(torch.tensor([[1.0], [2.0]])), torch.tensor([[3.0], [5.0]]))
         L.backward()
@@ -52,7 +55,8 @@ def test_the_everyday_loop_is_the_one_of_pencil_and_of_sgd(lesson, capsys):
     out = capsys.readouterr().out
     assert " ".join(row(out, "0")[1:]) == "0.000 0.000 -3.000, -5.000 17.0000 -13.000 -8.000"
     assert " ".join(row(out, "1")[1:]) == "1.300 0.800 -0.900, -1.600 1.6850 -4.100 -2.500"
-    assert "bring L from 17.0 to 0.019" in out
+    assert row(out, "4") == ["4", "1.882", "1.150", "0.0042"]
+    assert "four times, bring L from 17.0 to 0.004\n" in out
 
 
 def test_the_data_is_the_line(lesson):
@@ -133,7 +137,7 @@ def test_directions_of_a_diagonal_hessian_keep_their_length(lesson):
 def test_a_start_without_one_of_the_two_parts_is_no_fault(lesson, capsys):
     x = torch.tensor([-1.0, 1.0], dtype=torch.float64)  # lam = 2, 2
     lesson.show_error(x, 2 * x + 1, 0.5, 12)  # the first step removes all of the error
-    assert "12 steps end at w 2.0000, b 1.0000" in capsys.readouterr().out
+    assert "12 steps end at w = 2.0000, b = 1.0000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -179,7 +183,8 @@ def test_try_at_the_limit_itself_the_loss_stays(lesson, tmp_path, capsys):
     path = lesson.LOG_DIR.parents[1] / "01_manual_gradient.py"
     measured = edited(path, "1.02 * limit", "limit")["main"](log_dir=tmp_path, steps=400)
     assert measured["right"] == 4
-    assert row(capsys.readouterr().out, "just_above")[-3:] == ["5.3e+00", "no", "no"]
+    printed = row(capsys.readouterr().out, "just_above")
+    assert printed[-4:] == ["6.89", "5.3e+00", "no", "no"]
     x, y = lesson.make_data()
     lam, directions, limit = rates(lesson, x)
     path = lesson.descend(x, y, limit, steps=400)
@@ -189,23 +194,37 @@ def test_try_at_the_limit_itself_the_loss_stays(lesson, tmp_path, capsys):
     assert (path[-1] - path[-2]).norm().item() == pytest.approx(2 * abs(c.item()))
 
 
+def drawn(lesson, path, size=420):
+    x, y = lesson.make_data()
+
+    def f(w, b):
+        return lesson.loss(w[..., None], b[..., None], x, y)
+
+    return path_over_contours(f, path, lesson.TRUTH, 4.0, "", size)
+
+
 def test_the_picture_is_darkest_at_the_minimum_and_has_b_upwards(lesson):
-    surface = lesson.contours(*lesson.make_data(), size=101, reach=4.0)
-    shades = np.asarray(surface).sum(-1)  # (101, 101)
-    assert shades[50, 50] == shades.min() < shades[0, 0] == shades[100, 100]
-    assert shades[0, 100] < shades[0, 0]  # mean x = -1: a larger b makes up for a larger w
-    assert np.asarray(surface)[50, 50].tolist() == [40] * 3
-    assert np.asarray(surface)[0, 0].tolist() == [250] * 3
+    outside = lesson.TRUTH[None] + 100
+    picture = drawn(lesson, outside, size=401)
+    assert picture.shape == (401, 401, 3)
+    shades = picture.sum(-1, dtype=int)[:350]  # without the words
+    assert shades[200, 200] == shades.min() == 3 * 40
+    assert shades[0, 0] == shades.max() == 3 * 250  # w - 4, b + 4
+    assert shades[50, 350] < shades[50, 50]  # mean x = -1: a larger b makes up for a larger w
     assert len(np.unique(shades)) > 10  # bands, 1.5 for each doubling of L
+
+
+def test_a_point_of_the_path_is_red_and_where_it_belongs(lesson):
     corner = lesson.TRUTH + torch.tensor([2.0, 4.0])  # b at its largest
-    picture = lesson.draw_path(surface, corner[None], 0.1, reach=4.0)
-    assert picture.shape == (101, 101, 3)
-    assert picture[0, 75].tolist() == picture[1, 75].tolist() == [178, 34, 34]
-    large = lesson.contours(*lesson.make_data(), size=201, reach=4.0)
-    reds = (lesson.draw_path(large, lesson.TRUTH[None], 0.1, reach=4.0) == [178, 34, 34]).all(-1)
-    rows, columns = reds[94:107, 94:107].nonzero()  # a disc of radius 3 at the minimum, (100, 100)
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (3, 9, 3, 9)
-    assert picture[0, 25].tolist() != [178, 34, 34] != picture[75, 100].tolist()
+    picture = drawn(lesson, corner[None], size=401)
+    assert picture[0, 300].tolist() == picture[1, 300].tolist() == [178, 34, 34]
+    assert picture[0, 100].tolist() != [178, 34, 34] != picture[300, 400].tolist()
+    reds = (drawn(lesson, lesson.TRUTH[None], size=401) == [178, 34, 34]).all(-1)
+    rows, columns = reds.nonzero()  # a disc of radius 3 at the minimum
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (197, 203, 197, 203)
+    two = torch.stack([lesson.TRUTH - 1, lesson.TRUTH + 1])
+    reds = (drawn(lesson, two, size=401) == [178, 34, 34]).all(-1)
+    assert reds[250, 150] and reds[150, 250] and reds[200, 200] and not reds[150, 150]
 
 
 def test_each_run_shows_its_own_first_20_steps(lesson, tmp_path, events, monkeypatch):
@@ -233,8 +252,12 @@ def test_each_run_shows_its_own_first_20_steps(lesson, tmp_path, events, monkeyp
         (image,) = events(tmp_path / run).Images("surface/path")
         picture = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
         path = lesson.descend(x, y, lr, steps=20)
-        drawn = lesson.draw_path(lesson.contours(x, y, 420, 4.0), path, lr, reach=4.0)
-        assert image.step == 0 and np.array_equal(picture, drawn)
+        words = f"lr {lr:.4f}: first 20 steps from (0, 0)\ndark: L low   light: L high"
+        expected = path_over_contours(
+            lambda w, b: lesson.loss(w[..., None], b[..., None], x, y),
+            path, lesson.TRUTH, 4.0, words,
+        )  # fmt: skip
+        assert image.step == 0 and np.array_equal(picture, expected)
 
 
 def test_the_table_shows_what_descend_did_not_what_theory_says(lesson, capsys, monkeypatch):
@@ -263,25 +286,30 @@ def test_main_fits_below_the_limit_and_diverges_above(lesson, tmp_path, events, 
     by_hand = [f"{value:.5f}" for value in measured["gradient"]["by_hand"]]
     assert printed == [by_hand[0]] * 3 + [by_hand[1]] * 3
     assert (
-        "-> a step multiplies the steep part by 0.29 and the flat one by 0.88; 150 steps end at w 2"
-        in out
-    )
+        "   -> a step multiplies the steep part by 0.29 and the flat one by 0.88;\n"
+        "      150 steps end at w = 2"
+    ) in out
+    assert [line[:2] for line in out.splitlines() if line[1:3] == ". "][-4:] == [
+        "1.", "2.", "3.", "4.",
+    ]  # fmt: skip
     for head in (
-        "1. How do w and b find the line y = 2x + 1 through (1, 3) and (2, 5)?\n",
-        "   step        w        b   r at each point   L = mean(r^2)     dL/dw    dL/db\n",
-        "2. Is the gradient by hand right? At a random point, w = ",
-        "             by hand   central differences    autograd\n",
-        "3. What does a step do to the error (w - 2, b - 1) along H's eigenvectors? lr 0.12\n",
-        "   H, the Hessian of L: [4.9474 -2.0000; -2.0000 2.0000]\n",
-        "   part    direction (w, b)   eigenvalue lam   1 - lr lam   measured factor: in step 1   ",
-        f"   steep   (0.893, -0.451)            5.9580       0.2850{0.2850:29.4f}{0.2850:13.4f}\n",
-        f"   flat    (0.451,  0.893)            0.9894       0.8813{0.8813:29.4f}{0.8813:13.4f}\n",
-        "lr   1 - lr lam: steep     flat   L at step 0   at step 150   converges? predicted   seen",
+        "1. How do w and b find the line y = 2x + 1 through (1, 3) and (2, 5)? lr = 0.1\n",
+        "   step        w        b   r = w x + b - y   L = mean(r^2)     dL/dw    dL/db\n",
+        "2. Is the gradient by hand right? At random w = ",
+        "from here on\n   there are 20 points, x from -3 to 1, y = 2x + 1\n",
+        "             by hand   central differences, h = 1    autograd\n",
+        "3. What does a step do to the error (w - 2, b - 1)? lr = 0.12\n",
+        "   H = [4.9474 -2.0000; -2.0000 2.0000]\n",
+        "   part    eigenvector (w, b)   eigenvalue lam   1 - lr lam   measured: step 1  step 10\n",
+        f"   steep   (0.893, -0.451)   {5.9580:16.4f}   {0.2850:10.4f}   {0.2850:16.4f}   0.2850\n",
+        f"   flat    (0.451,  0.893)   {0.9894:16.4f}   {0.8813:10.4f}   {0.8813:16.4f}   0.8813\n",
+        "   (seen to converge: after 150 steps L is below 1% of its start)\n",
+        "lr   1 - lr lam: steep     flat   L at step 0   at step 150   converges? by the rule  ",
     ):
         assert head in out
-    assert "4. Which lr converge? Prediction: lr < 2 / lam_max = 2 / 5.9580 = 0.3357\n" in out
-    assert "-> the rule lr < 2 / lam_max predicted 4 of 4 runs\n" in out
-    assert "along w or b L is a parabola, so even h = 1 is exact\n" in out
+    assert "4. Which lr converge? The rule: lr < 2 / lam_max = 2 / 5.9580 = 0.3357\n" in out
+    assert "-> the rule is right about 4 of 4 runs; to say yes always is right about 3\n" in out
+    assert "along w or b L is a parabola, so any h is exact\n" in out
     lam, _, limit = rates(lesson, lesson.make_data()[0])
     said = {run: " ".join(row(out, run)[1:]) for run in final}
     for run, value in final.items():
@@ -296,3 +324,5 @@ def test_main_fits_below_the_limit_and_diverges_above(lesson, tmp_path, events, 
         assert len(curve) == 151 and curve[0] == pytest.approx(math.log10(6.8947), abs=1e-4)
         assert curve[-1] == pytest.approx(math.log10(value), abs=1e-4)
         assert [event.step for event in loaded.Images("surface/path")] == [0]
+        rises = [b > a for a, b in pairwise(curve)]
+        assert rises == [False] + [run == "just_above"] * 149
