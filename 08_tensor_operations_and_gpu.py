@@ -1,9 +1,9 @@
 """A tensor is flat memory read with strides, so most operations on its shape copy nothing.
 
 Models are made of a few calls: cat, stack, sum(dim=...), the matrix product @, indexing and
-broadcasting. Two things go wrong in silence. A part of x may share memory with x: writing to the
-part then changes x. And a column (B, 1) minus a row (B,), of B examples, is a table (B, B): the
-mean of its squares looks like a loss.
+broadcasting. Two mistakes raise no error. A part of x may share memory with x: writing to the part
+then changes x. And a column (B, 1) minus a row (B,), of B examples, is a table (B, B): the mean of
+its squares looks like a loss (torch's own loss functions at least warn).
 
     address of x[i, j, ...] = offset + i * stride_0 + j * stride_1 + ...      (counted in elements)
 
@@ -12,14 +12,13 @@ mean of its squares looks like a loss.
 
 Slices, transposes, expand and most reshaping give a view. Reading at a list or a mask of indices
 gives a copy; on the left of = it writes to x. Broadcasting reads an axis of size 1 as if it had n,
-by a stride of 0. The type of a + b is of the higher kind: bool < integer < float. In one kind, a
-tensor with axes decides over one without, and that over a number; two alike give what holds both.
+by a stride of 0.
 
 Needs          nothing
 Checked here   types; the address formula; where view fails, reshape copies; what writing to a part
                changes; a loss that broadcasts; einsum and distances against loops; the device
-TensorBoard    memory/views_1, memory/views_2, memory/copies: the address of every element.
-               time/log10_seconds_per_pair by log2 n: the loop stays level, vectorised falls
+TensorBoard    memory/views_1, memory/views_2, memory/copies: the address of every element, darker
+               where it is larger. Copies count row by row; views skip, repeat, go by columns
 Try            in show_views, write (6, 2, 2) in the row ("x.T", x.T, (24,)): does view work now?
 Answer         Yes, strides (1, 12, 6): the 4 became 2 x 2, one stride each; (24,) would need two
 Source         PyTorch docs: "Tensor Views", Tensor.view, "Broadcasting semantics", "Tensor
@@ -32,12 +31,14 @@ import re
 import signal
 import time
 import timeit
+import warnings
 from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
+import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 
 from support.files import guard
@@ -86,24 +87,23 @@ def show_everyday():
 
 
 def show_types():
-    print("2. Types: what is the type of a + b? (no axes: as torch.tensor(2))")
-    print("   a               b                      a + b    its type")
+    print("2. Types: what is the type of a + b, and why? (no axes: as torch.tensor(2))")
+    print("   a               b                  a + b    its type   why")
     byte, half = torch.tensor([200], dtype=torch.uint8), torch.tensor([0.5], dtype=torch.half)
     double, long = torch.tensor([0.5], dtype=torch.double), torch.tensor([2])
     signed = torch.tensor([-1], dtype=torch.int8)
     types = {}
-    for a, b, y in (
-        ("uint8 [200]", "the number 100", byte + 100),
-        ("uint8 [200]", "int64 2, no axes", byte + long[0]),
-        ("uint8 [200]", "int64 [2]", byte + long),
-        ("uint8 [200]", "int8 [-1]", byte + signed),
-        ("int64 [2]", "the number 0.5", long + 0.5),
-        ("float16 [0.5]", "int64 [2]", half + long),
-        ("float16 [0.5]", "float64 0.5, no axes", half + double[0]),
-        ("float16 [0.5]", "float64 [0.5]", half + double),
+    for a, b, y, why in (
+        ("uint8 [200]", "the number 100", byte + 100, "a tensor decides over a number"),
+        ("uint8 [200]", "int64 2, no axes", byte + long[0], "with axes over without"),
+        ("uint8 [200]", "int64 [2]", byte + long, "both have axes: what holds both"),
+        ("uint8 [200]", "int8 [-1]", byte + signed, "what holds both: 0 to 255, -128 to 127"),
+        ("int64 [2]", "the number 0.5", long + 0.5, "but a float decides over integers"),
+        ("float16 [0.5]", "int64 [2]", half + long, "float over integers, of any size"),
+        ("float16 [0.5]", "float64 [0.5]", half + double, "what holds both"),
     ):
         types[a, b] = str(y.dtype).removeprefix("torch.")
-        print(f"   {a:<13}   {b:<20}   {y.item():5g}    {types[a, b]}")
+        print(f"   {a:<13}   {b:<16}   {y.item():5g}    {types[a, b]:<8}   {why}")
     print(f"   -> 200 + 100 is {(byte + 100).item()} in uint8, which counts modulo 256")
     return types
 
@@ -116,9 +116,9 @@ def shares_memory(x, y):
 
 
 def window(shape, strides, offset):
-    """The address of each element (*shape): offset + i * stride_0 + j * stride_1 + ...
+    """The address of each element, a tensor (*shape): offset + i * stride_0 + j * stride_1 + ...
 
-    Exercise.
+    So row i of a matrix starts at offset + i * stride_0. Exercise.
     """
     at = torch.tensor(offset)
     for n, stride in zip(shape, strides, strict=True):
@@ -132,8 +132,8 @@ def addresses(x):
 
 def show_memory(log_dir):
     print("3. Memory: x = torch.arange(24).view(4, 6). Who reads its memory, and who copied?")
-    print("   The formula: address of [i, j] = offset + i * stride_0 + j * stride_1")
-    print("   tensor                 shape    strides   offset   [1, 1] at   formula   memory")
+    print("   formula: [i, j] lies at offset + i * stride_0 + j * stride_1")
+    print("   tensor                 shape    strides   offset   [1, 1] at   all there   memory")
     x, views, right = torch.arange(24).view(4, 6), {}, {}
     tensors = {
         "x": x,
@@ -152,8 +152,9 @@ def show_memory(log_dir):
         right[name], views[name] = torch.equal(memory[addresses(y)], y), shares_memory(x, y)
         row = f"{name:<20}   {tuple(y.shape)!s:<6}   {y.stride()!s:<7}   {y.storage_offset():6}"
         at = addresses(y)[1, 1].item()
-        formula, whose = "right" if right[name] else "WRONG", "of x" if views[name] else "new"
-        print(f"   {row}   {at:9}   {formula:<7}   {whose}")
+        found, whose = "yes" if right[name] else "NO", "of x" if views[name] else "new"
+        print(f"   {row}   {at:9}   {found:<9}   {whose}")
+    print("   (expand reads one row 4 times; unfold takes each 3 neighbours, one step apart)")
     copies = [name for name in views if not views[name]]
     print(f"   -> {len(copies)} of {len(views) - 1} ways to rearrange x copy: {', '.join(copies)}")
     log_memory(log_dir, tensors, views)
@@ -179,7 +180,7 @@ def log_memory(log_dir, tensors, views):
 
 def show_views():
     print("4. When does view work, and when does reshape copy? x is still (4, 6)")
-    print("   tensor       as          view    its strides   reshape")
+    print("   tensor      its shape and strides   view as     view    new strides   reshape")
     x, found = torch.arange(24).view(4, 6), []
     for name, y, shape in (
         ("x", x, (24,)),
@@ -194,9 +195,13 @@ def show_views():
             view, strides = "fails", "-"
         reshape = "views" if shares_memory(y, y.reshape(shape)) else "copies"
         found.append((name, shape, view, strides, reshape))
-        print(f"   {name:<10}   {shape!s:<9}   {view}   {strides!s:<11}   {reshape}")
+        old = f"{tuple(y.shape)!s:<8} {y.stride()}"
+        print(f"   {name:<9}   {old:<21}   {shape!s:<9}   {view}   {strides!s:<11}   {reshape}")
     agree = sum((view == "works") == (reshape == "views") for _, _, view, _, reshape in found)
     print(f"   -> in {agree} of {len(found)} rows reshape copies where view fails, and only there")
+    (stride, step), rows = x.stride(), x.shape[1]
+    print(f"   -> axes join if stride_0 = size_1 * stride_1: x has {stride} and {rows} * {step}, "
+          f"x.T {x.T.stride(0)} and {x.T.shape[1]} * {x.T.stride(1)}")  # fmt: skip
     return found
 
 
@@ -205,44 +210,30 @@ def show_views():
 
 def show_writing():
     print("5. Writing: x holds 24 ones. Does writing to a part of it change x?")
-    print("   statement                         numbers set   zeros in x afterwards")
-    ones, a, b, c, d, e, f, g = (torch.ones(4, 6) for _ in range(8))
-    mask = a > 0
-    a[:, 0].zero_()
-    b[mask].zero_()
-    c[[0, 1]].zero_()
-    d[mask] = 0
-    e[[0, 1], [2, 3]] = 0
-    f.numpy()[0] = 0  # on the CPU alone
-    torch.tensor(g.numpy()).zero_()
+    print("   statement                        zeros in x afterwards")
     zeros = {}
-    for statement, part, x in (
-        ("x[:, 0].zero_()", ones[:, 0], a),
-        ("x[x > 0].zero_()", ones[mask], b),
-        ("x[[0, 1]].zero_()", ones[[0, 1]], c),
-        ("x[x > 0] = 0", ones[mask], d),
-        ("x[[0, 1], [2, 3]] = 0", ones[[0, 1], [2, 3]], e),
-        ("x.numpy()[0] = 0", ones[0], f),
-        ("torch.tensor(x.numpy()).zero_()", ones, g),
+    for statement in (
+        "x[:, 0].zero_()",
+        "x[x > 0].zero_()",
+        "x[[0, 1]].zero_()",
+        "x[x > 0] = 0",
+        "x[[0, 1], [2, 3]] = 0",
+        "x.numpy()[0] = 0",  # on the CPU alone
+        "torch.tensor(x.numpy()).zero_()",
     ):
-        zeros[statement] = part.numel(), int((x == 0).sum())
-        print(f"   {statement:<35}   {zeros[statement][0]:7}   {zeros[statement][1]:4}")
-    print(f"   -> lost in a copy: {', '.join(name for name, (_, n) in zeros.items() if n == 0)}")
-    once, index = torch.zeros(2), torch.tensor([0, 0, 1])
-    once[index] += 1
-    summed = torch.zeros(2).index_add(0, index, torch.ones(3))
-    print(f"   -> y = zeros(2): y[[0, 0, 1]] += 1 gives {once.tolist()}, place 0 is written once")
-    print(f"   -> y.index_add(0, [0, 0, 1], ones(3)) gives {summed.tolist()}: place 0 twice")
-    return {"zeros": zeros, "once": once.tolist(), "summed": summed.tolist()}
+        x = torch.ones(4, 6)
+        exec(statement, {"x": x, "torch": torch})  # run just what is printed
+        zeros[statement] = int((x == 0).sum())
+        print(f"   {statement:<31}   {zeros[statement]:20}")
+    print(f"   -> lost in a copy: {', '.join(name for name, n in zeros.items() if n == 0)}")
+    return zeros
 
 
 # --- 6. broadcasting ---------------------------------------------------------------------------
 
 
 def show_broadcasting():
-    print(
-        "6. Broadcasting: how do shapes (3, 1) and (4,) become one, and what if (B, 1) meets (B,)?"
-    )
+    print("6. Broadcasting: what becomes of (3, 1) with (4,), and of (B, 1) with (B,)?")
     print("   tensor   shape    strides as (3, 4)   numbers")
     x, y = torch.tensor([[0], [10], [20]]), torch.tensor([1, 2, 3, 4])
     for name, t in {"x": x, "y": y, "x + y": x + y}.items():
@@ -253,9 +244,13 @@ def show_broadcasting():
     loss, theory = (prediction - truth).square().mean().item(), 2 * truth.var(correction=0).item()
     aligned = (prediction.squeeze(1) - truth).square().mean().item()
     shape = tuple((prediction - truth).shape)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        F.mse_loss(prediction, truth)
     print(f"   -> the squared loss of perfect predictions is {aligned:.4f} if both are (64,)")
     print(f"   -> (64, 1) minus (64,) is {shape}, and the loss is {loss:.4f}")
-    print(f"   -> twice the variance of the 64 truths is {theory:.4f}")
+    print(f"   -> that is twice the variance of the truths, {theory:.4f}; minus does not warn, "
+          f"F.mse_loss {'warns' if said else 'does not either'}")  # fmt: skip
     return {"loss": loss, "theory": theory, "aligned": aligned}
 
 
@@ -287,22 +282,25 @@ def loop_einsum(equation, *operands):
 def show_einsum():
     print('7. einsum, as torch.einsum("ij,jk->ik", A, B): is it a loop over all letters?')
     print("   One letter names one axis. A letter that does not stand after -> is summed over.")
-    print("   equation          in words                                     largest difference")
+    print("                                                       one element         largest")
+    print("   equation          in words                          loop      einsum    difference")
     size = {"b": 2, "h": 2, "i": 3, "j": 3, "k": 2, "t": 3, "s": 4, "d": 2}
     errors = {}
     for equation, words in {
-        "i,j->ij": "each number of x times each of y: a table",
+        "i,j->ij": "each of x times each of y",
         "ij,jk->ik": "the matrix product A @ B",
         "ii->": "the sum of the diagonal",
         "bi,ij,bj->b": "x^T A y for each example b",
-        "bhtd,bhsd->bhts": "attention scores: q[b, h, t] times k[b, h, s]",
+        "bhtd,bhsd->bhts": "q[b, h] @ k[b, h].T",
     }.items():
         inputs = equation.split("->")[0].split(",")
         operands = [torch.randn([size[c] for c in letters]) for letters in inputs]
-        gap = loop_einsum(equation, *operands) - torch.einsum(equation, *operands)
-        errors[equation] = gap.abs().max().item()
-        print(f"   {equation:<15}   {words:<45}   {errors[equation]:15.0e}")
-    print(f"   -> torch.einsum is the loop, to within {max(errors.values()):.0e}")
+        ours, theirs = loop_einsum(equation, *operands), torch.einsum(equation, *operands)
+        errors[equation] = (ours - theirs).abs().max().item()
+        first = f"{ours.flatten()[0]:7.4f}   {theirs.flatten()[0]:7.4f}"
+        print(f"   {equation:<15}   {words:<29}   {first}   {errors[equation]:10.0e}")
+    same = sum(error < 1e-5 for error in errors.values())
+    print(f"   -> torch.einsum gives what the loop gives in {same} of {len(errors)} rows")
     return errors
 
 
@@ -322,33 +320,22 @@ def distances(a, b):
     return (a[:, None] - b).square().sum(-1)  # (N, 1, D) - (M, D) -> (N, M, D) -> (N, M)
 
 
-def seconds(work, *inputs, repeat):
+def seconds(work, *inputs, repeat=5):
     return min(timeit.repeat(lambda: work(*inputs), number=1, repeat=repeat))
 
 
-def show_time(log_dir, powers):
-    print("8. Time: squared distances of n points to n points, by a loop and in one expression")
-    print("   n      a[0] to b[0]   largest difference   timing: loop / expression")
-    ratios, errors, library = {}, {}, 0.0
-    with (
-        SummaryWriter(log_dir / "loop", purge_step=0) as loop,
-        SummaryWriter(log_dir / "vectorised", purge_step=0) as vectorised,
-    ):
-        for power in range(2, powers + 1):
-            n = 2**power
-            a, b = torch.randn(n, 3), torch.randn(n, 3)
-            ours = distances(a, b)
-            errors[n] = (loop_distances(a, b) - ours).abs().max().item()
-            library = max(library, (torch.cdist(a, b).square() - ours).abs().max().item())
-            slow = seconds(loop_distances, a, b, repeat=2)
-            fast = seconds(distances, a, b, repeat=20)
-            loop.add_scalar("time/log10_seconds_per_pair", math.log10(slow / n**2), power)
-            vectorised.add_scalar("time/log10_seconds_per_pair", math.log10(fast / n**2), power)
-            ratios[n] = slow / fast
-            print(f"   {n:<4}   {ours[0, 0]:12.4f}   {errors[n]:18.0e}   {ratios[n]:6.0f}")
-    print(f"   -> torch.cdist(a, b) squared is the same to within {library:.0e}")
-    print(f"   -> timing: for {n * n} pairs the loop takes {ratios[n]:.0f} times as long")
-    return {"ratios": ratios, "errors": errors, "library": library}
+def show_time(n):
+    print(f"8. Time: squared distances of {n} points to {n}, by a loop and in one expression")
+    a, b = torch.randn(n, 3), torch.randn(n, 3)
+    ours, slow, library = distances(a, b), loop_distances(a, b), torch.cdist(a, b).square()
+    print("   from a[0] to b[0]:   loop   expression   torch.cdist, squared")
+    print(f"   {slow[0, 0]:24.4f}   {ours[0, 0]:10.4f}   {library[0, 0]:20.4f}")
+    error = max((other - ours).abs().max().item() for other in (slow, library))
+    assert error < 1e-3  # cdist multiplies matrices, and rounds more
+    ratio = seconds(loop_distances, a, b) / seconds(distances, a, b)
+    print(f"   -> timing: for {n * n:,} pairs the loop takes {ratio:.0f} times as long")
+    print(f"      (the expression holds all {n * n * 3:,} differences at once)")
+    return {"error": error, "ratio": ratio}
 
 
 # --- 9. the device -----------------------------------------------------------------------------
@@ -359,16 +346,17 @@ def show_device():
     print(f"9. The device: the same lines on whatever is there, which is {device.type}")
     x, W = torch.tensor([[1.0, 2.0]]), torch.tensor([[10.0], [1.0]])
     y = x.to(device)
-    z = y @ W.to(device)  # on one device (one without axes may be on the CPU)
+    z = y @ W.to(device)  # both on one device; a tensor without axes may stay on the CPU
     try:
-        z + torch.zeros(1, 1, device="meta")  # it keeps shapes and no numbers
+        z + torch.zeros(1, 1, device="meta")
         refused = "nothing"
     except RuntimeError as error:
         refused = str(error)
     print("   call                                     device   result")
     print(f"   y = x.to(device)                         {y.device.type:<6}   {y.tolist()}")
     print(f"   z = y @ W.to(device)                     {z.device.type:<6}   {z.tolist()}")
-    print(f"   z + zeros(1, 1) on the device meta       -        {refused}")
+    print(f"   z + torch.zeros(1, 1, device='meta')     -        {refused}")
+    print("   (meta is a device on every machine; it keeps shapes and no numbers)")
     print(f"   -> to(device) {'returned x itself, as x was there' if y is x else 'copied x there'}")
     return {"device": device.type, "copied": y is not x, "z": z.item(), "refused": refused}
 
@@ -387,19 +375,17 @@ def cuda_times(work, repeats=10):
 
 def show_cuda(n=4096):
     if not torch.cuda.is_available():
-        print(
-            "   skipped, as there is no CUDA: that its calls return before the GPU is done,\n"
-            "   and how fast a copy is from pinned memory, which the GPU may read itself"
-        )
+        print("   skipped, as there is no CUDA: there a call returns before the GPU is done, and")
+        print("   copies from pinned memory, which the GPU reads by itself, are faster")
         return {}
     x = torch.randn(n, n)
-    y, pinned = x.to("cuda"), x.pin_memory()  # non_blocking: leave it alone until synchronize
+    y, pinned = x.to("cuda"), x.pin_memory()  # non_blocking: change pinned only after synchronize
     times = {
         "y @ y": cuda_times(lambda: y @ y),
         "x.to('cuda')": cuda_times(lambda: x.to("cuda")),
         "the same, pinned": cuda_times(lambda: pinned.to("cuda", non_blocking=True)),
     }
-    print("   ten calls          timing: share of the time after which they have returned")
+    print("   ten calls          timing: returned after this share of the time until all is done")
     for name, (returned, done) in times.items():
         print(f"   {name:<16}   {returned / done:.3f}")
     faster = times["x.to('cuda')"][1] / times["the same, pinned"][1]
@@ -407,7 +393,7 @@ def show_cuda(n=4096):
     return times
 
 
-def main(seed=0, log_dir=LOG_DIR, powers=7):
+def main(seed=0, log_dir=LOG_DIR, n=128):
     torch.manual_seed(seed)
     measured = {
         "everyday": show_everyday(),
@@ -417,7 +403,7 @@ def main(seed=0, log_dir=LOG_DIR, powers=7):
         "writing": show_writing(),
         "broadcasting": show_broadcasting(),
         "einsum": show_einsum(),
-        "time": show_time(log_dir, powers),
+        "time": show_time(n),
         "device": show_device(),
         "cuda": show_cuda(),
     }
