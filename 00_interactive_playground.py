@@ -7,12 +7,11 @@ then applies the chain rule to them, from the result back to the inputs.
 Central differences check it. They use values of f only, a small step h (here 0.01) to each side of
 x. f', f'', f''' and f'''' are the first to the fourth derivative of f; what is left out is smaller:
 
-    (f(x + h) - f(x - h)) / 2h             = f'(x)   + h^2 f'''(x) / 6    + ...
-    (f(x + h) - 2 f(x) + f(x - h)) / h^2   = f''(x)  + h^2 f''''(x) / 12  + ...
+    (f(x + h) - f(x - h)) / 2h             = f'(x)  + h^2 f'''(x) / 6    + ...
+    (f(x + h) - 2 f(x) + f(x - h)) / h^2   = f''(x) + h^2 f''''(x) / 12  + ...
 
-In the playground, section 4, you type a function of x, and both are compared:
-    python 00_interactive_playground.py "sin(x) * x**2" --at 1.5
-    python 00_interactive_playground.py -i       asks again and again: type  sin(x)  or  sin(x) at 2
+    python 00_interactive_playground.py "sin(x) * x**2" --at 1.5    compares both for your function
+    python 00_interactive_playground.py -i              asks again and again: sin(x), or sin(x) at 2
 
 Autograd can be wrong. At a kink, such as |x| has at 0, there is no derivative, and autograd chooses
 a number; and a number that arises on the way may be too large for the computer, or too small.

@@ -5,17 +5,17 @@ derivative of L with respect to each parameter, and a step against the gradient 
 short enough. If the learning rate is too large, the steps swing further and further beyond the
 minimum, and L grows without end. Which learning rates are too large can be said before the run.
 
-    x, y   N data points (N,), here y = 2x + 1, x not all equal        w, b   parameters
-    r = w x + b - y             residuals, one for each point (N,)     L = mean(r^2)
-    dL/dw = mean(2 r x)         dL/db = mean(2 r)                      by the chain rule
-    w becomes w - lr dL/dw      b becomes b - lr dL/db                 a step; lr: learning rate
+    x, y   N data points (N,), here y = 2x + 1, x not all equal     w, b   parameters
+    r = w x + b - y, for each point      L = mean(r^2)              lr     learning rate
+    dL/dw = mean(2 r x)                  dL/db = mean(2 r)          by the chain rule
+    w becomes w - lr dL/dw               b becomes b - lr dL/db     one step
 
     w and b come to the minimum from every start if and only if 0 < lr < 2 / lam_max
 
-H, the Hessian, is the matrix (2, 2) of second derivatives of L: how the gradient changes. It has
-two eigenvectors e, directions in which it only multiplies, H e = lam e; lam is an eigenvalue. Along
-the steep one L curves most, its lam is lam_max; along the flat one L curves least. The error is
-(w, b) minus its value at the minimum, here (w - 2, b - 1).
+H, the Hessian, is the matrix (2, 2) of second derivatives of L. It has two eigenvectors e, which it
+only multiplies by a number, the eigenvalue lam: H e = lam e. Along the steep one L curves most, and
+its lam is lam_max; along the flat one L curves least. The error is (w, b) minus its value at the
+minimum, here (w - 2, b - 1).
 
 Needs          00_interactive_playground.py
 Checked here   gradient by hand = central differences = autograd; along each eigenvector a step
