@@ -55,9 +55,7 @@ def show_everyday():
     x = torch.tensor([[1.0, 1.0], [3.0, 3.0]]).view(1, 1, 2, 2)  # one image, one channel, 2 x 2
     tokens = torch.tensor([2, 0])
     print("1. What do six layers make of the pixels 1 1 / 3 3 (Embedding: of the tokens 2 and 0)?")
-    print(
-        "   layer                  after .train()            after .eval()             difference"
-    )
+    print("   layer                after .train()            after .eval()             difference")
     modes = {}
     for layer in (nn.BatchNorm2d(1), nn.Dropout(0.5), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1),
                   nn.Flatten(), nn.Embedding(3, 2)):  # fmt: skip
@@ -65,7 +63,7 @@ def show_everyday():
         trained, evaluated = layer.train()(given), layer.eval()(given)
         name = type(layer).__name__
         modes[name] = (trained - evaluated).abs().max().item()
-        print(f"   {name:<20}   {in_columns(trained):<23}   {in_columns(evaluated):<23}   "
+        print(f"   {name:<18}   {in_columns(trained):<23}   {in_columns(evaluated):<23}   "
               f"{modes[name]:10.2f}")  # fmt: skip
     switched = [name for name, difference in modes.items() if difference]
     print(f"   -> train() and eval() matter to {' and '.join(switched)}")
@@ -165,7 +163,8 @@ def show_running(x, batches, log_dir):
                     print(f"   {momentum:<8} {t:4}   {norm.running_mean[0]:12.3f}   {law[0]:10.3f}"
                           f"   {behind[momentum][-1]:25.3f}")  # fmt: skip
     t, slow = batches // 4, behind[0.1][batches // 4 - 1]
-    print(f"   -> after {t} batches (momentum 0.1) eval mode is still off by {slow:.2f};")
+    print(f"   -> after {t} batches (momentum 0.1) eval mode's outputs are still off by "
+          f"{slow:.2f};")  # fmt: skip
     print(f"      the law holds within {off:.1g}")
     assert off < 1e-4
     return behind
@@ -199,9 +198,8 @@ def show_dropout(masks, log_dir):
                 writer.add_scalar("dropout/share_kept", (first != 0).float().mean(), n)
     off = max(abs(mean - 1) for mean, _ in dropped.values())
     zeros = (y == 0).float().mean()
-    print(
-        f"   -> each mean is 1 within {off:.3f}, though at p = 0.8 {zeros:.0%} of the ones become 0"
-    )
+    print(f"   -> each mean is 1 within {off:.3f}, though at p = 0.8 {zeros:.0%} of the ones "
+          "become 0")  # fmt: skip
     return dropped
 
 
@@ -246,7 +244,9 @@ def show_pooling():
         means[name] = y.tolist(), row.tolist()
         print(f"   {name:<24} {where:<12} {in_columns(y):<17}   {in_columns(row)}")
     off = max(abs(a - b) for pair in means.values() for a, b in zip(*pair, strict=True))
-    print(f"   -> by hand the same within {off:.1g}")
+    held = sum(b - a for a, b in windows(5, 3))
+    print(f"   -> by hand the same within {off:.1g}; the windows of AdaptiveAvgPool2d(3) overlap: "
+          f"they hold\n      {held} numbers of a row of 5")  # fmt: skip
     assert off < 1e-5
     return means
 

@@ -237,11 +237,8 @@ def show_dead(seed, log_dir, x, labels, hidden, epochs, lr):
           f"{len(x):,} images")  # fmt: skip
     print("   input         dead units after epoch            came   right in the end")
     shown = sorted({0, 1, epochs // 2, epochs})
-    print(
-        "                 "
-        + "".join(f"{epoch:6}" for epoch in shown)
-        + "   back   (by guessing: 10%)"
-    )
+    heads = "".join(f"{epoch:6}" for epoch in shown)
+    print(f"                 {heads}   back   (by guessing: 10%)")
     dead, accuracy, back = {}, {}, {}
     for run, shift in (("images_0_1", 0.0), ("images_centred", 0.5)):
         torch.manual_seed(seed)  # the same weights at the start

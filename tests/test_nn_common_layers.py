@@ -171,9 +171,8 @@ def test_eval_mode_is_behind_as_logged_and_printed(lesson, x, events, tmp_path, 
             law = mean[0] * (1 - (1 - momentum) ** t)
             row = [f"{n:.3f}" for n in (means[t - 1], law, expected[t - 1])]
             assert [str(momentum), str(t), *row] in rows_of(out, f"{momentum} ")
-    assert (
-        f"after 3 batches (momentum 0.1) eval mode is still off by {behind[0.1][2]:.2f};\n" in out
-    )
+    still = f"{behind[0.1][2]:.2f};"
+    assert f"after 3 batches (momentum 0.1) eval mode's outputs are still off by {still}\n" in out
 
 
 def test_a_wrong_law_of_the_running_mean_stops_the_lesson(lesson, x, tmp_path, monkeypatch):
@@ -284,12 +283,13 @@ def test_pooling_by_hand_is_compared(lesson, monkeypatch, capsys, name):
     assert rows_of(out, "AdaptiveAvgPool2d(3)") == [["AdaptiveAvgPool2d(3)", *row]]
     row = ["AvgPool2d(3,", "stride=2)", "0-2", "2-4", *["1.00", "3.00"] * 2]
     assert rows_of(out, "AvgPool2d(3,") == [row]
-    assert "-> by hand the same within 0\n" in out
+    assert "-> by hand the same within 0; the windows of AdaptiveAvgPool2d(3) overlap: they" in out
+    assert "they hold\n      7 numbers of a row of 5\n" in out
     right = getattr(lesson, name)
     monkeypatch.setattr(lesson, name, lambda x, *given: right(x, *given) + 1e-3)
     with pytest.raises(AssertionError):
         lesson.show_pooling()
-    assert "-> by hand the same within 0.001\n" in capsys.readouterr().out
+    assert "-> by hand the same within 0.001;" in capsys.readouterr().out
 
 
 # --- Embedding ---------------------------------------------------------------------------------
