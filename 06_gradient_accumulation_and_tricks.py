@@ -58,12 +58,13 @@ def train_epoch(model, optimizer, loader, k, max_norm):
     """One optimizer step for each k batches (x, y) that `loader` gives; the last may have fewer.
 
     A step empties .grad and goes backward once for each of its batches: from the sum of the squared
-    errors of model(x), divided by N, the number of examples in all its batches. Then it clips .grad
-    to max_norm by torch's function and steps. Returns each step's |g| before clipping. Exercise.
+    errors of model(x), divided by N, the number of elements of y in all its batches. Then it clips
+    .grad to max_norm by torch's function and steps. Returns |g| before clipping of each step (a
+    list). Exercise.
     """
     batches, norms = iter(loader), []
     while group := list(islice(batches, k)):  # the next k batches: only x and y, no activations
-        N = sum(len(y) for _, y in group)  # their examples
+        N = sum(y.numel() for _, y in group)  # the mean over all of them would divide by N
         optimizer.zero_grad()
         for x, y in group:
             loss = F.mse_loss(model(x), y, reduction="sum")
@@ -142,17 +143,10 @@ def mlp(*middle):
 
 def show_divisors(log_dir, size=16, k=4, last=2):
     full = (k - 1) * size
-    print(
-        f"2. Which loss must go backward for each of k = {k} parts of {size}? The last may be short"
-    )
+    print(f"2. Which loss must go backward, for k = {k} parts of {size}? The last may be shorter")
     print("   loss of    weight of an example (1 is right)   relative error of the gradient")
-    heads = (
-        f"part of {size}",
-        f"last part of {last}",
-        f"last part of {last}",
-        f"last part of {size}",
-    )
-    print("   a part     {:>10}   {:>20}   {:>14}   {:>15}".format(*heads))
+    short, whole = f"last part of {last}", f"last part of {size}"
+    print(f"   a part     {f'part of {size}':>10}   {short:>20}   {short:>14}   {whole:>15}")
     model, errors = mlp(), {}
     x, y = torch.randn(k * size, 8).double(), torch.randint(3, (k * size,))
     for rule, run in {"sum / N": "sum_by_N", "mean / k": "mean_by_k", "mean": "mean"}.items():
@@ -187,15 +181,11 @@ def show_layers(log_dir, N=64, parts=(1, 2, 4, 8, 16)):
         model = mlp(layer)
         errors[name] = {k: accumulation_error(model, x, y, N // k) for k in parts}
         draw(log_dir / "layers" / name, "layers/error", errors[name])
-        words = name.replace("_", ", in mode ")
+        words = name.replace("_", " in mode ")
         print(f"   {words:<25}" + "".join(f"{error:9.0e}" for error in errors[name].values()))
-    exact = [
-        name.replace("_", ", in mode ") for name in errors if max(errors[name].values()) < EXACT
-    ]
-    print(f"   -> exact for every k: {' and '.join(exact)}")
-    print(
-        "      (in train mode BatchNorm takes the mean and variance of each part, not of the batch)"
-    )
+    exact = [name for name in errors if max(errors[name].values()) < EXACT]
+    print(f"   -> exact for every k: {' and '.join(exact).replace('_', ' in mode ')}")
+    print("      (in train mode BatchNorm takes mean and variance of each part, not of the batch)")
     return errors
 
 
@@ -342,9 +332,9 @@ def show_freezing(log_dir, steps=50, seed=0):
     print(f"   -> frozen: layers {' and '.join(kept)}; a gradient still gets to layers "
           f"{' and '.join(graded)}")  # fmt: skip
     print("   BatchNorm also has a running mean, which is no parameter:")
-    print("   mode of the frozen one   its mean moved by   its output, for the same inputs, by")
+    print("   mode of the frozen one   its mean moved by   its output for the same inputs by")
     for mode, (mean, output) in moved.items():
-        print(f"   {mode:<22}   {mean:17.2f}   {output:35.2f}")
+        print(f"   {mode:<22}   {mean:17.2f}   {output:33.2f}")
     still = [mode for mode in moved if moved[mode] == (0, 0)]
     print(f"   -> the output stays in mode {', '.join(still) or 'none'}")
     print("      (net.train() puts frozen layers in mode train, too: call their .eval() after it)")

@@ -60,18 +60,18 @@ class Squares(nn.Module):
         return self.w * x**2 + self.b
 
 
-def pairs(sizes, seed=0):
-    """Batches (x, y), each (n, 1), of these sizes."""
-    torch.manual_seed(seed)
-    return [(torch.randn(n, 1), torch.randn(n, 1)) for n in sizes]
+def pairs(sizes, targets=1):
+    """Batches (x, y), each (n, targets), of these sizes n."""
+    torch.manual_seed(0)
+    return [(torch.randn(n, targets), torch.randn(n, targets)) for n in sizes]
 
 
 @pytest.mark.parametrize(
     ("sizes", "k"), [((3, 1, 2, 5), 2), ((4, 4, 1), 3), ((2, 3, 1), 9), ((5, 1), 1), ((1, 6, 2), 2)]
 )
-@pytest.mark.parametrize("max_norm", [0.7, 1e3])
-def test_k_batches_of_any_sizes_make_the_step_of_one_batch(lesson, sizes, k, max_norm):
-    loader, ours, twin = pairs(sizes), Squares(), Squares()
+@pytest.mark.parametrize(("max_norm", "targets"), [(0.7, 1), (1e3, 1), (1e3, 3)])
+def test_k_batches_of_any_sizes_make_the_step_of_one_batch(lesson, sizes, k, max_norm, targets):
+    loader, ours, twin = pairs(sizes, targets), Squares(), Squares()
     sgd = [torch.optim.SGD(m.parameters(), lr=0.2, momentum=0.5) for m in (ours, twin)]
     ours.w.grad = torch.tensor([7.0])  # what is left from before does not count
     norms, expected = lesson.train_epoch(ours, sgd[0], loader, k, max_norm), []
@@ -469,9 +469,9 @@ def test_main(lesson, tmp_path, events, capsys, seed):
         curve = events(tmp_path / "layers" / name).Scalars("layers/error")
         assert [e.step for e in curve] == [1, 2, 4, 8, 16]
         assert [e.value for e in curve] == pytest.approx(list(row.values()), rel=1e-6)
-        words = name.replace("_", ", in mode ")
+        words = name.replace("_", " in mode ")
         assert f"   {words:<25}" + "".join(f"{e:9.0e}" for e in row.values()) in out
-    assert "-> exact for every k: BatchNorm, in mode eval and LayerNorm\n" in out
+    assert "-> exact for every k: BatchNorm in mode eval and LayerNorm\n" in out
     assert "last part: sum / N\n" in out and f"--logdir {tmp_path} " in out
     assert {p.parent.name for p in tmp_path.rglob("*tfevents*")} == {
         "sum_by_N", "mean_by_k", "mean", *layers, "eval", "train"
