@@ -60,9 +60,10 @@ def show_everyday():
     ce = nn.CrossEntropyLoss()(z, right)  # p = 2/4, 1/4, 1/4, so -log(2/4)
 
     print("   loss               outputs                target                 value   by head")
-    print(f"   L1Loss             {numbers(x)}   {numbers(t)}   {l1:.3f}   3 / 3")
-    print(f"   MSELoss            {numbers(x)}   {numbers(t)}   {mse:.3f}   5 / 3")
-    print(f"   CrossEntropyLoss   {numbers(z)}     class {right.item():<13}   {ce:.3f}   log 2")
+    print(f"   L1Loss             {numbers(x)}   {numbers(t)}   {l1:.3f}   (0 + 1 + 2) / 3")
+    print(f"   MSELoss            {numbers(x)}   {numbers(t)}   {mse:.3f}   (0 + 1 + 4) / 3")
+    print(f"   CrossEntropyLoss   {numbers(z)}     class {right.item():<13}   {ce:.3f}   "
+          "-log(2 / (2 + 1 + 1))")  # fmt: skip
     found, by_head = [l1.item(), mse.item(), ce.item()], [3 / 3, 5 / 3, math.log(2)]
     off = max(abs(a - b) for a, b in zip(found, by_head, strict=True))
     print(f"   -> value minus value by head, largest: {off:.3f}")
@@ -152,7 +153,7 @@ def show_by_hand(N, K):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
         off = max(off, (ours - theirs).abs().max().item())
         print(f"   {name:<13}   {r:<9}   {word:<13}   {numbers(ours)}   {numbers(theirs)}".rstrip())
-    print(f"   -> by hand minus torch.nn, largest in all {len(rows)} rows: {off:.0e}")
+    print(f"   -> by hand minus torch.nn, largest in all {len(rows)} rows: {off:.1g}")
     return rows
 
 
@@ -182,7 +183,7 @@ def show_tasks():
               f"{type(loss).__name__:<17}   {values[task]:6.4f}")  # fmt: skip
     K, two = (math.exp(values[task]) for task in ("one of 3 classes", "yes or no"))
     print(f"   -> with all logits 0 it is log {K:.3g} for 3 classes, log {two:.3g} for yes or no")
-    return values
+    return values, {"yes": yes, "tags": tags, "classes": classes, "pixels": pixels}
 
 
 # --- 4. mistakes -------------------------------------------------------------------------------
@@ -243,7 +244,11 @@ def show_slopes(K):
     for loss in (l1_loss, mse_loss):
         slopes += torch.autograd.grad(loss(error, torch.zeros(6), "sum"), error)
     torch.testing.assert_close(slopes, [error.sign(), 2 * error.detach()])
-    for name, row in (("error x - t", error), ("L1", slopes[0]), ("MSE", slopes[1])):
+    for name, row in (
+        ("error x - t", error),
+        ("slope of L1", slopes[0]),
+        ("slope of MSE", slopes[1]),
+    ):
         print(f"   {name:<23}" + "".join(f"{value:8.1f}" for value in row.tolist()))
 
     z, t = torch.randn(1, K, requires_grad=True), torch.randint(K, (1,))
@@ -252,10 +257,10 @@ def show_slopes(K):
     torch.testing.assert_close(z.grad, p - y)
     print(f"   class k, {t.item()} is right    " + "".join(f"{k:8d}" for k in range(K)))
     for name, row in (("logit z_k", z), ("probability p_k", p), ("p_k - y_k", p - y),
-                      ("cross-entropy", z.grad)):  # fmt: skip
+                      ("slope of cross-entropy", z.grad)):  # fmt: skip
         print(f"   {name:<23}" + "".join(f"{value:8.3f}" for value in row[0].tolist()))
     off = (z.grad - p + y).abs().max()
-    print(f"   -> slope of cross-entropy minus (p - y), largest: {off:.0e}")
+    print(f"   -> slope of cross-entropy minus (p - y), largest: {off:.1g}")
 
     targets, constants = torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0]), torch.arange(101.0)
     error = constants[:, None] - targets  # (101, 5)

@@ -8,7 +8,7 @@ must fall to nearly 0.
 
     loss of an image     logsumexp(z) - z_t = log K + Var(z) / 2 + (mean(z) - z_t) + smaller terms
     its gradient         along the last bias it is the mean over all images of p - y
-    a small step         p.data <- p.data - lr g lowers the loss by about lr |g|^2
+    a small step         along -g, lr times as long, lowers it by about lr |g|^2
 
     Var, mean  over the K logits of an image     p  softmax(z), probabilities     y  1 for t, else 0
     g  the gradient of all parameters, |g| its length     lr  the learning rate
@@ -87,7 +87,10 @@ def expected_loss(z, t):
 
 
 def show_expansion(model, x, t):
-    print(f"2. Where does log K come from? Means over {len(x)} images, K = 10")
+    print(
+        f"2. Where does log K come from? Means over {len(x)} images; z are the K = 10 logits of an"
+    )
+    print("   image, z_t is that of its class")
     print("   fresh network                log K   Var(z)/2   mean(z)-z_t   their sum     loss")
     plain, rows = without_norm(model), {}
     pixels = 60 * x + 120  # about 0..255 again
@@ -219,12 +222,15 @@ def show_backward(log_dir, model, x, t, lr):
     error = (z.softmax(1) - F.one_hot(t, z.shape[1])).mean(0).detach()
     torch.testing.assert_close(bias, error)
     print("   class                          " + "".join(f"{k:8d}" for k in range(5)) + "   ...")
-    for name, row in (("gradient of the last bias", bias), ("mean of p - y", error)):
+    for name, row in (
+        ("gradient of the last bias", bias),
+        ("mean of softmax minus one-hot", error),
+    ):
         print(f"   {name:<31}" + "".join(f"{value:+8.4f}" for value in row[:5].tolist()))
     fall = (loss - loss_after_step(model, x, t, lr)).item()
     theory = lr * sum(p.grad.square().sum().item() for p in model.parameters())
-    print(f"   -> one step of lr {lr:g} lowers the loss by {fall:.2e}; lr |g|^2 is {theory:.2e}")
-
+    print(f"   -> one step of lr {lr:g} lowers the loss by {fall:.2e}; lr |gradient|^2 is "
+          f"{theory:.2e}")  # fmt: skip
     print("   length of the gradient by layer   with batch norm   without   ratio")
     plain = without_norm(model)
     z_plain = plain(x)

@@ -177,23 +177,26 @@ def show_by_hand(data, batch):
     x, t = data
     batches = list(zip(x.double().split(batch), t.split(batch), strict=True))  # float64
     print(f"2. Is torch.optim.SGD this formula? All weights in {len(batches)} steps from one start")
-    print("                                        largest difference of ours")
-    print("   options                              to torch's   to ours without options")
+    print("                                               largest difference of ours")
+    print("   options                                     to torch's   to ours without options")
     start, rows = Net().double(), {}
     plain = weights_by_step(start, batches, SGD)
     for name, options in (
         ("weight_decay 0.1", {"weight_decay": 0.1}),
         ("momentum 0.9", {"momentum": 0.9}),
         ("momentum 0.9, nesterov", {"momentum": 0.9, "nesterov": True}),
-        ("all: 0.05, 0.7, nesterov", {"weight_decay": 0.05, "momentum": 0.7, "nesterov": True}),
+        (
+            "weight_decay 0.05, momentum 0.7, nesterov",
+            {"weight_decay": 0.05, "momentum": 0.7, "nesterov": True},
+        ),
     ):
         ours = weights_by_step(start, batches, SGD, **options)
         theirs = weights_by_step(start, batches, torch.optim.SGD, **options)
         off, effect = ((ours - other).abs().max().item() for other in (theirs, plain))
         assert off < 1e-12
         rows[name] = off, effect
-        print(f"   {name:<34}   {off:10.0e}   {effect:23.3f}")
-    print(f"   -> ours is torch's, to {max(off for off, _ in rows.values()):.0e} with each option")
+        print(f"   {name:<41}   {off:10.1g}   {effect:23.3f}")
+    print(f"   -> ours is torch's, to {max(off for off, _ in rows.values()):.1g} with each option")
     return rows
 
 
@@ -226,9 +229,12 @@ def fit(seed, data, kind, epochs, batch, zero=True, **options):
 
 
 def show_rates(log_dir, seed, data, epochs, batch):
-    print(f"3. Which learning rate? Mean loss in epoch {epochs}, and accuracy on other points")
-    print(f"   who guesses has a loss of {math.log(3):.3f} and an accuracy of 33%")
-    print("       lr          SGD    momentum 0.9           Adam")
+    print(
+        f"3. Which learning rate? Mean loss in epoch {epochs}, and how many other points are right"
+    )
+    print(f"   who guesses has a loss of {math.log(3):.3f} and 33%")
+    print("                  SGD      momentum 0.9              Adam")
+    print("       lr     loss  right     loss  right     loss  right")
     fits, bar = {}, tqdm(total=len(RATES) * len(OPTIMIZERS), desc="rates", disable=None)
     for lr in RATES:
         for name, (kind, options) in OPTIMIZERS.items():
@@ -238,14 +244,14 @@ def show_rates(log_dir, seed, data, epochs, batch):
             bar.update()
     bar.close()
     for lr in RATES:
-        row = [f"{fits[name, lr][1]:6.3f} {fits[name, lr][2]:5.0%}" for name in OPTIMIZERS]
+        row = [f"{fits[name, lr][1]:6.3f}  {fits[name, lr][2]:5.0%}" for name in OPTIMIZERS]
         print(f"   {lr:6g}   {'   '.join(row)}")
     best = {name: min(RATES, key=lambda lr: fits[name, lr][1]) for name in OPTIMIZERS}
     print(f"   -> the lowest loss: {', '.join(f'{name} at {lr:g}' for name, lr in best.items())}")
     small = RATES[:3]
     off = max(abs(fits["momentum", lr][1] - fits["SGD", 10 * lr][1]) for lr in small)
-    print(f"   -> momentum 0.9 at an lr of {', '.join(map(str, small))} ends as SGD at 10 lr does: "
-          f"the losses differ by at most {off:.3f}")  # fmt: skip
+    print(f"   -> up to lr {small[-1]} momentum 0.9 ends as SGD at 10 times its lr does: the losses"
+          f" differ by at most {off:.3f}")  # fmt: skip
     draw_regions(log_dir, data[0], fits)
     return {"fits": fits, "best": best, "off": off}
 

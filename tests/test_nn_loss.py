@@ -100,9 +100,56 @@ def test_the_first_table_can_be_checked_by_head(lesson, capsys):
     _, head, *rows, follows = capsys.readouterr().out.splitlines()
     assert head.split() == ["loss", "outputs", "target", "value", "by", "head"]
     assert [row.split() for row in rows] == [
-        ["L1Loss", "1.000", "2.000", "3.000", "1.000", "3.000", "5.000", "1.000", "3", "/", "3"],
-        ["MSELoss", "1.000", "2.000", "3.000", "1.000", "3.000", "5.000", "1.667", "5", "/", "3"],
-        ["CrossEntropyLoss", "0.693", "0.000", "0.000", "class", "0", "0.693", "log", "2"],
+        [
+            "L1Loss",
+            "1.000",
+            "2.000",
+            "3.000",
+            "1.000",
+            "3.000",
+            "5.000",
+            "1.000",
+            "(0",
+            "+",
+            "1",
+            "+",
+            "2)",
+            "/",
+            "3",
+        ],
+        [
+            "MSELoss",
+            "1.000",
+            "2.000",
+            "3.000",
+            "1.000",
+            "3.000",
+            "5.000",
+            "1.667",
+            "(0",
+            "+",
+            "1",
+            "+",
+            "4)",
+            "/",
+            "3",
+        ],
+        [
+            "CrossEntropyLoss",
+            "0.693",
+            "0.000",
+            "0.000",
+            "class",
+            "0",
+            "0.693",
+            "-log(2",
+            "/",
+            "(2",
+            "+",
+            "1",
+            "+",
+            "1))",
+        ],
     ]
     assert follows == "   -> value minus value by head, largest: 0.000"
 
@@ -137,7 +184,7 @@ def test_the_second_table_shows_both_sides(lesson, capsys, seed):
         expected = ours.flatten()[:3].tolist() + theirs.flatten()[:3].tolist()
         assert shown == pytest.approx(expected, abs=6e-4)
     off = max((ours - theirs).abs().max().item() for *_, ours, theirs in rows)
-    assert lines[-1].endswith(f"largest in all 12 rows: {off:.0e}") and off < 1e-5
+    assert lines[-1].endswith(f"largest in all 12 rows: {off:.1g}") and off < 1e-5
 
 
 def test_try_nothing_but_ignored_targets_is_nan(lesson, tmp_path, capsys):
@@ -155,7 +202,10 @@ def test_try_nothing_but_ignored_targets_is_nan(lesson, tmp_path, capsys):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_third_table_starts_where_nothing_is_known(lesson, capsys, seed):
     torch.manual_seed(seed)
-    values = lesson.show_tasks()
+    values, targets = lesson.show_tasks()
+    for name, number in (("yes", 2), ("tags", 2), ("classes", 3), ("pixels", 3)):
+        assert targets[name].min() >= 0 and targets[name].max() < number
+    assert len(targets["pixels"].unique()) == 3 and len(targets["tags"].unique()) == 2
     expected = [1, 1, math.log(3), math.log(3), math.log(2), math.log(2)]
     assert list(values.values()) == pytest.approx(expected)
     lines = capsys.readouterr().out.splitlines()

@@ -193,7 +193,7 @@ def test_main(lesson, images_root, tmp_path, seed, events, capsys):
     x, t, _ = lesson.load_batch(images_root, 16)
     expansion = measured["expansion"]
     plain = lesson.without_norm(model)
-    first = next(i for i, line in enumerate(out) if line.startswith("2. ")) + 2
+    first = next(i for i, line in enumerate(out) if line.startswith("2. ")) + 3
     for line, (name, row), z in zip(out[first:], expansion.items(), (
         model.train()(x), lesson.copy.deepcopy(model).eval()(x), plain(x),
         plain((x * 0.25 + 0.5) * 240),

@@ -361,7 +361,7 @@ def test_main(lesson, tmp_path, seed, events, capsys, monkeypatch):
         )
     pairs = [abs(fits["momentum", lr][0] - fits["SGD", 10 * lr][0]) for lr in (1e-4, 1e-3, 1e-2)]
     assert rates["off"] == max(pairs)
-    first = next(i for i, line in enumerate(out) if line.startswith("3. ")) + 3
+    first = next(i for i, line in enumerate(out) if line.startswith("3. ")) + 4
     for line, lr in zip(out[first:], (0.0001, 0.001, 0.01, 0.1, 1, 10), strict=False):
         words = [f"{lr:g}"]
         for name in ("SGD", "momentum", "Adam"):
