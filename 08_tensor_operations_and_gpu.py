@@ -3,7 +3,7 @@
 Models are made of a few calls: cat, stack, sum(dim=...), the matrix product @, indexing and
 broadcasting. Two mistakes raise no error. A part of x may share memory with x: writing to the part
 then changes x. And a column (B, 1) minus a row (B,), of B examples, is a table (B, B): the mean of
-its squares looks like a loss (torch's own loss functions at least warn).
+its squares looks like a loss (nn.MSELoss at least warns).
 
     address of x[i, j, ...] = offset + i * stride_0 + j * stride_1 + ...      (counted in elements)
 
