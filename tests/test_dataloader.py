@@ -315,6 +315,9 @@ def test_no_more_images_are_timed_than_there_are(lesson, images_root, monkeypatc
 def test_main_with_a_worker_measures_it(lesson, images_root, tmp_path, capsys):
     measured = lesson.main(0, tmp_path, images_root, count=24, batch_size=4, workers=1)
     assert list(measured["runs"][0]) == ["0 workers", "1 workers", "1 persistent"]
+    zero, some, kept = (run[:, 0] for run in measured["runs"][0].values())
+    assert torch.equal(some, zero) and torch.equal(kept[0], zero[0])
+    assert not torch.equal(kept[1], zero[1])
     assert all(ratio > 0 for ratios in measured["ratios"].values() for ratio in ratios)
     null, _, kept = measured["ratios"]["takes 3 ms"]
     assert 0.5 < null < 2 and 0.3 < kept < 3

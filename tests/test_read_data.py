@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, random_split
+from torch.utils.data import ConcatDataset, DataLoader, random_split
 
 from support.pictures import caption_row
 
@@ -212,6 +212,15 @@ def test_random_parts_are_rarely_balanced():
         _, val = random_split(range(48), [36, 12], torch.Generator().manual_seed(s))
         counts.append(sum(i < 24 for i in val))
     assert len(set(counts)) > 4 and sum(count == 6 for count in counts) < 100
+
+
+def test_a_quarter_is_for_validation(lesson, capsys):
+    both = ConcatDataset([[0] * 23, [0] * 25])
+    splits = lesson.show_split(both, 4)
+    assert list(splits) == [4, 5, 6] and all(len(val) == 12 for _, val in splits.values())
+    ants = sorted({sum(i < 23 for i in val) for _, val in splits.values()})
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"of 12 to validate, {' or '.join(map(str, ants))} are ants")
 
 
 def test_an_image_in_two_parts_is_counted(lesson, train, monkeypatch, capsys):
