@@ -1,21 +1,28 @@
 """An installed package need not import, a dtype that exists need not multiply: only doing it tells.
 
-    exact   (64, 8) @ (8, 64) of zeros and ones: no sum exceeds 8, which every dtype here can hold
-    speed   2 n^3 / seconds / 1e9   GFLOP/s of an (n, n) product, n doubled until four take 10 ms
-    CUDA    a driver runs wheels up to its own major version: CUDA 12.2 runs 12.8, but not 13.0
+When a lesson stops at an import, or does not use the GPU, ask this file first: it tries each part
+of the installation by itself, and says what to type. A broken installation mostly breaks in one
+place and is reported from another. So each package is imported in a Python of its own, after those
+that it needs, and no failure hides another. It also shows what a name of PyTorch is:
 
-A broken install mostly breaks in one place and is reported from another. So each package is
-imported in a Python of its own, after those that it needs, and no failure hides another. A file
-called random.py beside the lessons hides Python's random from all that is imported there.
-
-    python Console.py [--json]              what works here; status 1 if something is wrong
+    python Console.py                       what works here; status 1 if something is wrong
+    python Console.py --json                the same for programs
     python Console.py torch.nn.Linear       signature, first line of help and members of a name
 
+    exact   (64, 8) @ (8, 64) of zeros and ones: no sum exceeds 8, which every dtype here can hold
+    speed   2 n^3 / seconds / 1e9   GFLOP/s of an (n, n) product, n doubled until four take 10 ms
+
+A dtype is a type of numbers, as float32. A wheel is the file that pip installs; that of torch is
+built for a version of CUDA. A driver runs wheels up to its own major version: CUDA 12.2 runs 12.8,
+but not 13.0. A file called random.py beside the lessons hides Python's random from all of them.
+
+Needs          nothing: it says what is missing
 Checked here   versions against the lowest ones and each other; every import; files that hide a
                module; the wheel's CUDA against the driver's; memory, exact products and their
                speed on each device
 TensorBoard    nothing of its own: whether it imports
-Try            an empty numpy.py beside this file: what is reported? That it hides NumPy
+Try            make an empty file numpy.py beside this one: what does section 2 say of numpy?
+Answer         "hidden by numpy.py", and what needs numpy waits for it; section 5 says: rename it
 Source         NVIDIA, "CUDA Compatibility"; pytorch.org, "Previous versions" (wheels by CUDA)
 """
 
@@ -28,6 +35,7 @@ if __name__ == "__main__":  # the modules below are Python's own, whatever lies 
 
 import argparse
 import contextlib
+import difflib
 import inspect
 import json
 import pkgutil
@@ -64,11 +72,6 @@ except Exception as error:
     sys.exit(": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]))
 print("imported")
 """
-TITLES = {
-    "packages": "packages: lowest version, the one that is here, its import",
-    "cuda": "CUDA of the driver and of the torch wheel",
-    "devices": "devices: memory, then products by dtype",
-}
 
 
 def attempt(work, *args):
@@ -79,13 +82,56 @@ def attempt(work, *args):
         return None, ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
+def table(head, rows):
+    """Lines of a table under its head: words to the left, numbers to the right, None as "-"."""
+    cells = [[f"{value:,.1f}" if isinstance(value, float) else "-" if value is None else str(value)
+              for value in row] for row in rows]  # fmt: skip
+    columns = []
+    for j, column in enumerate(zip(head, *cells, strict=True)):
+        width, values = max(map(len, column)), [row[j] for row in rows]
+        right = all(value is None or isinstance(value, (int, float)) for value in values)
+        columns.append([text.rjust(width) if right else text.ljust(width) for text in column])
+    yield from (f"   {'   '.join(line)}".rstrip() for line in zip(*columns, strict=True))
+
+
+# --- 1. in everyday code ---------------------------------------------------------------------
+
+
+def everyday():
+    """{call: answer} of what one would type by hand; none of them imports torch."""
+    return {
+        "platform.python_version()": platform.python_version(),
+        "sys.executable": sys.executable,
+        'importlib.metadata.version("torch")': attempt(metadata.version, "torch")[0],
+        'shutil.which("nvidia-smi")': shutil.which("nvidia-smi"),
+        "os.cpu_count()": os.cpu_count(),
+    }
+
+
+def report_calls(calls):
+    yield "1. What do the plain calls say? None of them imports torch"
+    yield from table(["call", "answer"], [(call, str(answer)) for call, answer in calls.items()])
+    torch = calls['importlib.metadata.version("torch")']
+    yield f"   -> torch {torch} is installed" if torch else "   -> torch is not installed"
+
+
+# --- 2. packages -----------------------------------------------------------------------------
+
+
 def numbers(version):
-    """Text such as "2.15.0+cu126" -> (2, 15, 0)."""
+    """The first three numbers of a version: "2.15.0+cu126" -> (2, 15, 0), not what follows "+".
+
+    A tuple of ints, shorter if there are fewer: "2.7rc1" -> (2, 7, 1). Exercise.
+    """
     return tuple(int(n) for n in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def fits(version, bounds):
-    """Whether a version meets ">=2.7,<3", each bound compared as far as it is written."""
+    """Whether a version meets bounds such as ">=2.7,<3": "==", ">=" and "<" count, others do not.
+
+    Each bound is compared as far as it is written: "==2.8" is met by 2.8.3. What a version lacks
+    is 0. Exercise.
+    """
     for sign, text in re.findall(r"(==|>=|<)\s*([\d.]+)", bounds):
         bound = numbers(text)
         here = (*numbers(version), 0, 0)[: len(bound)]
@@ -188,6 +234,20 @@ def inspect_packages():
     return rows
 
 
+def report_packages(packages):
+    yield "2. Is each package new enough, and does it import in a Python of its own?"
+    rows = []
+    for name, row in packages.items():
+        works = "works" if row.get("imports") else row.get("at")
+        rows.append((name, row.get("lowest"), row.get("version"), row.get("error", works)))
+    yield from table(["package", "lowest", "here", "import, or what is wrong"], rows)
+    working = sum("imports" in row for row in packages.values())
+    yield f"   -> {working} of {len(LOWEST)} packages can be used"
+
+
+# --- 3. CUDA ---------------------------------------------------------------------------------
+
+
 def ask_driver():
     """{"version", "cuda"} from nvidia-smi, None where there is none. Raises if it fails."""
     program = shutil.which("nvidia-smi")
@@ -238,6 +298,25 @@ def inspect_cuda(with_torch):
     return rows
 
 
+def report_cuda(cuda):
+    yield "3. Do the NVIDIA driver and the wheel of torch go together?"
+    driver, wheel = cuda["driver"], cuda.get("wheel", {"error": "torch cannot be asked"})
+    fact = "nvidia-smi is not on the PATH" if "nvidia-smi" in driver else None
+    rows = [("driver", driver, fact), ("torch", wheel, None)]
+    rows = [(label, *map(row.get, ("version", "cuda", "rocm")), row.get("error", fact))
+            for label, row, fact in rows]  # fmt: skip
+    yield from table(["what", "version", "CUDA", "ROCm", "what is wrong, or a fact"], rows)
+    if "error" in driver or "error" in wheel:
+        yield "   -> not yet: see section 5"
+    elif "nvidia-smi" in driver:
+        yield "   -> no NVIDIA driver here; without an NVIDIA GPU that is as it should be"
+    else:
+        yield f"   -> CUDA {wheel['cuda']} starts on a driver that runs up to {driver['cuda']}"
+
+
+# --- 4. devices ------------------------------------------------------------------------------
+
+
 def inspect_memory(device):
     """Name and memory of a device, None where it does not tell."""
     import torch
@@ -254,7 +333,11 @@ def inspect_memory(device):
 
 
 def check_product(device, dtype):
-    """Multiply 0/1 matrices of that dtype. Raises if it cannot, or if the product is wrong."""
+    """Multiply random 0/1 matrices (64, 8) and (8, 64) of that dtype on that device.
+
+    Raises ArithmeticError("a wrong product") where it is not that of int64 on the CPU, and what
+    torch raises where there is none. Exercise.
+    """
     import torch
 
     a, b = torch.randint(2, (64, 8)), torch.randint(2, (8, 64))
@@ -264,7 +347,11 @@ def check_product(device, dtype):
 
 
 def gflops(device, dtype, seconds=0.01, largest=4096):
-    """The speed at the first n = 64, 128 … whose four products take so many seconds."""
+    """4 * 2 n^3 / took / 1e9 at the first n = 64, 128 … whose four products take so many seconds.
+
+    Or at `largest`. Before they are timed, by time.perf_counter(), there is one more product, and
+    both readings of the clock wait for the device. Exercise.
+    """
     import torch
 
     def wait():
@@ -315,6 +402,28 @@ def inspect_devices(seed):
     return rows
 
 
+def report_devices(devices):
+    yield "4. How much memory has each device, and which dtypes does it multiply, how fast?"
+    labels = [label for label in devices if " " not in label and "error" not in devices[label]]
+    keys = ("name", "threads", "GiB", "free GiB")
+    rows = [(label, *(devices[label].get(key) for key in keys)) for label in labels]
+    yield from table(["device", "name", "threads", "memory, GiB", "free, GiB"], rows)
+    products = {label: row for label, row in devices.items() if " " in label}
+    rows = [(*label.split(" "), "exact" if row.get("exact") else row.get("error", "none"),
+             row.get("GFLOP/s")) for label, row in products.items()]  # fmt: skip
+    yield from table(["device", "dtype", "product", "GFLOP/s"], rows)
+    for label in labels:
+        here = {name: products.get(f"{label} {name}", {}) for name in DTYPES}
+        exact = [name for name, row in here.items() if row.get("exact")]
+        none = ", ".join(name for name, row in here.items() if "not supported" in row)
+        yield f"   -> {label} multiplies {len(exact)} of {len(here)} dtypes exactly"
+        if none:
+            yield f"      none: PyTorch has no product of {none} there, which is no fault of yours"
+
+
+# --- 5. what is wrong, and what to type ------------------------------------------------------
+
+
 def inspect_machine(seed):
     """The rows of all sections, and "problems": what is wrong and what to type."""
     packages = inspect_packages()
@@ -322,40 +431,48 @@ def inspect_machine(seed):
     devices, error = attempt(inspect_devices, seed) if with_torch else ({}, None)
     if error:
         devices = {"cpu": {"error": error, "type": install("torch", option="--force-reinstall")}}
-    facts = {"packages": packages, "cuda": inspect_cuda(with_torch), "devices": devices}
+    facts = {"calls": everyday(), "packages": packages, "cuda": inspect_cuda(with_torch)}
+    facts["devices"] = devices
     facts["problems"] = [
         {"wrong": f"{label}: {row['error']}", "type": row["type"]}
-        for rows in facts.values()
-        for label, row in rows.items()
+        for section in ("packages", "cuda", "devices")
+        for label, row in facts[section].items()
         if "type" in row
     ]
     return facts
 
 
 def report(facts):
-    """The facts line by line: numbered sections of aligned rows, at the end what to type."""
-    for i, (section, title) in enumerate(TITLES.items(), start=1):
-        yield f"{i}. {title}"
-        for label, row in facts[section].items():
-            cells = [
-                f"{key} {value:8.1f}" if isinstance(value, float) else f"{key} {value!s:<7}"
-                for key, value in row.items()
-                if value is not None and key != "type"
-            ]
-            yield f"   {label:<19} {'   '.join(cells)}".rstrip()
-    yield f"{len(TITLES) + 1}. what is wrong, and what to type"
+    """All sections, line by line."""
+    yield from report_calls(facts["calls"])
+    yield from report_packages(facts["packages"])
+    yield from report_cuda(facts["cuda"])
+    yield from report_devices(facts["devices"])
+    yield "5. What is wrong, and what to type?"
     for problem in facts["problems"]:
         yield f"   {problem['wrong']}"
         yield f"      {problem['type']}"
-    if not facts["problems"]:
-        yield "   nothing"
+    n = len(facts["problems"])
+    many = f"{n} things are wrong: begin with the first, as others may come from it"
+    yield f"   -> {'nothing is wrong' if n == 0 else 'one thing is wrong' if n == 1 else many}"
+
+
+# --- a name of the API -----------------------------------------------------------------------
+
+
+def similar(name):
+    """: do you mean torch.nn.Linear? For a name that is wrong in its last part alone, else ""."""
+    before, _, last = name.rpartition(".")
+    thing, error = attempt(pkgutil.resolve_name, before)
+    close = [] if error else difflib.get_close_matches(last, dir(thing), n=1)
+    return f": do you mean {before}.{close[0]}?" if close else ""
 
 
 def look_up(name):
     """What there is to know of a dotted name at a glance, by imports and getattr alone."""
     thing, error = attempt(pkgutil.resolve_name, name)
     if error:
-        raise LookupError(f"no name {name} ({error})")
+        raise LookupError(f"no name {name} ({error}){similar(name)}")
     lines = [line.strip() for line in (inspect.getdoc(thing) or "").splitlines() if line.strip()]
     signature, _ = attempt(inspect.signature, thing)
     if signature is None and lines and lines[0].startswith(name.rpartition(".")[2] + "("):
@@ -372,9 +489,10 @@ def look_up(name):
 def show_name(found):
     """A name that was looked up, line by line, its members four a line."""
     yield f"{found['name']}   {found['kind']}"
-    yield from (f"   {found[key]}" for key in ("signature", "help") if found[key])
+    yield from (f"   {key:<9}   {found[key]}" for key in ("signature", "help") if found[key])
     for i in range(0, len(found["members"]), 4):
-        yield "   " + "".join(f"{name:<23} " for name in found["members"][i : i + 4]).rstrip()
+        four = "".join(f"{name:<23} " for name in found["members"][i : i + 4])
+        yield f"   {'members' if i == 0 else '':<9}   {four}".rstrip()
 
 
 def main(seed=0, name="", as_json=False):

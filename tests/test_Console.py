@@ -62,6 +62,13 @@ def test_versions_fit_as_packaging_says(lesson, version, bounds):
     assert lesson.fits(version, bounds) == SpecifierSet(bounds).contains(version)
 
 
+@pytest.mark.parametrize(("version", "wanted"), [
+    ("2.15.0+cu126", (2, 15, 0)), ("2.7rc1", (2, 7, 1)), ("13", (13,)), ("1.2.3.4", (1, 2, 3)),
+])  # fmt: skip
+def test_the_numbers_of_a_version(lesson, version, wanted):
+    assert lesson.numbers(version) == wanted
+
+
 @pytest.mark.parametrize("line", ["torch==2.7.0", "torch (==2.7.0)"])
 def test_needs_reads_both_spellings_and_no_extras(lesson, monkeypatch, line):
     lines = [line, "Pillow!=8.3.*,>=5.3.0", "gdown; extra == 'x'", "numpy; extra == 'x'", "scipy"]
@@ -183,7 +190,10 @@ def test_a_missing_torchvision_stops_nothing_else(fast, monkeypatch, capsys):
     assert [p["wrong"] for p in facts["problems"]] == ["torchvision: not installed"]
     assert facts["problems"][0]["type"].endswith('--upgrade "torch>=2.7" "torchvision>=0.22"')
     assert facts["devices"]["cpu float32"]["exact"]
-    assert facts["problems"][0]["type"] == capsys.readouterr().out.splitlines()[-1].strip()
+    out = capsys.readouterr().out
+    assert facts["problems"][0]["type"] == out.splitlines()[-2].strip()
+    assert out.endswith("   -> one thing is wrong\n") and "-> 6 of 7 packages can be used\n" in out
+    assert re.search(r"\n   torchvision   0.22     -        not installed\n", out)
 
 
 def test_an_old_tensorboard_is_told_before_it_is_imported(fast, monkeypatch):
@@ -378,9 +388,15 @@ def test_a_class_is_shown_by_signature_help_and_members(lesson, capsys):
     assert found["help"].startswith("Applies an affine linear transformation")
     assert {"forward", "reset_parameters"} <= set(found["members"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "torch.nn.Linear   class" and lines[1].strip() == found["signature"]
-    assert " ".join(lines[3:]).split() == found["members"]
-    assert all(1 <= len(line.split()) <= 4 for line in lines[3:])
+    assert lines[:3] == [
+        "torch.nn.Linear   class",
+        f"   signature   {found['signature']}",
+        f"   help        {found['help']}",
+    ]
+    assert lines[3].startswith("   members     ") and lines[4].startswith(" " * 15)
+    members = [line[15:].split() for line in lines[3:]]
+    assert [name for four in members for name in four] == found["members"]
+    assert all(1 <= len(four) <= 4 for four in members) and len(members[0]) == 4
 
 
 def test_a_compiled_function_carries_its_signature_in_its_help(lesson):
@@ -411,6 +427,19 @@ def test_a_name_that_does_not_exist_is_one_clear_line(lesson, name):
     assert str(stop.value).startswith(f"no name {name} (") and "\n" not in str(stop.value)
 
 
+@pytest.mark.parametrize(("name", "meant"), [
+    ("torch.nn.Linaer", ": do you mean torch.nn.Linear?"),
+    ("torch.nn.functional.crossentropy", ": do you mean torch.nn.functional.cross_entropy?"),
+    ("torch.nn.qqqqqq", ""),
+    ("torhc.nn", ""),
+    ("torhc", ""),
+])  # fmt: skip
+def test_a_name_that_is_nearly_right_is_told(lesson, name, meant):
+    with pytest.raises(LookupError) as stop:
+        lesson.main(name=name)
+    assert str(stop.value).endswith(f"){meant}")
+
+
 def test_on_the_command_line_a_wrong_name_is_status_2_and_a_right_one_json():
     done = run("json.lods")
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
@@ -419,19 +448,121 @@ def test_on_the_command_line_a_wrong_name_is_status_2_and_a_right_one_json():
     assert run("--no-such-option").returncode == 2
 
 
+def test_a_table_has_words_to_the_left_and_numbers_to_the_right(lesson):
+    rows = [("a", 7, 1234.56, None, 3), ("bcd", None, 0.04, "x", None)]
+    assert list(lesson.table(["name", "n", "GFLOP/s", "fact", "free, GiB"], rows)) == [
+        "   name   n   GFLOP/s   fact   free, GiB",
+        "   a      7   1,234.6   -              3",
+        "   bcd    -       0.0   x              -",
+    ]
+
+
+def test_the_plain_calls_answer_without_torch(lesson, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    calls = lesson.everyday()
+    assert calls["platform.python_version()"] == lesson.platform.python_version()
+    assert calls['importlib.metadata.version("torch")'] == metadata.version("torch")
+    assert calls['shutil.which("nvidia-smi")'] == "/bin/nvidia-smi"
+    assert "-> torch 2" in list(lesson.report_calls(calls))[-1]
+    installed(monkeypatch, {"torch": None})
+    assert list(lesson.report_calls(lesson.everyday()))[-1] == "   -> torch is not installed"
+
+
+@pytest.mark.parametrize(
+    ("driver", "wheel", "row", "follows"),
+    [
+        (
+            {"nvidia-smi": "not on the PATH"}, {"version": "2.8", "cuda": None},
+            "driver - - - nvidia-smi is not on the PATH", "no NVIDIA driver here; without",
+        ),
+        (
+            {"version": "550.1", "cuda": "12.4"}, {"version": "2.8", "cuda": "12.6"},
+            "driver 550.1 12.4 - -", "CUDA 12.6 starts on a driver that runs up to 12.4",
+        ),
+        (
+            {"version": "550.1", "cuda": "12.4"}, {"version": "2.8", "error": "no"},
+            "torch 2.8 - - no", "not yet: see section 5",
+        ),
+        ({"error": "no"}, {"version": "2.8", "rocm": "6.4"}, "torch 2.8 - 6.4 -", "not yet"),
+        ({"nvidia-smi": "not on the PATH"}, None, "torch - - - torch cannot be asked", "not yet"),
+    ],
+)  # fmt: skip
+def test_what_section_3_tells(lesson, driver, wheel, row, follows):
+    lines = list(lesson.report_cuda({"driver": driver} | ({"wheel": wheel} if wheel else {})))
+    assert lines[0] == "3. Do the NVIDIA driver and the wheel of torch go together?"
+    assert lines[1].split() == [
+        "what",
+        "version",
+        "CUDA",
+        "ROCm",
+        "what",
+        "is",
+        "wrong,",
+        "or",
+        "a",
+        "fact",
+    ]
+    assert row in [" ".join(line.split()) for line in lines[2:4]]
+    assert lines[4].startswith(f"   -> {follows}") and len(lines) == 5
+
+
+def test_what_section_4_tells_of_each_device(lesson):
+    devices = {
+        "cpu": {"name": "AVX2", "threads": 2, "GiB": 16.0},
+        "cpu float32": {"exact": True, "GFLOP/s": 100.0},
+        "cpu uint16": {"not supported": "NotImplementedError: no"},
+        "cuda:0": {"name": "H100", "free GiB": 70.0, "GiB": 80.0},
+        "cuda:0 float32": {"exact": False, "error": "a wrong product", "type": "do"},
+        "cuda:0 int64": {"not supported": "no"},
+        "cuda:0 uint16": {"not supported": "no"},
+    }
+    lines = [" ".join(line.split()) for line in lesson.report_devices(devices)]
+    assert lines[1:] == [
+        "device name threads memory, GiB free, GiB",
+        "cpu AVX2 2 16.0 -",
+        "cuda:0 H100 - 80.0 70.0",
+        "device dtype product GFLOP/s",
+        "cpu float32 exact 100.0",
+        "cpu uint16 none -",
+        "cuda:0 float32 a wrong product -",
+        "cuda:0 int64 none -",
+        "cuda:0 uint16 none -",
+        "-> cpu multiplies 1 of 8 dtypes exactly",
+        "none: PyTorch has no product of uint16 there, which is no fault of yours",
+        "-> cuda:0 multiplies 0 of 8 dtypes exactly",
+        "none: PyTorch has no product of int64, uint16 there, which is no fault of yours",
+    ]
+
+
+def test_several_things_wrong_are_told_with_what_to_type(lesson, fast):
+    facts = fast.inspect_machine(seed=0)
+    facts["problems"] = [{"wrong": "a: no", "type": "do a"}, {"wrong": "b: no", "type": "do b"}]
+    assert list(lesson.report(facts))[-6:] == [
+        "5. What is wrong, and what to type?",
+        "   a: no", "      do a", "   b: no", "      do b",
+        "   -> 2 things are wrong: begin with the first, as others may come from it",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_main_finds_nothing_wrong_and_tells_the_same_in_both_ways(fast, capsys, seed):
     facts = fast.main(seed=seed)
     told = capsys.readouterr().out
-    assert facts["problems"] == [] and told.endswith("   nothing\n") and "error" not in told
+    assert facts["problems"] == [] and told.endswith("   -> nothing is wrong\n")
+    assert "error" not in told.lower()
     exact = {name for name in fast.DTYPES if facts["devices"][f"cpu {name}"].get("exact")}
     assert exact | {"float8_e4m3fn"} == set(fast.DTYPES) - {"uint16"}
     fast.main(seed=seed, as_json=True)
     assert json.loads(capsys.readouterr().out) == facts
-    for section in fast.TITLES:
-        for label, row in facts[section].items():
-            line = next(line for line in told.splitlines() if line.startswith(f"   {label:<19} "))
-            assert all(key in line for key, value in row.items() if value is not None)
+    assert f"-> cpu multiplies {len(exact)} of 8 dtypes exactly\n" in told
+    assert "   -> 7 of 7 packages can be used\n" in told
+    for name in fast.LOWEST:
+        assert re.search(rf"\n   {name} +{fast.LOWEST[name]} +{metadata.version(name)}", told)
+    for name in fast.DTYPES:
+        product = "exact +1.0" if name in exact else "none +-"
+        assert re.search(rf"\n   cpu +{name} +{product}\n", told)
+    for title in ("1. What do", "2. Is each", "3. Do the", "4. How much", "5. What is"):
+        assert f"{title} " in told
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
