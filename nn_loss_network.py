@@ -166,7 +166,7 @@ def show_bugs(log_dir, x, t, steps):
             ("sum of the losses, not the mean", "", model, x, t, sum_loss),
             ("nll_loss of the logits", "", model, x, t, F.nll_loss),  # it wants log_softmax(z)
             ("softmax before cross_entropy", "softmax", model, x, t, loss_of_softmax),
-            ("all images black", "black", model, 0 * x, t, ce),
+            ("all images black", "black", model, torch.zeros_like(x), t, ce),
             ("labels of other images", "shuffled", model, x, t[torch.randperm(len(t))], ce),
         ]
     ):
