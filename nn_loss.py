@@ -1,5 +1,5 @@
-"""L1 pulls as hard at a small error as at a large one, MSE harder at a large one; cross-entropy's
-pull at one output is between -1 and 1.
+"""The slope of L1 is as steep for a small error as for a large one, the slope of MSE grows with the
+error, and the slope of cross-entropy along an output stays between -1 and 1.
 
 A loss is one number that says how wrong a network is. For numbers take MSE, or L1 where some
 targets may be far off. For classes take nn.CrossEntropyLoss. It wants the logits, the raw outputs

@@ -1,4 +1,5 @@
-"""A fresh network for K classes starts at a loss of about log K; if it does not, look for a bug.
+"""A fresh network for K classes starts at a loss of about log K if its input is normalised; if it
+does not, look for a bug.
 
 Before training, the outputs of a network (its logits z_k, one for each class k) are small and know
 nothing of the right class t. So each class gets a probability of about 1 / K, and cross-entropy is
@@ -6,7 +7,8 @@ about -log(1 / K) = log K. One batch is enough to see it. Some bugs start there 
 train on one small batch again and again: a network of this size can learn it by heart, so its loss
 must fall to nearly 0.
 
-    loss of an image     logsumexp(z) - z_t = log K + Var(z) / 2 + (mean(z) - z_t) + smaller terms
+    loss of an image     logsumexp(z) - z_t = log K + Var(z) / 2 + (mean(z) - z_t) + terms that are
+                         smaller where the logits are small
     its gradient         along the last bias it is the mean over all images of p - y
     a small step         along -g, lr times as long, lowers it by about lr |g|^2
 
