@@ -43,6 +43,8 @@ def test_the_everyday_layer_gives_what_its_weights_say(lesson, capsys):
     assert lesson.show_everyday() == [[0.5, 115], [6.5, 151]]
     out = capsys.readouterr().out
     numbers = ["0.5", "115.0", "0.5", "115.0"]
+    row = "    0  1  2  3  4  5          0.5  115.0                 0.5                 115.0\n"
+    assert row in out
     assert rows_of(out, "0 ") == [["0", "1", "2", "3", "4", "5", *numbers]]
     assert rows_of(out, "6 ")[0][-4:] == ["6.5", "151.0", "6.5", "151.0"]
     assert "not flattened: mat1 and mat2 shapes cannot be multiplied (4x3 and 6x2)" in out
@@ -104,6 +106,7 @@ def test_the_product_is_compared_and_printed(lesson, monkeypatch, capsys):
         ((image, theirs, ours),) = rows_of(out, f"{i} ")
         assert image == str(i) and float(theirs) == pytest.approx(y, abs=2e-6)
         assert float(ours) == pytest.approx(y, abs=2e-6)
+    assert rows_of(out, "3 ") == []  # three images are shown
     assert "30,730 parameters are 10 * 3072 weights and 10 biases\n" in out
     linear = lesson.linear
     monkeypatch.setattr(lesson, "linear", lambda x, w, b: linear(x, w, b) + 1e-3)

@@ -247,6 +247,10 @@ def test_main_shows_what_the_plain_list_loses(lesson, events, tmp_path, capsys, 
                                  "buffer"]  # fmt: skip
     listed, held = measured["nets"].values()
     assert len(listed["losses"]) == 300 and listed["losses"][0] == held["losses"][0]
+    torch.manual_seed(seed)
+    net, x = lesson.Net(list), torch.linspace(-1, 1, 128)[:, None]
+    first = F.mse_loss(net(x), torch.sin(3 * x)).item()
+    assert listed["losses"][0] == pytest.approx(first, rel=1e-5)
     assert not any(listed["moved"]) and held["moved"][-1] > 0.5
     assert held["losses"][-1] < 0.05 < 0.1 < listed["losses"][-1] < 0.16
     assert held["off"] == 0 and listed["off"] > 0.2

@@ -51,7 +51,7 @@ def curve(events, run, tag):
 def test_the_everyday_network_bends_and_without_relu_it_does_not(lesson, capsys):
     assert lesson.show_everyday() == ([2, 1, 0, 1, 2], [0] * 5)
     out = capsys.readouterr().out
-    assert rows_of(out, "-2 ") == [["-2", "-2", "2", "0", "2", "2", "0"]]
+    assert "\n   -2      -2     2      0   2        2                  0\n" in out
     assert rows_of(out, "1 ") == [["1", "1", "-1", "1", "0", "1", "0"]]
     assert "net(x) changes by [-1, -1, 1, 1]: it bends; the other by [0, 0, 0, 0]\n" in out
 
@@ -251,6 +251,11 @@ def test_training_is_plain_descent_batch_after_batch(lesson, pixels):
         for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             p.data -= 0.3 * g
     torch.testing.assert_close(weights, layer.weight.detach())
+    torch.manual_seed(3)
+    defaults = lesson.train_and_survey(x, y, 16, 1, 0.3)
+    torch.manual_seed(3)
+    hundreds = lesson.train_and_survey(x, y, 16, 1, 0.3, batch_size=100)
+    assert torch.equal(defaults[1][1], hundreds[1][1]) and len(hundreds) == 2
     right = head(layer(x).relu()).argmax(1) == y
     assert accuracy == pytest.approx(right.double().mean().item())
 
