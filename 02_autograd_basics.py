@@ -171,7 +171,7 @@ def swing(lr, lam, t):
     return torch.cos((t + 0.5) * phi) / torch.cos(phi / 2)
 
 
-def theory(x, lr, steps, zero=True):
+def theory(x, lr, steps, zero):
     """(steps + 1, 2): the path of p, by the error (1 - lr lam)^t as in lesson 01, or by `swing`."""
     A = torch.stack([x, torch.ones_like(x)], 1)  # (N, 2)
     lam, U = torch.linalg.eigh(2 * A.T @ A / len(x))  # of the Hessian: (2,), and as columns (2, 2)

@@ -95,7 +95,7 @@ def reverse_by_hook(a, strength):
 def show_reversal(strength=0.5):
     print("2. Can the gradient of one loss be turned, and that of another be left alone?")
     print(f"   a = 2 x at x = 1, and b = reverse_by_hook(a, {strength})")
-    print("   loss   dL/dx   if b is a, without a hook")
+    print("   loss   dL/dx   without the hook")
     x = torch.tensor(1.0, requires_grad=True)
     a = 2 * x
     b = reverse_by_hook(a, strength)
@@ -104,7 +104,7 @@ def show_reversal(strength=0.5):
     for name, losses in (("a^2", (a**2, bare**2)), ("3 b", (3 * b, 3 * bare))):
         slope, plain = (autograd.grad(loss, x, retain_graph=True)[0].item() for loss in losses)
         slopes[name] = slope, plain
-        print(f"   {name:<4} {slope:7.1f}   {plain:25.1f}")
+        print(f"   {name:<4} {slope:7.1f}   {plain:16.1f}")
     turned = [name for name, (slope, plain) in slopes.items() if slope == -strength * plain]
     print(f"   -> multiplied by {-strength}: the gradient of {' and of '.join(turned)}")
     return slopes
@@ -173,10 +173,10 @@ def count_runs(calls, remove):
 
 def show_forgotten(log_dir, calls=20):
     print("4. A hook is registered before each call: what if it is not removed after the call?")
-    print(f"   hooks       runs after 1 call   after 2   after 3   after {calls}")
+    print(f"   hooks       had run after 1 call   2 calls   3 calls   {calls} calls")
     counts = {"forgotten": count_runs(calls, False), "removed": count_runs(calls, True)}
     for name, n in counts.items():
-        print(f"   {name:<9}   {n[0]:17d}   {n[1]:7d}   {n[2]:7d}   {n[-1]:8d}")
+        print(f"   {name:<9}   {n[0]:20d}   {n[1]:7d}   {n[2]:7d}   {n[-1]:8d}")
         with SummaryWriter(log_dir / name, purge_step=0) as writer:
             for call, runs in enumerate(n, 1):
                 writer.add_scalar("hooks/runs", runs, call)
