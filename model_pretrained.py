@@ -4,7 +4,7 @@ Its last layer, the head, has one output for each class. A new head with three o
 place and is trained alone; all other layers are frozen, which means that they no longer learn. This
 is transfer: do it when you have few images, and somebody has trained a network on many images of a
 similar kind. Trained anew on so few, the same network learns them by heart and guesses on others.
-Trained on as a whole with too large a learning rate, it loses a part of what it had learned.
+Trained on as a whole with too large a learning rate, it does worse than with frozen layers.
 
     9 c_in c_out + c_out    parameters of a 3x3 convolution      c_in, c_out  its channels
     n_in n_out + n_out      parameters of a Linear layer         n_in, n_out  its inputs, outputs
@@ -148,7 +148,8 @@ def train_whole(net, x, y, steps=2):
 
 def show_frozen(state, few):
     print("2. Which tensors move in two steps of SGD with weight decay over all parameters?")
-    print("   new head            features     features   statistics   classifier     head")
+    print("   Features are convolutions and batch norms, statistics the buffers of the latter")
+    print("   new head              before it         features   statistics   classifier     head")
     table = {}
     for kind, words in (("new", "in place of the old"), ("added", "behind the old one")):
         for run in ("frozen", "learn"):
@@ -159,11 +160,12 @@ def show_frozen(state, few):
             train_whole(net, *few)
             table[kind, run] = moved(before, net, name)
             f, s, c, h = (f"{m} of {n}" for m, n in table[kind, run].values())
-            print(f"   {words:<19} {run:<9} {f:>11} {s:>12} {c:>12} {h:>8}")
+            before_it = {"frozen": "all is frozen", "learn": "features learn"}[run]
+            print(f"   {words:<19}   {before_it:<15} {f:>10} {s:>12} {c:>12} {h:>8}")
     frozen = [row[part] for row in (table["new", "frozen"], table["added", "frozen"])
               for part in ("features", "statistics", "classifier")]  # fmt: skip
     m, n = (sum(counts) for counts in zip(*frozen, strict=True))
-    print(f'   -> {m} of the {n} tensors of the two rows "frozen", heads aside, moved by a bit')
+    print(f"   -> {m} of the {n} tensors before a head, where all is frozen, moved by a bit")
     return table
 
 
@@ -225,7 +227,7 @@ def learn(net, head, lr, few, test, writer=None, steps=30):
 
 
 def show_ways(log_dir, state, new, test, images, draws):
-    print(f"3. How best to learn three shapes from {images} images of each? {draws} draws of these")
+    print(f"3. How best to learn three shapes from {images} images of each? {draws} random choices")
     print("   accuracy (a guess: 0.33)                own images   others: mean   lowest   highest")
     chosen = [few_of_each(new[1], images) for _ in range(draws)]  # the same for each way
     means, others = {}, {}

@@ -7,7 +7,8 @@ changes to a plain loop keep it busy:
     uint8 batches      a batch is cut from one tensor of all images, not made image by image
     on the device      that tensor is moved there once; batches are made where they are used
     larger batches     fewer and longer steps: --batch-size, and an --lr that grows with it
-    autocast           convolutions in bfloat16: 16 bits, 8 of them for its digits, not 24
+    autocast           convolutions in bfloat16: 16 bits, 8 of them for its digits, not 24; section
+                       3 uses it on CUDA, and anywhere with --autocast
     --compile          torch.compile fuses small steps into larger ones, and first takes its time
 
 The loop itself, its optimizer and its evaluation are those of train.py. No step asks for a number
@@ -175,7 +176,8 @@ def show_tricks(root, splits, stats, device, batch_size, compile, images):
         rows.append(("--compile", "GPUs", fused, device_batches(*there[0], there[1], large)))
     same = [(normalize(x[:200], *stats), y[:200])]
     saved = copy.deepcopy(start.state_dict())
-    print(f"2. What does each trick do on {device}? A row has those above it, too; 200 images")
+    print(f"2. What does each trick do on {device}? Each row adds one to those above it")
+    print("   Loss and logits are those of 200 images; off: from row 1, largest; gain: over row 1")
     print("   trick                       written for       loss   logits off   images/s   gain")
     losses, offs, speeds = [], [], []
     z = logits(start, same, device)

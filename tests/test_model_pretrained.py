@@ -200,11 +200,15 @@ def test_try_batch_norms_statistics_move_unless_in_eval(
                 "head": [2, 2],
             }
     lines = capsys.readouterr().out.splitlines()
-    words = "   in place of the old frozen         0 of 9       {} of 9       0 of 2   2 of 2"
-    assert lines[2] == words.format(m)
-    words = "   behind the old one  learn          9 of 9       {} of 9       0 of 4   2 of 2"
-    assert lines[5] == words.format(m)
-    assert lines[6].startswith(f"   -> {2 * m} of the 42 tensors of the two rows")
+    words = (
+        "   in place of the old   all is frozen       0 of 9       {} of 9       0 of 2   2 of 2"
+    )
+    assert lines[3] == words.format(m)
+    words = (
+        "   behind the old one    features learn      9 of 9       {} of 9       0 of 4   2 of 2"
+    )
+    assert lines[6] == words.format(m)
+    assert lines[7].startswith(f"   -> {2 * m} of the 42 tensors before a head")
 
 
 # --- ways to learn -----------------------------------------------------------------------------
@@ -443,8 +447,8 @@ def test_what_main_prints(small, lesson):
     for head in (
         "1. Can Moli with a new head learn crescent, arrow, semicircle?\n",
         "   step   loss   accuracy on its 30 images   on 180 other images\n",
-        "   new head            features     features   statistics   classifier     head\n",
-        "3. How best to learn three shapes from 10 images of each? 2 draws of these\n",
+        "   new head              before it         features   statistics   classifier     head\n",
+        "3. How best to learn three shapes from 10 images of each? 2 random choices\n",
         "   accuracy (a guess: 0.33)                own images   others: mean   lowest   highest\n",
         "   layer           inputs   outputs   parameters   by formula\n",
         f"5. left out (a new head on VGG16): no weights at {small.log_dir / NO_WEIGHTS};\n"

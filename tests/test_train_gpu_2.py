@@ -183,7 +183,7 @@ def test_each_row_has_one_trick_more_and_the_same_weights(lesson, tricks, capsys
     assert [x.is_contiguous(memory_format=last) for _, x, _, _ in given] == [False] * 2 + [True] * 4
     assert {images for *_, images in given} == {99}
     out = capsys.readouterr().out
-    rows = [line for line in out.splitlines() if line.startswith("   ")][1:7]
+    rows = [line for line in out.splitlines() if line.startswith("   ")][2:8]
     assert [line[3:30].strip() for line in rows] == [
         "plain loop, batches of 64", "channels_last", "uint8 batches", "on the device",
         "batches of 100", "autocast",
@@ -299,6 +299,27 @@ def test_autocast_is_used_where_it_is_asked_for(lesson, small, without_tricks, c
     convolutions = [dtype for name, dtype in inside if name == "Conv2d"]
     assert convolutions[:24] == [wanted] * 24 and convolutions[-1] == torch.float32  # the test
     assert f"autocast {'on' if asked else 'off'}\n" in capsys.readouterr().out
+
+
+def test_the_set_is_moved_to_the_device_once(lesson, small, monkeypatch, without_tricks):
+    moved, used, real, batches = [], [], torch.Tensor.to, lesson.device_batches
+
+    def to(self, *args, **kwargs):
+        out = real(self, *args, **kwargs)
+        if args and isinstance(args[0], torch.device):
+            moved.append(out.data_ptr())
+        return out
+
+    def watch(images, labels, stats, batch_size):
+        used.append([t.data_ptr() for t in (images, labels, *stats)])
+        return batches(images, labels, stats, batch_size)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(lesson, "device_batches", watch)
+    lesson.main(**small, epochs=2)
+    assert len(used) == 2 and used[0] == used[1]
+    assert [moved.count(place) for place in used[0][:2]] == [1, 1]
+    assert set(used[0]) <= set(moved)
 
 
 def test_the_training_of_a_seed_does_not_depend_on_section_2(
