@@ -149,7 +149,9 @@ def test_the_table_of_batch_norm_and_the_company(lesson, x, capsys, monkeypatch)
 
         def off(*given, wrong=wrong, calls=calls):
             calls.append(1)
-            return batch_norm(*given) + 1e-3 * (len(calls) == wrong)
+            y = batch_norm(*given)
+            y.view(-1)[7] += 1e-3 * (len(calls) == wrong)
+            return y
 
         monkeypatch.setattr(lesson, "batch_norm", off)
         with pytest.raises(AssertionError):
@@ -179,9 +181,14 @@ def test_eval_mode_is_behind_as_logged_and_printed(lesson, x, events, tmp_path, 
 
 
 def test_a_wrong_law_of_the_running_mean_stops_the_lesson(lesson, x, tmp_path, monkeypatch):
-    monkeypatch.setattr(lesson, "running_statistic", lambda start, b, m, t: b * (1 - m**t))
-    with pytest.raises(AssertionError):
-        lesson.show_running(x, 4, tmp_path)
+    right = lesson.running_statistic
+    for channel in range(3):  # one that is wrong is enough
+        off = 1e-3 * torch.eye(3)[channel]
+        monkeypatch.setattr(
+            lesson, "running_statistic", lambda *given, off=off: right(*given) + off
+        )
+        with pytest.raises(AssertionError):
+            lesson.show_running(x, 4, tmp_path / str(channel))
 
 
 # --- Dropout -----------------------------------------------------------------------------------
@@ -339,8 +346,9 @@ def test_the_table_of_the_embedding(lesson, monkeypatch, capsys):
     assert rows_of(out, "how often the token")[0][-6:] == ["1", "0", "3", "0", "0", "2"]
     assert rows_of(out, "its gradient, padding_idx=5")[0][-6:] == ["1", "0", "3", "0", "0", "0"]
     assert "padding_idx=5 row [5] gets gradient 0 though its token is there" in out
+    assert "\n      one_hot(tokens) @ weight within 0\n" in out
     embed = lesson.embed
-    monkeypatch.setattr(lesson, "embed", lambda *given: embed(*given) + 1e-3)
+    monkeypatch.setattr(lesson, "embed", lambda *given: embed(*given) + 1e-3 * torch.eye(6, 4))
     with pytest.raises(AssertionError):
         lesson.show_embedding(tokens)
 

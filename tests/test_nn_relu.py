@@ -125,7 +125,7 @@ def test_the_curves_and_the_table_are_torchs(lesson, events, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["relu", "sigmoid", "gelu", "silu", "relu_slope", "sigmoid_slope"])
 def test_each_one_by_hand_is_compared(lesson, tmp_path, monkeypatch, name):
     right = getattr(lesson, name)
-    monkeypatch.setattr(lesson, name, lambda x: right(x) + 1e-6)
+    monkeypatch.setattr(lesson, name, lambda x: right(x) + 1e-6 * (x > 4.985))
     with pytest.raises(AssertionError):
         lesson.show_activations(tmp_path)
 
