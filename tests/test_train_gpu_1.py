@@ -70,6 +70,9 @@ def test_waiting_brackets_the_clock(lesson, monkeypatch):
     calls.clear()
     lesson.seconds(lambda: calls.append("work"), wait=False)
     assert calls == ["wait", "work"]
+    ticks = iter([100.0, 100.25])
+    monkeypatch.setattr(lesson.time, "perf_counter", lambda: next(ticks))
+    assert lesson.seconds(lambda: None) == 0.25
 
 
 def test_events_bracket_the_work_and_tell_seconds(lesson, monkeypatch):
@@ -141,9 +144,13 @@ def test_both_losses_are_of_the_model_in_eval_mode(lesson, pretended_cuda, load,
 
 
 def test_a_loss_that_differs_stops_it(lesson, monkeypatch):
-    monkeypatch.setattr(lesson, "losses_on_both", lambda *a: (2.3, 2.32))
-    with pytest.raises(AssertionError):
-        lesson.show_same_loss(None, None, torch.zeros(3))
+    monkeypatch.setattr(lesson, "losses_on_both", lambda *a: (2.3, 2.309))
+    both = lesson.show_same_loss(None, None, torch.zeros(3))
+    assert both == {"on_cpu": 2.3, "on_cuda": 2.309}
+    for other in (2.285, 2.315):
+        monkeypatch.setattr(lesson, "losses_on_both", lambda *a, other=other: (2.3, other))
+        with pytest.raises(AssertionError):
+            lesson.show_same_loss(None, None, torch.zeros(3))
 
 
 def test_an_epoch_is_a_first_batch_and_the_others(lesson, pretended_cuda, monkeypatch):
@@ -188,7 +195,12 @@ def test_main_takes_the_same_path_on_a_pretended_gpu(
     assert [row[1] for row in rows] == [f"{sum(losses[i : i + 5]) / 5:.3f}" for i in (0, 5)]
     assert rows[1][3] == f"{measured['val_accuracy']:.3f}"
     assert f"      {measured['val_accuracy']:.1%} of the validation images are right\n" in out
-    assert "3. Is the loss of 20 images the same on both?\n" in out
+    for head in (
+        "   clock                            milliseconds   TFLOP/s that it claims\n",
+        "3. Is the loss of 20 images the same on both?\n   on the CPU   on the GPU   difference\n",
+        "4. How fast does it train? Batches are made on the CPU; milliseconds for a batch\n",
+    ):
+        assert head in out
     assert f"   {measured['on_cpu']:10.4f}   {measured['on_cuda']:10.4f}       0.0000\n" in out
     assert "-> they are 0.0000 apart;" in out and measured["everyday"] == [[3.0], [7.0]]
 
@@ -250,6 +262,7 @@ def test_too_few_images_are_one_line(lesson, pretended_cuda, images_root, tmp_pa
         lesson.main(**small, limit=40)
     with pytest.raises(DataError, match="the first batch is timed apart"):
         lesson.main(**small, limit=100)
+    assert lesson.main(**small, limit=160, epochs=1)["val_accuracy"] >= 0  # two batches are enough
 
 
 @cuda

@@ -316,7 +316,7 @@ def test_the_set_is_moved_to_the_device_once(lesson, small, monkeypatch, without
 
     monkeypatch.setattr(torch.Tensor, "to", to)
     monkeypatch.setattr(lesson, "device_batches", watch)
-    lesson.main(**small, epochs=2)
+    lesson.main(**small, epochs=2, device="cpu")
     assert len(used) == 2 and used[0] == used[1]
     assert [moved.count(place) for place in used[0][:2]] == [1, 1]
     assert set(used[0]) <= set(moved)
@@ -382,6 +382,19 @@ def test_the_clock_waits_before_and_after_and_the_first_epoch_is_left_out(
     assert measured["images_per_second"] == 8 * 32
     logged = events(next(tmp_path.iterdir())).Scalars("perf/images_per_second")
     assert [e.value for e in logged] == [32, 256, 256]
+
+
+def test_a_test_loss_that_is_not_finite_stops_it_too(lesson, small, monkeypatch, without_tricks):
+    calls, real = [], lesson.evaluate
+
+    def poison(*args):
+        calls.append(args)
+        loss, *rest = real(*args)
+        return loss * (float("inf") if len(calls) == 3 else 1.0), *rest
+
+    monkeypatch.setattr(lesson, "evaluate", poison)
+    with pytest.raises(DataError, match="the test loss is inf at step 16: begin anew"):
+        lesson.main(**small, epochs=2)
 
 
 @pytest.mark.parametrize("name", ["train_epoch", "evaluate"])
