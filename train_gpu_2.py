@@ -1,7 +1,7 @@
 """One script trains on any device, and what feeds a GPU faster leaves the loss as it is.
 
-A GPU computes a small network faster than Python can hand it images, so that it mostly waits. These
-changes to a plain loop keep it busy:
+A GPU often computes a small network faster than Python can hand it images: it waits, and is idle.
+These changes to a plain loop keep it busy:
 
     channels_last      an image lies in memory pixel by pixel: the order that convolutions read
     uint8 batches      a batch is cut from one tensor of all images, not made image by image
@@ -14,7 +14,7 @@ changes to a plain loop keep it busy:
 The loop itself, its optimizer and its evaluation are those of train.py. No step asks for a number
 of the device, as loss.item() would: Python would wait, and the device would idle after that.
 
-Needs          train.py (the loop), dataloader.py; no GPU: --device takes cuda, mps, xpu or cpu
+Needs          train.py (the loop), dataloader.py. No GPU is needed: --device takes cpu, too
 Checked here   with every trick the logits, the outputs before softmax, are those of the plain loop
                within 0.01; every loss is finite; accuracy on validation, at the end on test images
 TensorBoard    train/loss by step, val/accuracy, perf/images_per_second after each epoch, and
