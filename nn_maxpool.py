@@ -116,7 +116,7 @@ def show_sizes():
             assert theory == measured or (theory < 1 and measured is None)
             equal += theory == measured
             refused += measured is None
-    print(f"   -> ceil_mode adds a window in {more} of {len(rows)} rows: else its pixels are lost;")
+    print(f"   -> ceil_mode adds a window to {more} of {len(rows)} shapes; else pixels are lost")
     print(f"      {equal:,} shapes of a sweep are as the formula says, {refused} more are refused")
     return equal, refused
 
@@ -192,7 +192,7 @@ def show_gradient(log_dir, images):
     print_matrices({"x": x[0, 0], "MaxPool2d(2)": gradient(nn.MaxPool2d(2), x, ones)[0, 0],
                     "AvgPool2d(2)": gradient(nn.AvgPool2d(2), x, ones)[0, 0]})  # fmt: skip
     print(f"   {len(images)} images in [0, 1], windows of k x k pixels, a random gradient of y")
-    print("   layer           k   pixels with a gradient   by formula   mean of y")
+    print("   layer           k   pixels with a gradient   1/k^2, or 1   mean of y")
     results = {}
     for run, Pool in {"max": nn.MaxPool2d, "average": nn.AvgPool2d}.items():
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
@@ -205,7 +205,7 @@ def show_gradient(log_dir, images):
                 share, mean = (grad != 0).double().mean().item(), y.mean().item()
                 theory = 1 / k**2 if run == "max" else 1
                 results[run, k] = share, theory, mean
-                print(f"   {Pool.__name__}   {k:4d}   {share:22.2%}   {theory:10.2%}   {mean:9.3f}")
+                print(f"   {Pool.__name__}   {k:4d}   {share:22.2%}   {theory:11.2%}   {mean:9.3f}")
                 draw(writer, f"{Pool.__name__}({k})", k, images, y, grad)
     assert all(share == theory for share, theory, _ in results.values())
     few, all_of_them = results["max", 4][0], results["average", 4][0]

@@ -179,7 +179,7 @@ def test_main_prints_what_it_measures(lesson, images_root, events, tmp_path, cap
     assert [row[5] for row in rows] == ["2", "2", "1", "2", "3", "4", "3", "3"]
     assert rows[3][4:] == ["True", "2", "2", "012", "34"]
     assert rows[5][7:] == ["012", "234", "456", "67"] and rows[7][7:] == [".0", "12", "34"]
-    assert "-> ceil_mode adds a window in 2 of 4 rows: else its pixels are lost;\n" in out
+    assert "-> ceil_mode adds a window to 2 of 4 shapes; else pixels are lost\n" in out
     assert "1,783 shapes of a sweep are as the formula says, 329 more are refused\n" in out
 
     assert measured["off"][:4] == [0] * 4 and measured["off"][4] > 0.5
@@ -198,7 +198,7 @@ def test_main_prints_what_it_measures(lesson, images_root, events, tmp_path, cap
         pooled = windows.amax((3, 5)) if run == "max" else windows.mean((3, 5))
         assert mean == pytest.approx(pooled.mean().item())
         name = "MaxPool2d" if run == "max" else "AvgPool2d"
-        assert f"   {name}   {k:4d}   {share:22.2%}   {theory:10.2%}   {mean:9.3f}\n" in out
+        assert f"   {name}   {k:4d}   {share:22.2%}   {theory:11.2%}   {mean:9.3f}\n" in out
         means[run].append(mean)
     first, *rising = means["max"]
     assert first + 0.03 < rising[0] < rising[1] - 0.03 < rising[2] - 0.06

@@ -225,7 +225,7 @@ def test_main_prints_what_it_measures(lesson, tmp_path, capsys, seed):
     assert own[0] > 0.1 and own[1] == 0 and same == (0, 8)
     assert f"   each its own   {own[0]:33.2g}            0 of 8\n" in out
     assert f"   the same       {0:33}            8 of 8\n" in out
-    assert "   -> with the same weights the outputs differ by 0, to the last bit\n" in out
+    assert "-> with the same weights outputs differ by 0; 8 of 8 gradients are equal bit" in out
 
     assert measured["fields"] == dict(zip(NAMES, FIELDS, strict=True))
     steps = ["1 + 2 * 1 = 3", "3 + 0 * 1 = 3", "3 + 1 * 1 = 4", "4 + 2 * 2 = 8", "8 + 0 * 2 = 8",
