@@ -133,8 +133,8 @@ def show_same(log_dir, batch):
         measured[weights] = off, equal
         print(f"   {weights:<12}   {off:33.2g}   {equal:10d} of {len(pairs)}")
     assert measured["the same"] == (0, len(pairs))
-    print(f"   -> with the same weights outputs differ by {off:g}; {equal} of {len(pairs)} gradients "
-          "are equal bit for bit")  # fmt: skip
+    print(f"   -> with the same weights outputs differ by {off:g}; {equal} of {len(pairs)} "
+          "gradients are equal bit for bit")  # fmt: skip
     for name, network in {"sequential": net, "by_hand": by_hand}.items():
         with SummaryWriter(log_dir / name, purge_step=0) as writer:
             draw_graph(writer, network)
