@@ -82,7 +82,9 @@ def test_an_image_that_is_too_small_is_refused(lesson):
 
 
 def test_a_frame_of_zeros_shows_where_an_image_is_negative(lesson, capsys):
-    off = lesson.show_from_scratch(torch.full((2, 3, 8, 6), -0.75))
+    x = torch.full((2, 3, 8, 6), -0.75)
+    x[..., 4, 4] = 5  # far from the frame: here it makes no difference
+    off = lesson.show_from_scratch(x)
     assert off == [0, 0, 0, 0, 0.75]
     assert "infinity, it would be 0.75: zero is more" in capsys.readouterr().out
 
@@ -146,6 +148,15 @@ def test_each_window_is_turned_by_half(lesson):
     assert torch.equal(lesson.turn_windows(images, 3), turned)
 
 
+def test_the_layers_that_are_compared_are_those_that_are_named(lesson, monkeypatch):
+    made, real = [], nn.Conv2d
+    monkeypatch.setattr(nn, "Conv2d", lambda *a, **o: made.append((a, o)) or real(*a, **o))
+    x = torch.rand(2, 3, 6, 4).double()
+    assert [*lesson.show_forgotten(x)] == [
+        "MaxPool2d(2)", "AvgPool2d(2)", "Conv2d(3, 3, 2, stride=2)"]  # fmt: skip
+    assert made == [((3, 3, 2), {"stride": 2})]
+
+
 def test_where_in_its_window_a_maximum_lies_is_forgotten():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 8)
@@ -187,9 +198,10 @@ def test_main_prints_what_it_measures(lesson, images_root, events, tmp_path, cap
     assert f"      infinity, it would be {measured['off'][4]:.2f}: zero" in out
 
     table = out.partition("\n4. ")[2].splitlines()
-    assert [" ".join(line.split()[5:]) for line in table[2:6]] == [
-        f"{row} 0.25 0.25 0.25 0.25" for row in ("0 0 1 0", "1 0 0 0", "0 1 0 0", "0 0 1 0")
-    ]
+    assert [" ".join(line.split()) for line in table[2:6]] == [
+        f"{row} 0.25 0.25 0.25 0.25" for row in (
+            "0 1 3 2 0 0 0 1 0", "1 5 4 1 1 1 0 0 0", "2 0 2 7 6 0 1 0 0", "3 1 2 8 3 0 0 1 0")
+    ]  # fmt: skip
     images = as_tensors(open_images(images_root))[0][:16].double() / 255
     means = {"max": [], "average": []}
     for (run, k), (share, theory, mean) in measured["results"].items():
