@@ -103,6 +103,27 @@ def test_gflops_counts_two_n_cubed_at_the_first_size_that_takes_long_enough(less
     assert lesson.gflops(CPU, torch.float32) == pytest.approx(4 * 2 * 128**3 / 0.02 / 1e9)
 
 
+def products_of(monkeypatch, work, *args):
+    """The pairs of matrices that work(*args) multiplies."""
+    pairs, real = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: pairs.append((a, b)) or real(a, b))
+    work(*args)
+    return pairs
+
+
+def test_the_products_that_are_checked_have_no_sum_above_8(lesson, monkeypatch):
+    for a, b in products_of(monkeypatch, lesson.check_product, CPU, torch.float32):
+        assert a.shape == (64, 8) and b.shape == (8, 64)
+        assert set(a.unique().tolist()) == set(b.unique().tolist()) == {0, 1}
+
+
+def test_gflops_times_four_products_after_one_that_is_not_timed(lesson, monkeypatch):
+    clock = iter([0.0, 0.002, 1.0, 1.02])
+    monkeypatch.setattr(lesson, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    pairs = products_of(monkeypatch, lesson.gflops, CPU, torch.float32)
+    assert [a.shape for a, _ in pairs] == [(64, 64)] * 5 + [(128, 128)] * 5
+
+
 def test_gflops_stops_at_the_largest_size(lesson, monkeypatch):
     clock = iter([0.0, 1e-6] * 2)
     monkeypatch.setattr(lesson, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
