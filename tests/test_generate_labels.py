@@ -159,6 +159,12 @@ def test_a_label_without_its_image_is_an_error(lesson, folder):
     assert not (folder / "train" / "bees_label" / "bees_000.txt").exists()
 
 
+def test_the_labels_of_one_image_are_all_in_its_label_folder(lesson, folder):
+    lesson.write_labels(folder)
+    labels = lesson.label_files([folder / "train" / "bees" / "bees_001.jpg"])
+    assert [label.name for label in labels] == [f"bees_00{i}.txt" for i in range(3)]
+
+
 def test_what_a_mac_leaves_beside_labels_is_no_label(lesson, folder):
     lesson.write_labels(folder)
     (folder / "train" / "bees_label" / "._bees_000.txt").write_bytes(b"\0")
