@@ -264,6 +264,7 @@ def test_main_shows_what_the_layers_make_and_what_bends_them(model, capsys, seed
     for name, size in bends.items():
         assert re.search(rf"   {name} +{size:.5f} +\d", out)
     assert measured["without"] < 1e-12 and measured["with_silu"] > 0.05
+    assert "alone: W2 (W1 z + b1) + b2 minus (W2 W1) z + (W2 b1 + b2) is\n" in out
     assert f"at most 0.00000 with nothing between them, {measured['with_silu']:.5f} with" in out
     for head in (
         "   image   logits                       probabilities            predicted class",
