@@ -101,15 +101,15 @@ def central_difference(f, p, h):
 
 
 def show_gradient(x, y):
-    p = TRUTH + 3 * torch.randn(2, dtype=x.dtype)
+    p, h = TRUTH + 3 * torch.randn(2, dtype=x.dtype), 1.0
     by_hand = gradient(*p, x, y)
-    by_difference = central_difference(lambda q: loss(*q, x, y), p, h=1.0)
+    by_difference = central_difference(lambda q: loss(*q, x, y), p, h)
     w, b = p.clone().requires_grad_()  # a tensor of two gives two tensors of one
     # autograd.grad: the two derivatives as a tuple; it leaves w.grad and b.grad alone
     by_autograd = torch.stack(torch.autograd.grad(loss(w, b, x, y), (w, b)))
     print(f"2. Is the gradient by hand right? At random w = {w:.3f}, b = {b:.3f}; from here on")
     print(f"   there are {len(x)} points, x from {x[0]:g} to {x[-1]:g}, y = 2x + 1")
-    print("             by hand   central differences, h = 1    autograd")
+    print(f"             by hand   central differences, h = {h:g}    autograd")
     for i, name in enumerate(("dL/dw", "dL/db")):
         print(f"   {name}   {by_hand[i]:9.5f}   {by_difference[i]:26.5f}   {by_autograd[i]:9.5f}")
     apart = (torch.stack([by_difference, by_autograd]) - by_hand).abs().max().item()

@@ -260,6 +260,27 @@ def test_each_run_shows_its_own_first_20_steps(lesson, tmp_path, events, monkeyp
         assert image.step == 0 and np.array_equal(picture, expected)
 
 
+@pytest.mark.parametrize("i", [0, 1])
+def test_one_derivative_that_differs_is_found(lesson, monkeypatch, i):
+    difference = lesson.central_difference
+
+    def off(f, p, h):
+        return difference(f, p, h) + 1e-6 * torch.eye(2)[i]
+
+    monkeypatch.setattr(lesson, "central_difference", off)
+    with pytest.raises(AssertionError):
+        lesson.show_gradient(*lesson.make_data())
+
+
+def test_the_first_and_the_tenth_factor_are_printed(lesson, capsys, monkeypatch):
+    factors = torch.arange(20.0).view(10, 2)
+    monkeypatch.setattr(lesson, "error_factors", lambda path, directions: factors[: len(path) - 1])
+    lesson.show_error(*lesson.make_data(), 0.1, 100)
+    out = capsys.readouterr().out
+    assert row(out, "flat")[-2:] == ["0.0000", "18.0000"]
+    assert row(out, "steep")[-2:] == ["1.0000", "19.0000"]
+
+
 def test_the_table_shows_what_descend_did_not_what_theory_says(lesson, capsys, monkeypatch):
     descend = lesson.descend
     monkeypatch.setattr(lesson, "descend", lambda x, y, lr, n: descend(x, y, 2 * lr, n))
