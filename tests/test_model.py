@@ -267,6 +267,10 @@ def test_main_shows_what_the_layers_make_and_what_bends_them(model, capsys, seed
     assert "alone: W2 (W1 z + b1) + b2 minus (W2 W1) z + (W2 b1 + b2) is\n" in out
     assert f"at most 0.00000 with nothing between them, {measured['with_silu']:.5f} with" in out
     for head in (
+        "1. In everyday code: what comes out for two images? Moli(num_classes=3), untrained",
+        "2. What becomes of 2 images? Each layer's output, and its parameters",
+        "3. Where are the parameters, and where is the work? Multiplications for one image",
+        "4. Which layers keep Moli from being affine? If affine, f((x+y) / 2) = (f(x) + f(y)) / 2",
         "   image   logits                       probabilities            predicted class",
         "   layer          kind          output shape        counted   by formula",
         "   layer                  parameters   of all   multiplications   of all",

@@ -45,6 +45,28 @@ def test_the_trained_network_knows_its_colours_and_all_its_tensors_have_moved(le
     assert not any(lesson.equal(moli.state_dict(), lesson.Moli(3).state_dict()))
 
 
+def test_a_step_of_training_is_sgd_on_the_cross_entropy(lesson):
+    torch.manual_seed(4)
+    after = lesson.make_moli(1)
+    torch.manual_seed(4)
+    net = lesson.Moli(3)
+    x, y = lesson.tinted(24)
+    nn.functional.cross_entropy(net(x), y).backward()
+    for p, moved in zip(net.parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(moved, p - 0.05 * p.grad)
+
+
+def test_the_lesson_runs_no_code_from_the_file_that_it_predicts_with(lesson, moli, tmp_path):
+    path, marker = tmp_path / "surprise.pth", tmp_path / "marker"
+    torch.save({**moli.state_dict(), "surprise": lesson.Surprise(marker)}, path)
+    x, y = lesson.tinted(6)
+    with pytest.raises(pickle.UnpicklingError):
+        lesson.show_everyday(path, x[0])
+    with pytest.raises(pickle.UnpicklingError):
+        lesson.show_eval(path, x, y)
+    assert not marker.exists()
+
+
 def test_everyday_predicts_with_eval_and_the_loaded_weights(lesson, moli, path, capsys):
     torch.manual_seed(2)
     x, _ = lesson.tinted(6)
@@ -290,6 +312,12 @@ def test_main_loads_bit_for_bit_and_refuses_the_surprise(lesson, tmp_path, event
     )
     assert "-> strict=False loaded 0 tensors of prefixed without an error" in out
     for head in (
+        "1. In everyday code: load a network that knows three colours, and predict one image",
+        "2. What if eval() is forgotten? One image, red, alone and among others",
+        "3. What if names differ? Each state dict is loaded into new networks, in two ways",
+        '4. Where do the tensors of a file go that says "cuda:0"?',
+        "5. What may a file do? How many of its 22 tensors torch.load gives back",
+        "6. How does weights_only=True refuse? A reader with a table of 4 names",
         "   class    mean of that colour in the image   probability",
         "   mode      predicted together with   probability of its class",
         "   state dict   keys absent   strict=True    strict=False                 then as saved",

@@ -176,6 +176,20 @@ def test_resume_runs_no_code_from_the_file(lesson, tmp_path, fitted):
         lesson.resume(tmp_path / "state.pth")
 
 
+def test_every_state_dict_is_loaded_without_code(lesson, tmp_path, monkeypatch):
+    asked, load = [], torch.load
+
+    def watched(path, **options):
+        asked.append((path.name, options["weights_only"]))
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", watched)
+    lesson.main(log_dir=tmp_path / "runs", checkpoint_dir=tmp_path, epochs=2, total=4)
+    assert {name for name, safe in asked if not safe} == {"net.pth"}  # the whole network
+    safe = {name for name, safe in asked if safe}
+    assert safe == {"linear.pth", "last.pth", "best.pth", "checkpoint.pth", "net_state.pth"}
+
+
 # --- the class ---------------------------------------------------------------------------------
 
 
@@ -281,6 +295,10 @@ def test_main_resumes_bit_for_bit_and_only_with_optimizer_and_epoch(
         assert [e.value for e in logged] == pytest.approx([math.log10(v) for v in values], abs=1e-5)
 
     for head in (
+        "1. In everyday code: is the loaded network the saved one?",
+        "3. How does a training go on? 200 epochs, saved after 100, then loaded",
+        "4. torch.save(net) or torch.save(net.state_dict())? Loaded after net.py was changed",
+        "5. What is left of the old file if a save over it fails? (A lambda cannot be saved)",
         "   in the file          shape     values",
         "   network              output for x = (1, 2)",
         "   what is loaded after 400 epochs           validation loss",
