@@ -1,33 +1,33 @@
-"""The learning rate decides whether a network learns, and the best one depends on the optimizer:
-here 1 is best for plain SGD, and too large for SGD with momentum and for Adam.
+"""The learning rate decides whether a network learns, and the best one depends on the optimizer: of
+six tried here, 1 is best for plain SGD, and far too large for SGD with momentum and for Adam.
 
-An optimizer moves the parameters of a network by their gradients. A training loop repeats four
+An optimizer moves the parameters of a network so that the loss falls. A training loop repeats four
 steps: zero_grad() drops the old gradients, the loss is computed, backward() computes its gradients,
-step() moves the parameters. Plain SGD moves each against its gradient, as far as the learning rate
-lr says. If lr is too small the loss hardly falls; if it is too large the loss does not settle. So
-try several, each 10 times the last.
+step() moves the parameters. If the learning rate lr is too small the loss hardly falls; if it is
+too large the loss does not settle. So try several, each 10 times the one before.
 
-    step        g = p.grad + weight_decay p         v <- momentum v + g         v = 0 at the start
-                p <- p - lr v,  or with nesterov  p <- p - lr (g + momentum v)
-    momentum    while g stays the same, v grows to g / (1 - momentum), which is 10 g for 0.9
-    Adam        divides the step of each number in p by the size of its recent gradients
-    forgotten   without zero_grad p.grad is g_1 + ... + g_t, which is v for momentum 1
+    p  a parameter     g  its gradient, p.grad     v  its velocity, 0 at first     <-  becomes
 
-    p  a parameter     g  its gradient, g_t at step t     v  its velocity     <-  becomes
+    plain SGD      p <- p - lr g
+    momentum       v <- momentum v + g, then p <- p - lr v: each step keeps a part of the last one.
+                   While g stays the same, v grows to g / (1 - momentum), which is 10 g for 0.9
+    nesterov       p <- p - lr (g + momentum v), the next velocity if g stays the same
+    weight_decay   g <- g + weight_decay p before all this: it pulls p towards 0
+    Adam           divides the step of each number in p by the size of its recent gradients
 
-Whoever adds up losses should add loss.item(): a sum of the losses themselves keeps their graphs.
+Without zero_grad(), p.grad is the sum of all gradients so far, which is v for momentum 1. To add up
+losses write total += loss.item(): a sum of the losses keeps the graph of each batch, its record.
 
-Needs          02_autograd_basics.py, dataloader.py, nn_module.py, nn_relu.py, nn_loss.py
-Checked here   SGD by hand = torch's; momentum 0.9 at lr against SGD at 10 lr; forgotten = momentum
-               1, bit for bit; how many nodes a sum of losses keeps, by formula
-TensorBoard    train/loss and test/accuracy by epoch in a run for each optimizer and lr and in the
-               runs zeroed, forgotten; leak/nodes by batch; regions/by_lr: what was learned
+Needs          03_computational_graph.py, dataloader.py, nn_module.py, nn_relu.py, nn_loss.py
+Checked here   SGD by hand = torch's; zero_grad forgotten = momentum 1, bit for bit; what sums keep
+TensorBoard    train/loss by epoch: SGD_lr_0.0001 stays near log 3, SGD_lr_10 is above it in the
+               end, SGD_lr_1 falls to nearly 0; regions/by_lr: what each network has learned
 Try            in show_everyday, move the line optimizer.zero_grad() to below loss.backward()
 Answer         Nothing is learned: step() finds no gradient, and all epochs print the same numbers
-Source         torch.optim.SGD; Polyak 1964 (momentum); Sutskever et al. 2013, section 2 (Nesterov);
-               Kingma & Ba 2015, arXiv:1412.6980 (Adam)
+Source         Polyak 1964; Sutskever et al. 2013, section 2 (Nesterov); Kingma & Ba 2015 (Adam)
 """
 
+import contextlib
 import copy
 import math
 import signal
@@ -45,7 +45,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from support.files import guard
-from support.pictures import caption_row
+from support.pictures import caption_row, regions
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_optim"
 SHOWN = (1, 2, 5, 10, 20)  # epochs that are printed
@@ -104,8 +104,9 @@ def show_everyday(train_data, test_data, epochs, batch):
         rows.append((total / len(train_data[0]), score))
         if epoch in SHOWN:
             print(f"   {epoch:5d}   {rows[-1][0]:21.3f}   {rows[-1][1]:24.3f}")
-    print(f"   -> {rows[-1][1]:.0%} right at the end; who guesses has 33%, and a loss of log 3 = "
-          f"{math.log(3):.3f}")  # fmt: skip
+    print(
+        f"   -> {rows[-1][1]:.1%} right at the end; guessing: 33.3%, loss log 3 = {math.log(3):.3f}"
+    )
     return rows
 
 
@@ -116,10 +117,6 @@ class SGD:
     """The step on top for each parameter that has a gradient; others stay, as do their v."""
 
     def __init__(self, parameters, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
-        if lr < 0 or momentum < 0 or weight_decay < 0:
-            raise ValueError("lr, momentum and weight_decay must not be negative")
-        if nesterov and momentum == 0:
-            raise ValueError("Nesterov needs a momentum")
         self.parameters, self.lr = list(parameters), lr
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
         self.velocities = [torch.zeros_like(p) for p in self.parameters]
@@ -176,27 +173,25 @@ def weights_by_step(start, batches, kind, zero=True, **options):
 def show_by_hand(data, batch):
     x, t = data
     batches = list(zip(x.double().split(batch), t.split(batch), strict=True))  # float64
-    print(f"2. Is torch.optim.SGD this formula? All weights in {len(batches)} steps from one start")
-    print("                                               largest difference of ours")
-    print("   options                                     to torch's   to ours without options")
+    print(f"2. Is our SGD torch's? All weights in {len(batches)} steps from one start")
+    print("                                                    largest difference   largest change")
+    print("   options of both                                  from torch's SGD     by the options")
     start, rows = Net().double(), {}
     plain = weights_by_step(start, batches, SGD)
-    for name, options in (
-        ("weight_decay 0.1", {"weight_decay": 0.1}),
-        ("momentum 0.9", {"momentum": 0.9}),
-        ("momentum 0.9, nesterov", {"momentum": 0.9, "nesterov": True}),
-        (
-            "weight_decay 0.05, momentum 0.7, nesterov",
-            {"weight_decay": 0.05, "momentum": 0.7, "nesterov": True},
-        ),
+    for options in (
+        {},
+        {"weight_decay": 0.1},
+        {"momentum": 0.9},
+        {"momentum": 0.7, "nesterov": True, "weight_decay": 0.05},
     ):
         ours = weights_by_step(start, batches, SGD, **options)
         theirs = weights_by_step(start, batches, torch.optim.SGD, **options)
         off, effect = ((ours - other).abs().max().item() for other in (theirs, plain))
         assert off < 1e-12
+        name = ", ".join(f"{word} {value}" for word, value in options.items()) or "none"
         rows[name] = off, effect
-        print(f"   {name:<41}   {off:10.1g}   {effect:23.3f}")
-    print(f"   -> ours is torch's, to {max(off for off, _ in rows.values()):.1g} with each option")
+        print(f"   {name:<46}   {off:18.1g}   {effect:14.3f}")
+    print(f"   -> all weights are torch's within {max(off for off, _ in rows.values()):.1g}")
     return rows
 
 
@@ -232,26 +227,26 @@ def show_rates(log_dir, seed, data, epochs, batch):
     print(
         f"3. Which learning rate? Mean loss in epoch {epochs}, and how many other points are right"
     )
-    print(f"   who guesses has a loss of {math.log(3):.3f} and 33%")
-    print("                  SGD      momentum 0.9              Adam")
-    print("       lr     loss  right     loss  right     loss  right")
-    fits, bar = {}, tqdm(total=len(RATES) * len(OPTIMIZERS), desc="rates", disable=None)
-    for lr in RATES:
+    print(f"   guessing gives a loss of {math.log(3):.3f} and 33.3%")
+    print("                  SGD       momentum 0.9               Adam")
+    print("       lr     loss   right     loss   right     loss   right")
+    fits = {}
+    for lr in tqdm(RATES, desc="learning rates", disable=None):
         for name, (kind, options) in OPTIMIZERS.items():
             model, losses, scores = fit(seed, data, kind, epochs, batch, lr=lr, **options)
             fits[name, lr] = model, losses[-1], scores[-1]
             draw(log_dir / f"{name}_lr_{lr:g}", {"train/loss": losses, "test/accuracy": scores})
-            bar.update()
-    bar.close()
     for lr in RATES:
-        row = [f"{fits[name, lr][1]:6.3f}  {fits[name, lr][2]:5.0%}" for name in OPTIMIZERS]
+        row = [f"{fits[name, lr][1]:6.3f}  {fits[name, lr][2]:6.1%}" for name in OPTIMIZERS]
         print(f"   {lr:6g}   {'   '.join(row)}")
-    best = {name: min(RATES, key=lambda lr: fits[name, lr][1]) for name in OPTIMIZERS}
-    print(f"   -> the lowest loss: {', '.join(f'{name} at {lr:g}' for name, lr in best.items())}")
-    small = RATES[:3]
-    off = max(abs(fits["momentum", lr][1] - fits["SGD", 10 * lr][1]) for lr in small)
-    print(f"   -> up to lr {small[-1]} momentum 0.9 ends as SGD at 10 times its lr does: the losses"
-          f" differ by at most {off:.3f}")  # fmt: skip
+    loss = {key: values[1] for key, values in fits.items()}
+    least = {name: min(loss[name, lr] for lr in RATES) for name in OPTIMIZERS}
+    best = {name: [lr for lr in RATES if loss[name, lr] < least[name] + 0.01] for name in least}
+    words = (f"{name} {' and '.join(f'{lr:g}' for lr in rates)}" for name, rates in best.items())
+    print(f"   -> lr whose loss is within 0.01 of the least: {', '.join(words)}")
+    off = [abs(loss["momentum", lr] - loss["SGD", 10 * lr]) for lr in RATES[:-1]]
+    print(f"   -> losses of momentum 0.9 at lr and SGD at 10 lr: they differ by {max(off[:-1]):.3f}"
+          f" or less up to lr {RATES[-3]}, by {off[-1]:.3f} at lr {RATES[-2]}")  # fmt: skip
     draw_regions(log_dir, data[0], fits)
     return {"fits": fits, "best": best, "off": off}
 
@@ -260,26 +255,25 @@ def show_rates(log_dir, seed, data, epochs, batch):
 
 
 def show_forgotten(log_dir, seed, data, epochs, batch, lr=0.1):
-    print(f"4. What if zero_grad is forgotten? Mean loss of SGD at lr {lr} by epoch")
-    epochs_shown = [epoch for epoch in SHOWN if epoch <= epochs]
-    print("   run           " + "".join(f"{epoch:8d}" for epoch in epochs_shown) + "   accuracy")
+    print(f"4. What if zero_grad is forgotten? Mean loss of our SGD at lr {lr}, by epoch")
+    shown = [epoch for epoch in SHOWN if epoch <= epochs]
+    print(f"   zero_grad   momentum{''.join(f'{epoch:8d}' for epoch in shown)}   right in the end")
     runs = {}
-    for name, zero, momentum in (
-        ("zeroed", True, 0),
-        ("forgotten", False, 0),
-        ("momentum_1", True, 1),
-    ):
+    cases = ("zeroed", True, 0), ("forgotten", False, 0), ("momentum_1", True, 1)
+    for name, zero, momentum in cases:
         model, losses, scores = fit(seed, data, SGD, epochs, batch, zero, lr=lr, momentum=momentum)
         runs[name] = parameters_to_vector(model.parameters()), losses, scores[-1]
         draw(log_dir / name, {"train/loss": losses, "test/accuracy": scores})
-        shown = "".join(f"{losses[epoch - 1]:8.3f}" for epoch in epochs_shown)
-        print(f"   {name.replace('_', ' '):<14}{shown}   {scores[-1]:8.0%}")
+        by_epoch = "".join(f"{losses[epoch - 1]:8.3f}" for epoch in shown)
+        word = "called" if zero else "forgotten"
+        print(f"   {word:<9}   {momentum:8d}{by_epoch}   {scores[-1]:16.1%}")
     off = (runs["forgotten"][0] - runs["momentum_1"][0]).abs().max().item()
-    print(f"   -> forgotten and momentum 1 end with weights that differ by {off:g}")
+    print(f"   -> forgotten: {runs['forgotten'][2]:.1%} right instead of {runs['zeroed'][2]:.1%}")
+    print(f"   -> weights when forgotten minus weights with momentum 1, largest: {off:g}")
     return {"runs": runs, "off": off}
 
 
-# --- 5. memory that grows ----------------------------------------------------------------------
+# --- 5. what a sum of losses keeps alive -------------------------------------------------------
 
 
 def nodes_of(root):
@@ -297,38 +291,53 @@ def nodes_of(root):
     return found
 
 
-def nodes_held(model, batches, what):
-    """How many nodes the graph of total += `what`, as "loss.item()", has after each batch."""
+def numbers_of(nodes, model):
+    """How many numbers the nodes keep for backward(), which frees them; not the parameters."""
+    kept, parameters = {}, {p.data_ptr() for p in model.parameters()}
+    for node in nodes:
+        for name in (name for name in dir(node) if name.startswith("_saved_")):
+            with contextlib.suppress(RuntimeError):  # torch's word for: backward() has freed it
+                value = getattr(node, name)
+                if isinstance(value, torch.Tensor) and value.data_ptr() not in parameters:
+                    kept[value.data_ptr()] = value.numel()  # two nodes may keep the same tensor
+    return sum(kept.values())
+
+
+def kept_by_sum(model, batches, added, backward=True):
+    """(nodes, numbers) that total += `added`, as "loss.item()", keeps alive after each batch."""
     total, counts = 0.0, []
     for x, t in batches:
         loss = F.cross_entropy(model(x), t)
-        loss.backward()
-        if what == "loss":
-            total = total + loss
-        elif what == "loss.detach()":
-            total = total + loss.detach()
-        else:
-            total = total + loss.item()
-        counts.append(len(nodes_of(getattr(total, "grad_fn", None))))  # a float has no grad_fn
+        if backward:
+            loss.backward()
+        total += {"loss": loss, "loss.detach()": loss.detach(), "loss.item()": loss.item()}[added]
+        nodes = nodes_of(getattr(total, "grad_fn", None))  # a float has no grad_fn
+        counts.append((len(nodes), numbers_of(nodes, model)))
     return counts
 
 
 def show_memory(log_dir, data, batch):
-    x, t = data
-    batches = list(zip(x.split(batch), t.split(batch), strict=True))
-    k, held = len(batches), {}
-    print("5. What does a sum of losses keep alive? Nodes of its graph by the number of batches")
-    print(f"   added           after 1       2       3      {k:2d}")
-    for what, run in (("loss", "loss"), ("loss.detach()", "detach"), ("loss.item()", "item")):
-        counts = held[what] = nodes_held(Net(), batches, what)
-        draw(log_dir / run, {"leak/nodes": counts})
-        print(f"   {what:<15}" + "".join(f"{n:8d}" for n in (*counts[:3], counts[-1])))
+    batches = list(zip(*(part.split(batch) for part in data), strict=True))
+    k, kept = len(batches), {}
+    print(f"5. What does a sum of {k} losses keep alive, by what is added to it after each batch?")
+    print("   Nodes are the steps of the graph, numbers what these keep for backward()")
+    print("   total +=        backward()   nodes kept after batch     numbers kept after batch")
+    print(f"                   called {f'{1:11d}{2:8d}{k:8d}' * 2}")
+    for run in ("loss", "no_backward", "detach", "item"):
+        added = f"loss.{run}()" if run in ("detach", "item") else "loss"
+        word = "no" if run == "no_backward" else "yes"
+        nodes, numbers = zip(*kept_by_sum(Net(), batches, added, word == "yes"), strict=True)
+        kept[run] = nodes, numbers
+        draw(log_dir / run, {"leak/nodes": nodes, "leak/numbers": numbers})
+        row = "   ".join("".join(f"{n[i]:8d}" for i in (0, 1, -1)) for n in (nodes, numbers))
+        print(f"   {added:<13}   {word:^10}{row}")
     # 6 parameters; for each batch 2 for a Linear, 1 for a ReLU, 2 for the loss, 1 for the sum
-    assert held["loss"] == [6 + 11 * i for i in range(1, k + 1)]
-    free = [what for what, counts in held.items() if max(counts) == 0]
-    print(f"   -> each batch adds {held['loss'][-1] - held['loss'][-2]} nodes to a sum of losses; "
-          f"nothing is held by: {', '.join(free)}")  # fmt: skip
-    return held
+    assert list(kept["loss"][0]) == [6 + 11 * i for i in range(1, k + 1)]
+    more = [counts[-1] - counts[-2] for counts in kept["no_backward"]]
+    free = [f"loss.{run}()" for run, counts in kept.items() if counts[0][-1] == counts[1][-1] == 0]
+    print(f"   -> each batch adds {more[0]} nodes; without backward() {more[1]} numbers as well")
+    print(f"   -> nothing is kept alive by adding {' or '.join(free)}")
+    return kept
 
 
 # --- the lesson --------------------------------------------------------------------------------
@@ -342,30 +351,18 @@ def draw(log_dir, values_by_tag):
                 writer.add_scalar(tag, value, step)
 
 
-@torch.no_grad()
-def regions(model, x, t, side=48):
-    """The plane, each place in the pale colour of its class by the model, and the points x."""
-    palette = torch.tensor([[230, 60, 50], [40, 150, 70], [50, 90, 220]], dtype=torch.uint8)
-    along = torch.linspace(-1, 1, side)
-    places = torch.cartesian_prod(along, along).flip(1)  # (side * side, 2), row by row
-    picture = 170 + palette[model(places).argmax(1)].view(side, side, 3) // 3
-    column, row = ((x + 1) / 2 * (side - 1)).round().long().clamp(0, side - 1).T
-    picture[row, column] = palette[t]
-    return picture.permute(2, 0, 1)  # (3, side, side)
-
-
 def draw_regions(log_dir, data, fits):
     """One picture: a row for each optimizer, a column for each learning rate."""
     columns, captions = [], []
     for lr in RATES:
-        columns.append(torch.cat([regions(fits[name, lr][0], *data) for name in OPTIMIZERS], 1))
-        scores = [f"{name} {fits[name, lr][2]:.0%}" for name in OPTIMIZERS]
-        captions.append("\n".join([f"lr {lr:g}", *scores]))
+        models, _, scores = zip(*(fits[name, lr] for name in OPTIMIZERS), strict=True)
+        columns.append(torch.cat([regions(model, *data) for model in models], 1))
+        words = (f"{name} {score:.1%}" for name, score in zip(OPTIMIZERS, scores, strict=True))
+        captions.append("\n".join([f"lr {lr:g}", *words]))
     title = (f"Rows from top: {', '.join(OPTIMIZERS)}. Dots: the training points, a colour an arm. "
              "Pale: the arm that the network says")  # fmt: skip
     with SummaryWriter(log_dir, purge_step=0) as writer:
-        picture = caption_row(title, columns, captions, height=3 * 160)
-        writer.add_image("regions/by_lr", picture, 0)
+        writer.add_image("regions/by_lr", caption_row(title, columns, captions, height=480), 0)
 
 
 def main(seed=0, log_dir=LOG_DIR, points=600, epochs=20, batch=30):

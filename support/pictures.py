@@ -97,6 +97,21 @@ def path_over_contours(f, path, centre, reach, words, size=420):
     return np.array(picture)
 
 
+@torch.no_grad()
+def regions(model, x, t, side=48):
+    """The square -1 ... 1, each place pale in the colour of its class by the model, and points x.
+
+    x (N, 2), t (N,) their classes 0, 1, 2: dots in red, green, blue. Returns (3, side, side) uint8.
+    """
+    palette = torch.tensor([[230, 60, 50], [40, 150, 70], [50, 90, 220]], dtype=torch.uint8)
+    along = torch.linspace(-1, 1, side)
+    places = torch.cartesian_prod(along, along).flip(1)  # (side * side, 2), row by row
+    picture = 170 + palette[model(places).argmax(1)].view(side, side, 3) // 3
+    column, row = ((x + 1) / 2 * (side - 1)).round().long().clamp(0, side - 1).T
+    picture[row, column] = palette[t]
+    return picture.permute(2, 0, 1)  # (3, side, side)
+
+
 def number_grid(numbers, ink, last, cell=26):
     """A matrix of whole numbers in 0..last as uint8 (3, H, W): each in its cell, large ones darker.
 
