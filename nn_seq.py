@@ -1,24 +1,25 @@
 """nn.Sequential calls its layers one after the other: it is a forward that you need not write.
 
-Use it where every layer takes what the layer before it gives. A second input, or the sum of two
-layers, needs a class with a forward of its own. A Linear layer in it must know how many numbers
-reach it: print the shapes, as section 1 does. The part of the image on which one number of an
-output depends is its receptive field; of what is larger, that number sees only a part.
+Use it where each layer takes what the layer before it gives. A second input, or the sum of two
+layers, needs a class with a forward of its own. A Linear layer in the chain must be told how many
+numbers reach it, and stops with an error at any other: print the shapes, as section 1 does.
 
     Sequential(f, g, h)(x) = h(g(f(x)))
 
-    size <- size + (k - 1) jump     start <- start - padding jump     jump <- jump stride
-    layer by layer, from size = 1, start = 0, jump = 1 at the image, in this order
+The chain also limits how much of the image one number of an output, a unit, can see: a square of
+pixels, its receptive field. Of an object that is larger, it sees a part. Layer by layer it grows:
 
-    size, start  width and first pixel of the field of unit 0, the first number of an output row
-    jump  how far neighbouring fields lie apart: that of unit i begins at pixel start + i jump
-    k, stride, padding  of a layer's window of k x k (nn_conv.py); 1, 1, 0 for ReLU
+    size = size + (k - 1) * jump, then jump = jump * stride
+
+    size  width of the field in pixels, 1 before the first layer
+    jump  how many pixels the fields of two neighbouring units lie apart, 1 before the first layer
+    k, stride  of the layer's window, k x k (nn_conv.py); both are 1 for ReLU
 
 Needs          nn_module.py, nn_relu.py, nn_conv.py, nn_maxpool.py
-Checked here   both forms: output and gradients bit for bit; the field of each layer, its size and
-               its place, by the rule = the pixels whose gradient is not 0; what pools do to it
+Checked here   nn.Sequential = a class with a forward: outputs and gradients bit for bit; the field
+               by this rule = the pixels with a gradient in any of 64 images; what pools do to it
 TensorBoard    the graph of each form (runs sequential and by_hand; double-click the network);
-               receptive_field/by_layer: |dy/dx|, light where it is large, in the rule's frame
+               receptive_field/by_layer: light pixels have a large |dy/dx|, all in the rule's frame
 Try            in show_fields, add net.conv3 = nn.Conv2d(16, 32, 3, padding=2, dilation=2) after the
                first line: its window reaches over 5 pixels. What field has pool3?
 Answer         30 pixels instead of 22; conv3 and relu3 have 26 instead of 18
@@ -38,7 +39,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from support.files import guard
-from support.pictures import caption_row, draw_graph
+from support.pictures import caption_row, draw_graph, framed
 
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_seq"
 
@@ -65,8 +66,8 @@ def show_everyday():
         parameters = sum(p.numel() for p in layer.parameters())
         print(f"   {i:6d}   {type(layer).__name__:<9}   {tuple(x.shape)!s:<16}   {parameters:10,}")
     off = (x - y).abs().max().item()
-    print(f"   -> {off:g} is the largest difference of the last output from net(images);")
-    print(f"      Linear must take the {numbers:,} numbers that Flatten gives")
+    print(f"   -> the layers one by one give what net(images) gives: largest difference {off:g};")
+    print(f"      Linear must take the {numbers:,} numbers of an image that Flatten gives")
     return off, numbers, tuple(y.shape)
 
 
@@ -121,17 +122,17 @@ def gradients(net, x):
 
 def show_same(log_dir, batch):
     by_hand, net, x = ConvPoolLinear(), conv_pool_linear(), torch.randn(batch, 3, 32, 32)
-    print(f"2. Is it the same as a class with a forward? {batch} images of noise")
-    print("   weights        largest difference of the outputs   equal gradients")
+    print(f"2. Is nn.Sequential the same as a class with a forward? {batch} images of noise")
+    print("   weights            largest difference of the outputs   equal gradients")
     measured = {}
-    for weights in ("each its own", "the same"):
+    for weights in ("each net its own", "the same"):
         if weights == "the same":
             net.load_state_dict(by_hand.state_dict())  # by the names of the layers
         off = (net(x) - by_hand(x)).abs().max().item()
         pairs = list(zip(gradients(net, x), gradients(by_hand, x), strict=True))
         equal = sum(torch.equal(a, b) for a, b in pairs)
         measured[weights] = off, equal
-        print(f"   {weights:<12}   {off:33.2g}   {equal:10d} of {len(pairs)}")
+        print(f"   {weights:<16}   {off:33.2g}   {equal:10d} of {len(pairs)}")
     assert measured["the same"] == (0, len(pairs))
     print(f"   -> with the same weights outputs differ by {off:g}; {equal} of {len(pairs)} "
           "gradients are equal bit for bit")  # fmt: skip
@@ -147,9 +148,9 @@ def show_same(log_dir, batch):
 def window(layer):
     """(k, stride, padding) of a layer, three integers; (1, 1, 0) where it has no window.
 
-    nn.Conv2d, nn.MaxPool2d and nn.AvgPool2d have kernel_size, stride and padding, each a number or
-    a pair, of which the first is meant. k is how many pixels the window reaches over: dilation
-    (kernel_size - 1) + 1. An nn.AvgPool2d has no dilation: it counts as 1. Exercise.
+    nn.Conv2d, nn.MaxPool2d and nn.AvgPool2d have kernel_size, stride, padding, each a number or a
+    pair, of which the first is meant (not the word "same"). k is how many pixels the window reaches
+    over: dilation * (kernel_size - 1) + 1; nn.AvgPool2d has no dilation: take 1. Exercise.
     """
     if not isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
         return 1, 1, 0
@@ -161,8 +162,9 @@ def window(layer):
 def field_by_formula(layers, unit):
     """(first pixel, size) of the field of unit (unit, unit) behind an nn.Sequential.
 
-    From start, size, jump = 0, 1, 1 layer by layer, as on top, each with its window(layer); then
-    (start + unit jump, size). Exercise.
+    size and jump as on top, k, stride and padding by window(layer). start, the first pixel of the
+    field of unit 0, is 0 at first; each layer makes it start - padding * jump, with the jump before
+    the layer. The first pixel is start + unit * jump. Exercise.
     """
     start, size, jump = 0, 1, 1
     for layer in layers:
@@ -202,35 +204,26 @@ def receptive_field(net, x):
     return *field_by_gradient(heat), heat
 
 
-def framed(heat, first, size):
-    """heat (H, W) as grey levels (3, H, W), with a red frame around the square of the field."""
-    picture = (heat / heat.max()).expand(3, -1, -1).clone()
-    low, high = first - 1, first + size  # the frame itself lies outside the field
-    red = torch.tensor([1.0, 0, 0])[:, None]
-    for edge in (low, high):
-        picture[:, edge, low : high + 1] = red
-        picture[:, low : high + 1, edge] = red
-    return picture
-
-
 def show_fields(log_dir, x):
     net = conv_pool_linear()[:9]  # without flatten and linear
-    print("3. Which pixels does a unit in the middle see? Size: before + (k - 1) jump = after")
-    print("   layer    size by the rule    pixels by the rule   pixels whose gradient is not 0")
+    print("3. On which pixels does a unit, one number of an output, depend? One in the middle")
+    print("   layer    size + (k - 1) * jump   pixels by the rule   "
+          f"pixels with a gradient in {len(x)} images")  # fmt: skip
     fields, pictures, words, before, jump, equal = {}, [], [], 1, 1, 0
     for depth, (name, layer) in enumerate(net.named_children(), 1):
         part = net[:depth]  # the layers up to this one: an nn.Sequential, too
         start, size = field_by_formula(part, part(x).shape[-1] // 2)
         first, wide, heat = receptive_field(part, x)
         k, stride, _ = window(layer)
-        step = f"{before} + {k - 1} * {jump} = {size}"
-        print(f"   {name:<5}    {step:<15}     {start:8d} to {start + size - 1}   "
-              f"{first:22d} to {first + wide - 1}")  # fmt: skip
+        step = f"{before} + ({k} - 1) * {jump} = {size}"
+        print(f"   {name:<5}    {step:<21}   {start:12d} to {start + size - 1}   "
+              f"{first:30d} to {first + wide - 1}")  # fmt: skip
         fields[name], before, jump = (first, wide), size, jump * stride
         equal += (first, wide) == (start, size)
         if k > 1:  # behind a ReLU it is the picture of the layer before
             pictures.append(framed(heat, start, size))
             words.append(f"{name}\n{size} pixels")
+    print("   k: window of the layer; jump: pixels from one unit before the layer to the next")
     print(f"   -> {equal} of {len(fields)} fields are as the rule says; behind {name} a unit sees "
           f"{size} of the {x.shape[-1]} pixels of a row")  # fmt: skip
     assert equal == len(fields)
@@ -245,16 +238,16 @@ def show_fields(log_dir, x):
 
 def show_pools(x):
     net, sizes = conv_pool_linear(), []
-    print("4. How many pixels does a unit see with pools between the convolutions, and without?")
+    print("4. How many pixels of a row does a unit behind the last convolution see?")
     print("   convolutions   with pools   without pools")
     for n in (1, 2, 3):
         with_pools = net[: 3 * n - 2]  # up to conv1, conv2 or conv3
         without = nn.Sequential(*[layer for layer in with_pools if isinstance(layer, nn.Conv2d)])
         sizes.append((receptive_field(with_pools, x)[1], receptive_field(without, x)[1]))
         print(f"   {n:12d}   {sizes[-1][0]:10d}   {sizes[-1][1]:13d}")
-    more = [sizes[2][form] - sizes[1][form] for form in (0, 1)]
-    print(f"   -> the third convolution adds {more[0]} pixels with two pools before it, "
-          f"{more[1]} without")  # fmt: skip
+    more, alone = (sizes[2][form] - sizes[1][form] for form in (0, 1))
+    print(f"   -> the third convolution and the pool before it add {more} pixels; without pools it "
+          f"adds {alone}")  # fmt: skip
     return sizes
 
 

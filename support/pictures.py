@@ -51,6 +51,17 @@ def caption_row(title, images, captions, height=None):
     return np.asarray(row).transpose(2, 0, 1)
 
 
+def framed(heat, first, size):
+    """heat (H, W) as grey levels (3, H, W), a red frame around the square of `size` at `first`."""
+    picture = (heat / heat.max()).expand(3, -1, -1).clone()
+    low, high = first - 1, first + size  # the frame itself lies outside the field
+    red = torch.tensor([1.0, 0, 0])[:, None]
+    for edge in (low, high):
+        picture[:, edge, low : high + 1] = red
+        picture[:, low : high + 1, edge] = red
+    return picture
+
+
 def heat_over(grey, heat):
     """Heat (N, h, w) of any size in red over grey pictures (N, H, W) in [0, 1]: (N, 3, H, W).
 

@@ -202,7 +202,10 @@ def test_try_dilation_2_in_conv3_widens_the_field_of_pool3_to_30(lesson, tmp_pat
     sizes = [size for _, size in FIELDS[:6]] + [26, 26, 30]
     assert fields.keys() == set(NAMES) and [size for _, size in fields.values()] == sizes
     out = capsys.readouterr().out
-    assert "   conv3    10 + 4 * 4 = 26     " in out and "   pool3    26 + 1 * 4 = 30     " in out
+    assert (
+        "   conv3    10 + (5 - 1) * 4 = 26   " in out
+        and "   pool3    26 + (2 - 1) * 4 = 30   " in out
+    )
     assert "-> 9 of 9 fields are as the rule says; behind pool3 a unit sees 30 of" in out
 
 
@@ -218,26 +221,29 @@ def test_main_prints_what_it_measures(lesson, tmp_path, capsys, seed):
     assert [" ".join(line.split()) for line in lines[2:7]] == [
         "0 Conv2d (4, 8, 32, 32) 224", "1 ReLU (4, 8, 32, 32) 0", "2 MaxPool2d (4, 8, 16, 16) 0",
         "3 Flatten (4, 2048) 0", "4 Linear (4, 10) 20,490"]  # fmt: skip
-    assert "   -> 0 is the largest difference of the last output from net(images);\n" in out
-    assert "      Linear must take the 2,048 numbers that Flatten gives\n" in out
+    assert "   -> the layers one by one give what net(images) gives: largest difference 0;\n" in out
+    assert "      Linear must take the 2,048 numbers of an image that Flatten gives\n" in out
 
     own, same = measured["same"].values()
     assert own[0] > 0.1 and own[1] == 0 and same == (0, 8)
-    assert f"   each its own   {own[0]:33.2g}            0 of 8\n" in out
-    assert f"   the same       {0:33}            8 of 8\n" in out
+    assert f"   each net its own   {own[0]:33.2g}            0 of 8\n" in out
+    assert f"   the same           {0:33}            8 of 8\n" in out
     assert "-> with the same weights outputs differ by 0; 8 of 8 gradients are equal bit" in out
 
     assert measured["fields"] == dict(zip(NAMES, FIELDS, strict=True))
-    steps = ["1 + 2 * 1 = 3", "3 + 0 * 1 = 3", "3 + 1 * 1 = 4", "4 + 2 * 2 = 8", "8 + 0 * 2 = 8",
-             "8 + 1 * 2 = 10", "10 + 2 * 4 = 18", "18 + 0 * 4 = 18", "18 + 1 * 4 = 22"]  # fmt: skip
+    assert "   pixels by the rule   pixels with a gradient in 32 images\n" in out
+    steps = ["1 + (3 - 1) * 1 = 3", "3 + (1 - 1) * 1 = 3", "3 + (2 - 1) * 1 = 4",
+             "4 + (3 - 1) * 2 = 8", "8 + (1 - 1) * 2 = 8", "8 + (2 - 1) * 2 = 10",
+             "10 + (3 - 1) * 4 = 18", "18 + (1 - 1) * 4 = 18", "18 + (2 - 1) * 4 = 22"]  # fmt: skip
     for name, step, (start, size) in zip(NAMES, steps, FIELDS, strict=True):
         pixels = f"{start} to {start + size - 1}"
-        assert f"   {name}    {step:<15}     {pixels:>14}   {pixels:>28}\n" in out
+        assert f"   {name}    {step:<21}   {pixels:>18}   {pixels:>36}\n" in out
     assert "-> 9 of 9 fields are as the rule says; behind pool3 a unit sees 22 of the 48" in out
 
     assert measured["sizes"] == [(3, 3), (8, 5), (18, 7)]
     assert "\n              3           18               7\n" in out
-    assert "-> the third convolution adds 10 pixels with two pools before it, 2 without\n" in out
+    assert "-> the third convolution and the pool before it add 10 pixels; without pools it" in out
+    assert " pools it adds 2\n" in out  # 10 = 2 by pool2 (8 to 10) and 8 by conv3 (10 to 18)
     assert lines[-1].startswith(f"look: tensorboard --logdir {tmp_path}   http://localhost:6006/?")
 
 
