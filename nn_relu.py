@@ -1,28 +1,27 @@
 """Two linear layers in a row are one linear layer; with nn.ReLU between them they can bend.
 
-An activation is a function that is applied to each number between two layers. ReLU is the usual
-choice: its slope is 1 or 0, so each number's gradient passes whole or not at all. GELU and SiLU
-are smooth relatives: their slope below 0 is small, and is 0 at one point only. A sigmoid is for an
-output in 0..1, such as a probability. Between layers whose weights keep lengths it shrinks the
-gradient by 4 or more each time.
+An activation is a function between two layers, applied to each number by itself. ReLU is the usual
+one: it makes negative numbers 0. SiLU and GELU are smooth relatives. A sigmoid is for an output
+between 0 and 1, such as a probability; between layers it shrinks gradients.
 
-    relu(x) = max(x, 0)                  slope 1 where x > 0, else 0
-    sigmoid(x) = 1 / (1 + exp(-x))       slope s (1 - s) <= 1/4, where s = sigmoid(x)
-    silu(x) = x sigmoid(x)               gelu(x) = x (1 + erf(x / sqrt(2))) / 2
-    |dL/dh_0| <= (g/4)^n |dL/dh_n|       for h_i = sigmoid(g W_i h_(i-1)), i = 1..n
+    relu(x) = max(x, 0)                      slope 1 where x > 0, else 0
+    sigmoid(x) = 1 / (1 + exp(-x))           slope at most 1/4
+    silu(x) = x sigmoid(x)                   slope 1/2 at x = 0, near 0 far below, near 1 far above
+    gelu(x) = x (1 + erf(x / sqrt(2))) / 2   slope as for silu; erf is torch.erf
 
-    h_0  the input, h_i the output of layer i      W_i  orthogonal: it keeps every length
-    L    a loss, |dL/dh_i| its gradient's length   g  a number      erf  torch.erf
+Going back through the layers, the slopes multiply. Let n layers compute sigmoid(g W h) of their
+input h, where g is a number and W a matrix that changes no length: at most (g/4)^n of the
+gradient's length is left.
 
-The price of ReLU: a unit whose sum is at most 0 for every image is dead. It gives 0 and gets
-gradient 0. In a first layer, whose inputs stay the same, plain SGD does not bring it back. Pixels
-in [0, 1] are all positive, so one large step can lower a unit's sum for all images at once.
+A unit is one output number of a layer. If its weighted sum w x + b is at most 0 for every image x,
+the unit is dead: ReLU makes it 0, and its gradient is 0. In a first layer, whose inputs stay the
+same, plain SGD does not bring it back. Large steps on pixels that are never negative kill many.
 
 Needs          nn_linear.py (its targets and its loss are used here)
-Checked here   values and slopes = torch's; the bound for each image; dead units by epoch
-TensorBoard    curve/value and curve/slope, step 10 (x + 5), in the runs relu, sigmoid, gelu, silu;
-               grad/log10_norm by layers passed, in the runs depth_...: straight lines, the sigmoid
-               under its bound; dead/share by epoch, in the runs images_0_1 and images_centred
+Checked here   four values, two slopes = torch's; the bound for each image; no dead unit comes back
+TensorBoard    curve/value and curve/slope by step 10 (x + 5), a run for each activation: at x = 0
+               ReLU's slope jumps. grad/log10_norm by layers passed, in the runs depth_...: the
+               sigmoid falls under its bound. dead/share by epoch: it jumps in one of three runs
 Try            in show_depth, put ("sigmoid", torch.sigmoid, 4) for ("sigmoid", torch.sigmoid, 1):
                the bound is then 1 for all n; is the gradient kept?
 Answer         No: each layer leaves 0.65 of it, for the slope is 1/4 only at a sum of 0
@@ -53,19 +52,21 @@ LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_relu"
 def show_everyday():
     net = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))  # one after the other
     with torch.no_grad():  # weights that can be followed by eye
-        net[0].weight[:, 0], net[0].bias[:] = torch.tensor([1.0, -1.0]), 0  # gives x and -x
-        net[2].weight[:], net[2].bias[:] = 1, 0  # adds up
+        net[0].weight[:] = torch.tensor([[1.0], [-2.0]])  # gives x and -2 x
+        net[2].weight[:] = 1  # adds the two
+        net[0].bias[:], net[2].bias[:] = 0, 0
         x = torch.tensor([[-2.0], [-1.0], [0.0], [1.0], [2.0]])
         y, straight = net(x), net[2](net[0](x))  # with the ReLU, and without it
         hidden = net[0](x)
-    print("1. What does nn.ReLU() do? The layer before gives x and -x, the layer behind adds up")
+    print("1. What does nn.ReLU() do? The layer before gives x and -2 x, the one behind adds them")
     print("    x   layer before   nn.ReLU()   net(x)   without the ReLU")
     widths = 5, 8, 6, 7, 4, 9, 19
     for row in torch.cat([x, hidden, net[1](hidden), y, straight], 1).tolist():
-        cells = (f"{value:z{width}.0f}" for value, width in zip(row, widths, strict=True))
-        print("".join(cells))
+        print("".join(f"{value:z{width}.0f}" for value, width in zip(row, widths, strict=True)))
     steps = [[round(step) for step in t.flatten().diff().tolist()] for t in (y, straight)]
-    print(f"   -> from row to row net(x) changes by {steps[0]}: it bends; the other by {steps[1]}")
+    print(f"   -> from row to row net(x) changes by {steps[0]}, so it bends;\n      without the "
+          f"ReLU it changes by {steps[1]}: a straight line")  # fmt: skip
+    assert len(set(steps[0])) > 1 == len(set(steps[1]))
     return y.flatten().tolist(), straight.flatten().tolist()
 
 
@@ -77,10 +78,7 @@ def relu(x):
 
 
 def relu_slope(x):
-    """The derivative of max(0, x) at each number of x, in the type of x: 1 if x > 0, else 0.
-
-    Exercise.
-    """
+    """The slope of relu at each number of x, in the type of x: 1 if x > 0, else 0. Exercise."""
     return (x > 0).to(x.dtype)
 
 
@@ -90,10 +88,7 @@ def sigmoid(x):
 
 
 def sigmoid_slope(x):
-    """The derivative of sigmoid at each number of x: s (1 - s), where s is the sigmoid.
-
-    Exercise.
-    """
+    """The slope of sigmoid at each number of x: s (1 - s), where s is the sigmoid. Exercise."""
     return sigmoid(x) * (1 - sigmoid(x))
 
 
@@ -106,10 +101,7 @@ def silu(x):
 
 
 def library_slope(activation, x):
-    """The derivative of `activation` at each number of x, by torch.autograd.grad; x stays as it is.
-
-    Exercise.
-    """
+    """The slope at each number of x, by torch.autograd.grad; x itself is left alone. Exercise."""
     x = x.clone().requires_grad_()
     return torch.autograd.grad(activation(x).sum(), x)[0]
 
@@ -134,7 +126,8 @@ def show_activations(log_dir):
     off += [(relu_slope(x) - library_slope(F.relu, x)).abs().max().item(),
             (sigmoid_slope(x) - library_slope(torch.sigmoid, x)).abs().max().item()]  # fmt: skip
     print(f"   -> a sigmoid's slope is at most {largest['sigmoid']:g}, that of ReLU at most "
-          f"{largest['relu']:g}; by hand the same within {max(off):.0e}")  # fmt: skip
+          f"{largest['relu']:g}. By hand, the four values and\n      the slopes of relu and "
+          f"sigmoid are the same within {max(off):.0e}")  # fmt: skip
     assert max(off) < 1e-12 and largest["sigmoid"] == 0.25
     return largest
 
@@ -148,11 +141,11 @@ def orthogonal(width, depth):
 
 
 def gradient_norms(activation, weights, x):
-    """|dL/dh_{n-l}| / |dL/dh_n| after l = 0..n layers back, for each of x (B, C): (n + 1, B).
+    """|dL/dh_(n-l)| / |dL/dh_n| after l = 0..n layers back, for each image of x (B, C): (n + 1, B).
 
-    h_0 = x, h_i = activation(h_{i-1} W_i^T) for the n matrices of `weights`; dL/dh_n is random,
-    drawn once by torch.randn_like(h_n). The norm of each image is taken over its C numbers.
-    Exercise.
+    h_0 = x, and h_i = activation(h_(i-1) W_i^T) is the output of layer i; the n matrices W_i are
+    `weights`. The gradient dL/dh_n of the loss L is random, drawn once by torch.randn_like(h_n).
+    |...| of an image is the norm over its C numbers. Exercise.
     """
     h = [x.clone().requires_grad_()]
     for W in weights:
@@ -163,8 +156,8 @@ def gradient_norms(activation, weights, x):
 
 
 def show_depth(log_dir, x, depth):
-    print("3. How much of a gradient's length is left after n layers back? Mean over 64 images")
-    print("   weights g W, W orthogonal; the bound of the sigmoid is (g/4)^n")
+    print("3. How much of a gradient's length is left, n layers further back? Mean over 64 images")
+    print("   Weights g W, where W changes no length; a sigmoid leaves at most (g/4)^n")
     weights, norms, heads = orthogonal(x.shape[1], depth), {}, []
     for name, activation, g in (
         ("sigmoid", torch.sigmoid, 1), ("silu", F.silu, 1), ("gelu", F.gelu, 1),
@@ -174,7 +167,7 @@ def show_depth(log_dir, x, depth):
         heads.append(f"{name.partition('_')[0]}, g={g:.3g}")
         norms[name] = each.mean(1)
         if name == "sigmoid":
-            heads.append("bound")
+            heads.append("at most")
             norms["bound"] = (g / 4) ** torch.arange(depth + 1, dtype=torch.float64)
             within = (each <= norms["bound"][:, None] * (1 + 1e-9)).all(0).sum().item()
     print("    n" + "".join(f"{head:>14}" for head in heads))
@@ -185,9 +178,9 @@ def show_depth(log_dir, x, depth):
             for step, value in enumerate(values.log10()):
                 writer.add_scalar("grad/log10_norm", value, step)
     kept = {name: values[-1].item() ** (1 / depth) for name, values in norms.items()}
-    print(f"   -> {within} of {each.shape[1]} images keep the bound. A layer leaves "
-          f"{kept['sigmoid']:.2f} of it with a sigmoid,\n      {kept['relu']:.2f} with ReLU, "
-          f"{kept['relu_sqrt2']:.2f} with ReLU and weights sqrt(2) W")  # fmt: skip
+    shares = [f"{kept[name]:.2f} with {name}" for name in ("sigmoid", "silu", "gelu", "relu")]
+    print(f"   -> {within} of {each.shape[1]} images keep within (g/4)^n. Of the length, one layer")
+    print(f"      leaves {', '.join(shares)}, {kept['relu_sqrt2']:.2f} with relu and sqrt(2) W")
     assert within == each.shape[1]
     return norms
 
@@ -216,7 +209,8 @@ def survey(layer, head, batches):
 def train_and_survey(images, labels, hidden, epochs, lr, batch_size=100):
     """SGD on images (N, C) and labels (N,). A survey at the start and after each epoch: a list.
 
-    The batches are the same in each epoch: then a sum that was below 0 is below 0 again.
+    The batches are the same in each epoch: equal batches are rounded alike, so that a unit whose
+    weights did not move is off for the same images again.
     """
     layer, head = nn.Linear(images.shape[1], hidden), nn.Linear(hidden, 10)
     optimizer = torch.optim.SGD([*layer.parameters(), *head.parameters()], lr)
@@ -233,34 +227,34 @@ def train_and_survey(images, labels, hidden, epochs, lr, batch_size=100):
 
 
 def show_dead(seed, log_dir, x, labels, hidden, epochs, lr):
-    print(f"4. How many of {hidden} ReLU units are dead? SGD with learning rate {lr:g} on "
-          f"{len(x):,} images")  # fmt: skip
-    print("   input         dead units after epoch            came   right in the end")
     shown = sorted({0, 1, epochs // 2, epochs})
+    print(f"4. How many of {hidden} ReLU units are dead, that is, 0 for all {len(x):,} images?")
+    print("   pixels      learning   dead units after epoch            dead,      right in the end")
     heads = "".join(f"{epoch:6}" for epoch in shown)
-    print(f"                 {heads}   back   (by guessing: 10%)")
+    print(f"               rate       {heads}   then not   (by guessing: 10%)")
     dead, accuracy, back = {}, {}, {}
-    for run, shift in (("images_0_1", 0.0), ("images_centred", 0.5)):
+    for run, shift, rate in (
+        ("images_0_1", 0, lr), ("images_centred", 0.5, lr), ("images_0_1_small_lr", 0, lr / 30)
+    ):  # fmt: skip
         torch.manual_seed(seed)  # the same weights at the start
-        surveys = train_and_survey((x - shift).float(), labels, hidden, epochs, lr)
+        surveys = train_and_survey((x - shift).float(), labels, hidden, epochs, rate)
         dead[run] = [int(off.sum()) for off, *_ in surveys]
         back[run] = sum(int((off & ~later).sum()) for (off, *_), (later, *_) in pairwise(surveys))
         accuracy[run] = surveys[-1][2]
-        name = f"pixels - {shift}" if shift else "pixels 0..1"
-        print(f"   {name:<14}" + "".join(f"{dead[run][epoch]:6}" for epoch in shown)
-              + f"   {back[run]:4}   {accuracy[run]:16.0%}")  # fmt: skip
+        name = f"-{shift}..{shift}" if shift else "0..1"
+        print(f"   {name:<11} {rate:8g}   " + "".join(f"{dead[run][epoch]:6}" for epoch in shown)
+              + f"   {back[run]:8}   {accuracy[run]:18.0%}")  # fmt: skip
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
             for epoch, number in enumerate(dead[run]):
                 writer.add_scalar("dead/share", number / hidden, epoch)
-    first, centred = (dead[run][-1] for run in dead)
-    print(f"   -> {back['images_0_1']} dead units came back; with 0.5 subtracted {centred} are "
-          f"dead in the end instead of {first}")  # fmt: skip
+    died = [numbers[-1] - numbers[0] for numbers in dead.values()]
+    print(f"   -> large steps killed {died[0]} units on pixels 0..1, {died[1]} on pixels around 0;")
+    print(f"      small steps killed {died[2]}. Of all dead units {sum(back.values())} came back")
+    assert not any(back.values())
     return {"dead": dead, "accuracy": accuracy, "back": back}
 
 
-def main(
-    seed=0, log_dir=LOG_DIR, root=DATASET2, count=1000, depth=10, hidden=128, epochs=10, lr=3.0
-):
+def main(seed=0, log_dir=LOG_DIR, root=DATASET2, count=1000, depth=10, hidden=128, epochs=10, lr=3):
     torch.manual_seed(seed)
     dataset = open_images(root)
     print(source_line(dataset))

@@ -1,4 +1,5 @@
 import ast
+import re
 import types
 from itertools import pairwise
 from pathlib import Path
@@ -49,11 +50,12 @@ def curve(events, run, tag):
 
 
 def test_the_everyday_network_bends_and_without_relu_it_does_not(lesson, capsys):
-    assert lesson.show_everyday() == ([2, 1, 0, 1, 2], [0] * 5)
+    assert lesson.show_everyday() == ([4, 2, 0, 1, 2], [2, 1, 0, -1, -2])
     out = capsys.readouterr().out
-    assert "\n   -2      -2     2      0   2        2                  0\n" in out
-    assert rows_of(out, "1 ") == [["1", "1", "-1", "1", "0", "1", "0"]]
-    assert "net(x) changes by [-1, -1, 1, 1]: it bends; the other by [0, 0, 0, 0]\n" in out
+    assert "\n   -2      -2     4      0   4        4                  2\n" in out
+    assert rows_of(out, "1 ") == [["1", "1", "-2", "1", "0", "1", "-1"]]
+    assert "from row to row net(x) changes by [-2, -2, 1, 1], so it bends;\n" in out
+    assert "      without the ReLU it changes by [-1, -1, -1, -1]: a straight line\n" in out
 
 
 def test_two_linear_layers_are_one_and_with_an_activation_they_are_not():
@@ -95,12 +97,15 @@ def test_the_slope_is_a_quarter_at_zero_and_less_elsewhere(lesson):
     assert zero.sum() == 1 and (slope[zero] == 0.25).all() and (slope[~zero] < 0.25).all()
 
 
-def test_gelu_and_silu_are_flat_at_one_point_below_0():
+def test_gelu_and_silu_have_slopes_near_0_a_half_and_1_and_are_flat_at_one_point_below_0():
     x = torch.linspace(-5, 0, 1000, dtype=torch.float64, requires_grad=True)
     for activation in (F.gelu, F.silu):
         (slope,) = torch.autograd.grad(activation(x).sum(), x)
         assert slope.ne(0).all() and (slope[1:].sign() != slope[:-1].sign()).sum() == 1
-        assert slope[x < -1.5].abs().max() < 0.13
+        assert slope[x < -1.5].abs().max() < 0.13 and slope[0].abs() < 0.03
+        ends = torch.tensor([0.0, 5.0], requires_grad=True)
+        (slope,) = torch.autograd.grad(activation(ends).sum(), ends)
+        assert slope.tolist() == pytest.approx([0.5, 1], abs=0.03) and slope[0] == 0.5
 
 
 def test_the_curves_and_the_table_are_torchs(lesson, events, tmp_path, capsys):
@@ -119,7 +124,9 @@ def test_the_curves_and_the_table_are_torchs(lesson, events, tmp_path, capsys):
         cells = *activation(shown).tolist(), *slopes.tolist(), expected[name]
         ((_, *printed),) = rows_of(out, f"{name} ")
         assert [float(cell) for cell in printed] == pytest.approx(cells, abs=6e-4)
-    assert "-> a sigmoid's slope is at most 0.25, that of ReLU at most 1; by hand" in out
+    assert "-> a sigmoid's slope is at most 0.25, that of ReLU at most 1. By hand, the four" in out
+    (off,) = re.findall("and\n      the slopes of relu and sigmoid are the same within (.+)\n", out)
+    assert float(off) < 1e-14
 
 
 @pytest.mark.parametrize("name", ["relu", "sigmoid", "gelu", "silu", "relu_slope", "sigmoid_slope"])
@@ -172,7 +179,9 @@ def test_try_weights_4_w_lift_the_bound_but_not_the_gradient(
     norms = reader.show_depth(tmp_path, pixels[0] - 0.5, 10)
     assert norms["bound"].tolist() == [1] * 11
     assert 0.62 < norms["sigmoid"][-1] ** 0.1 < 0.68
-    assert "-> 64 of 64 images keep the bound. A layer leaves 0.6" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "-> 64 of 64 images keep within (g/4)^n. Of the length, one layer\n" in out
+    assert "\n      leaves 0.6" in out
     if not seed:
         reader.main(log_dir=tmp_path, root=lesson.DATASET2, count=200, depth=3, epochs=1)
         assert "look: " in capsys.readouterr().out
@@ -183,7 +192,7 @@ def test_a_bound_that_does_not_hold_stops_the_lesson(lesson, pixels, tmp_path, m
     monkeypatch.setattr(lesson, "gradient_norms", lambda *given: norms(*given) * 1.3)
     with pytest.raises(AssertionError):
         lesson.show_depth(tmp_path, pixels[0] - 0.5, 3)
-    assert "-> 0 of 64 images keep the bound" in capsys.readouterr().out
+    assert "-> 0 of 64 images keep within (g/4)^n" in capsys.readouterr().out
 
 
 # --- dead units --------------------------------------------------------------------------------
@@ -271,19 +280,19 @@ def test_main_keeps_the_bound_and_counts_the_dead(
         seed=seed, log_dir=tmp_path, root=images_root, count=800, depth=8, epochs=4
     )
     out, norms = capsys.readouterr().out, measured["norms"]
-    assert measured["everyday"][0] == [2, 1, 0, 1, 2]
+    assert measured["everyday"][0] == [4, 2, 0, 1, 2]
     for head in (
-        "1. What does nn.ReLU() do?",
+        "1. What does nn.ReLU() do? The layer before gives x and -2 x, the one behind adds them\n",
         "    x   layer before   nn.ReLU()   net(x)   without the ReLU\n",
         "2. Which values and slopes",
         "   values at x =                  slopes at x =                  largest\n",
         "  -3       0       1      3      -3       0       1      3   slope\n",
-        "3. How much of a gradient's length",
-        "   weights g W, W orthogonal; the bound of the sigmoid is (g/4)^n\n",
-        "  sigmoid, g=1         bound     silu, g=1     gelu, g=1     relu, g=1  relu, g=1.41\n",
-        "4. How many of 128 ReLU units are dead? SGD with learning rate 3 on 800 images\n",
-        "   input         dead units after epoch            came   right in the end\n",
-        "                      0     1     2     4   back   (by guessing: 10%)\n",
+        "3. How much of a gradient's length is left, n layers further back? Mean over 64 images\n",
+        "   Weights g W, where W changes no length; a sigmoid leaves at most (g/4)^n\n",
+        "  sigmoid, g=1       at most     silu, g=1     gelu, g=1     relu, g=1  relu, g=1.41\n",
+        "4. How many of 128 ReLU units are dead, that is, 0 for all 800 images?\n",
+        "   pixels      learning   dead units after epoch            dead,      right in the end\n",
+        "               rate            0     1     2     4   then not   (by guessing: 10%)\n",
         "look: tensorboard --logdir ",
     ):
         assert head in out
@@ -300,14 +309,21 @@ def test_main_keeps_the_bound_and_counts_the_dead(
     order = ("sigmoid", "bound", "silu", "gelu", "relu", "relu_sqrt2")
     for n in (1, 2, 4, 8):
         assert rows_of(third, f"{n} ") == [[str(n), *(f"{norms[run][n]:.1e}" for run in order)]]
-    kept = [f"{last[run] ** (1 / 8):.2f}" for run in ("sigmoid", "relu", "relu_sqrt2")]
-    assert f"A layer leaves {kept[0]} of it with a sigmoid,\n      {kept[1]} with ReLU, " in out
-    assert f"{kept[2]} with ReLU and weights sqrt(2) W\n" in out
+    kept = {run: f"{value ** (1 / 8):.2f} with {run}" for run, value in last.items()}
+    shares = ", ".join(kept[run] for run in ("sigmoid", "silu", "gelu", "relu"))
+    shares += f", {last['relu_sqrt2'] ** (1 / 8):.2f} with relu and sqrt(2) W"
+    assert f"      leaves {shares}\n" in out
+    assert "-> 64 of 64 images keep within (g/4)^n. Of the length, one layer\n" in out
 
     x, labels = pixels
-    for run, shift in (("images_0_1", 0.0), ("images_centred", 0.5)):
+    printed = [line.split() for line in fourth.splitlines()[3:6]]
+    for run, shift, lr, name in (
+        ("images_0_1", 0.0, 3, ["0..1", "3"]),
+        ("images_centred", 0.5, 3, ["-0.5..0.5", "3"]),
+        ("images_0_1_small_lr", 0.0, 0.1, ["0..1", "0.1"]),
+    ):
         torch.manual_seed(seed)
-        surveys = lesson.train_and_survey((x - shift).float(), labels, 128, 4, 3.0)
+        surveys = lesson.train_and_survey((x - shift).float(), labels, 128, 4, lr)
         dead = [int(off.sum()) for off, *_ in surveys]
         assert measured["dead"][run] == dead
         assert measured["accuracy"][run] == surveys[-1][2]
@@ -316,22 +332,22 @@ def test_main_keeps_the_bound_and_counts_the_dead(
         logged = curve(events, tmp_path / run, "dead/share")
         assert logged == pytest.approx([number / 128 for number in dead])
         row = [*(str(dead[epoch]) for epoch in (0, 1, 2, 4)), "0", f"{surveys[-1][2]:.0%}"]
-        name = f"pixels - {shift}" if shift else "pixels 0..1"
-        assert rows_of(fourth, name) == [[*name.split(), *row]]
-    dead, centred = measured["dead"]["images_0_1"], measured["dead"]["images_centred"]
-    assert dead[0] < 20 < 50 < dead[-1] and dead == sorted(dead)
-    assert not any(centred) and measured["back"] == {"images_0_1": 0, "images_centred": 0}
+        assert printed.pop(0) == [*name, *row]
+    dead, centred, small = measured["dead"].values()
+    assert dead[0] < 20 < 50 < dead[-1] and dead == sorted(dead) and small == dead[:1] * 5
+    assert not any(centred) and not any(measured["back"].values())
     assert measured["accuracy"]["images_0_1"] < 0.25 < measured["accuracy"]["images_centred"]
-    assert "-> 0 dead units came back; with 0.5 subtracted 0 are dead in the end instead of " in out
-    assert f"instead of {dead[-1]}\n" in out
+    killed = f"killed {dead[-1] - dead[0]} units on pixels 0..1, 0 on pixels around 0;\n"
+    assert f"   -> large steps {killed}      small steps killed 0. Of all dead units 0 came" in out
 
 
 def test_units_that_come_back_are_counted(lesson, tmp_path, monkeypatch, capsys):
     states = [[1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1]]
     surveys = [(torch.tensor(off).bool(), torch.zeros(4, 1), 0.5) for off in states]
     monkeypatch.setattr(lesson, "train_and_survey", lambda *_: surveys)
-    measured = lesson.show_dead(0, tmp_path, torch.rand(5, 3), torch.zeros(5), 4, 2, 1.0)
-    assert measured["back"] == {"images_0_1": 3, "images_centred": 3}
-    assert "-> 3 dead units came back; with 0.5 subtracted 2 are dead in the end instead of 2" in (
-        capsys.readouterr().out
-    )
+    with pytest.raises(AssertionError):
+        lesson.show_dead(0, tmp_path, torch.rand(5, 3), torch.zeros(5), 4, 2, 1.0)
+    out = capsys.readouterr().out
+    assert [row[-2] for row in rows_of(out, "0..1")] == ["3", "3"]
+    assert "-> large steps killed 0 units on pixels 0..1, 0 on pixels around 0;\n" in out
+    assert "      small steps killed 0. Of all dead units 9 came back\n" in out
