@@ -1,9 +1,10 @@
-"""The slope of L1 is as steep for a small error as for a large one, the slope of MSE grows with the
-error, and the slope of cross-entropy along an output stays between -1 and 1.
+"""For one example, the slope of L1 is as steep for a small error as for a large one, that of MSE
+grows with the error, and that of cross-entropy along an output stays between -1 and 1.
 
-A loss is one number that says how wrong a network is. For numbers take MSE, or L1 where some
-targets may be far off. For classes take nn.CrossEntropyLoss. It wants the logits, the raw outputs
-of the last layer, one per class, and takes their softmax itself. A softmax of your own before it
+A loss is one number that says how wrong a network is. For numbers take nn.MSELoss, or nn.L1Loss if
+some targets may be far off. For one class of K take nn.CrossEntropyLoss, which wants K logits, the
+raw outputs of the last layer. For yes or no take nn.BCEWithLogitsLoss (binary cross-entropy), which
+wants one logit, and 1.0 or 0.0 as the target. A softmax or a sigmoid of your own before these two
 raises no error, but then the loss stays away from 0.
 
     L1              |x - t|                               its slope along x is sign(x - t)
@@ -15,13 +16,14 @@ raises no error, but then the loss stays away from 0.
     x  an output     z  the K logits of one example     p  probabilities     log  natural
     t  the target, a number or the right class     y_k  1 for k = t, else 0
 
+reduction="mean" returns the mean of all losses, "sum" their sum, "none" each. With class weights an
+example counts weight[t] times, in the mean as well. One with t = ignore_index counts nothing.
+
 Needs          02_autograd_basics.py, nn_linear.py
-Checked here   each loss by hand = torch.nn's, with class weights and ignored targets; the slopes by
-               autograd; which mistakes raise no error; where exp overflows without m
+Checked here   each loss by hand = torch.nn's; the slopes; mistakes without an error; overflow
 TensorBoard    loss/value and loss/slope by the error in the runs l1, mse: step 100 is error 0, step
                150 error 1. cross_entropy/value by a wrong logit: the run naive ends at 88
-Try            in show_by_hand, write t[:] = -1 for t[-1] = -1, so that all targets are ignored:
-               what is the mean of cross-entropy?
+Try            in show_by_hand, write t[:] = -1 for t[1] = -1: what is the mean of cross-entropy?
 Answer         nan, by hand and in torch.nn, as it is 0 / 0; the losses and their sum are 0
 Source         torch.nn.CrossEntropyLoss; Goodfellow et al. 2016, Deep Learning, section 6.2.2
 """
@@ -54,7 +56,6 @@ def show_everyday():
     x, t = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 3.0, 5.0])
     l1 = nn.L1Loss()(x, t)  # the mean of 0, 1, 2
     mse = nn.MSELoss()(x, t)  # the mean of 0, 1, 4
-
     z = torch.tensor([[math.log(2), 0.0, 0.0]])  # logits (1 example, 3 classes); their exp: 2, 1, 1
     right = torch.tensor([0])  # the number of the right class of each example, int64
     ce = nn.CrossEntropyLoss()(z, right)  # p = 2/4, 1/4, 1/4, so -log(2/4)
@@ -63,9 +64,9 @@ def show_everyday():
     print(f"   L1Loss             {numbers(x)}   {numbers(t)}   {l1:.3f}   (0 + 1 + 2) / 3")
     print(f"   MSELoss            {numbers(x)}   {numbers(t)}   {mse:.3f}   (0 + 1 + 4) / 3")
     print(f"   CrossEntropyLoss   {numbers(z)}     class {right.item():<13}   {ce:.3f}   "
-          "-log(2 / (2 + 1 + 1))")  # fmt: skip
-    found, by_head = [l1.item(), mse.item(), ce.item()], [3 / 3, 5 / 3, math.log(2)]
-    off = max(abs(a - b) for a, b in zip(found, by_head, strict=True))
+          "exp gives 2, 1, 1: -log(2 / 4)")  # fmt: skip
+    found = [l1.item(), mse.item(), ce.item()]
+    off = max(abs(a - b) for a, b in zip(found, [3 / 3, 5 / 3, math.log(2)], strict=True))
     print(f"   -> value minus value by head, largest: {off:.3f}")
     return found
 
@@ -135,16 +136,16 @@ def cross_entropy(z, t, weight=None, ignore_index=-100, reduction="mean"):
 
 
 def show_by_hand(N, K):
-    print(f"2. Is torch.nn this formula? {N} random examples, {K} classes; up to three values")
-    print("   The last target of cross-entropy is ignored: that example counts nothing")
+    print(f"2. Do the losses by hand equal torch.nn's? {N} random examples, {K} classes")
+    print("   In cross-entropy the second example is ignored. Reduction none: three of the values")
     print("   loss            reduction   class weights    by hand                torch.nn")
     x, target = torch.randn(N), torch.randn(N)
     z, t, weight = torch.randn(N, K), torch.randint(K, (N,)), torch.rand(K) + 0.5
-    t[-1] = -1
+    t[1] = -1
     rows = []
     for r in REDUCTIONS:
-        rows.append(("L1", r, "", l1_loss(x, target, r), nn.L1Loss(reduction=r)(x, target)))
-        rows.append(("MSE", r, "", mse_loss(x, target, r), nn.MSELoss(reduction=r)(x, target)))
+        rows.append(("L1", r, "-", l1_loss(x, target, r), nn.L1Loss(reduction=r)(x, target)))
+        rows.append(("MSE", r, "-", mse_loss(x, target, r), nn.MSELoss(reduction=r)(x, target)))
         for word, w in (("none", None), ("yes", weight)):
             theirs = nn.CrossEntropyLoss(weight=w, ignore_index=-1, reduction=r)(z, t)
             rows.append(("cross-entropy", r, word, cross_entropy(z, t, w, -1, r), theirs))
@@ -162,10 +163,10 @@ def show_by_hand(N, K):
 
 def show_tasks():
     print("3. Which loss for which task? 4 examples, each output of the network is 0")
-    print("   BCEWithLogitsLoss takes one logit z: yes has the probability 1 / (1 + exp(-z))")
+    print("   The numbers are 1, -1, 1, -9. With logit z, yes has probability 1 / (1 + exp(-z))")
     print("   task                              output         target      its type   loss"
-          "                 value")  # fmt: skip
-    amounts = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
+          "                  value")  # fmt: skip
+    amounts = torch.tensor([[1.0], [-1.0], [1.0], [-9.0]])
     classes, pixels = torch.randint(3, (4,)), torch.randint(3, (4, 8, 8))  # class numbers 0, 1, 2
     yes, tags = torch.randint(2, (4, 1)).float(), torch.randint(2, (4, 3)).float()  # 1 yes, 0 no
     values = {}
@@ -180,9 +181,9 @@ def show_tasks():
         values[task] = loss(torch.zeros(shape), target).item()
         dtype = str(target.dtype).removeprefix("torch.")
         print(f"   {task:<31}   {shape!s:<12}   {tuple(target.shape)!s:<9}   {dtype:<8}   "
-              f"{type(loss).__name__:<17}   {values[task]:6.4f}")  # fmt: skip
+              f"{type(loss).__name__:<17}   {values[task]:7.4f}")  # fmt: skip
     K, two = (math.exp(values[task]) for task in ("one of 3 classes", "yes or no"))
-    print(f"   -> with all logits 0 it is log {K:.3g} for 3 classes, log {two:.3g} for yes or no")
+    print(f"   -> with logits 0 the loss is log {K:.3g} for 3 classes, log {two:.3g} for yes or no")
     return values, {"yes": yes, "tags": tags, "classes": classes, "pixels": pixels}
 
 
@@ -238,36 +239,33 @@ def show_mistakes():
 
 
 def show_slopes(K):
-    print("5. How hard does each loss pull at an output? Its slope, by autograd")
+    print("5. How hard does each loss pull? Slopes of one example's loss (in a mean of N: 1 / N)")
     error = torch.tensor([-10.0, -1.0, -0.1, 0.1, 1.0, 10.0], requires_grad=True)  # x, for t = 0
-    slopes = []
-    for loss in (l1_loss, mse_loss):
-        slopes += torch.autograd.grad(loss(error, torch.zeros(6), "sum"), error)
+    slopes = [torch.autograd.grad(loss(error, torch.zeros(6), "sum"), error)[0]
+              for loss in (l1_loss, mse_loss)]  # fmt: skip
     torch.testing.assert_close(slopes, [error.sign(), 2 * error.detach()])
-    for name, row in (
-        ("error x - t", error),
-        ("slope of L1", slopes[0]),
-        ("slope of MSE", slopes[1]),
-    ):
-        print(f"   {name:<23}" + "".join(f"{value:8.1f}" for value in row.tolist()))
-
+    rows = ("error x - t", error), ("slope of L1", slopes[0]), ("slope of MSE", slopes[1])
+    for name, row in rows:
+        print(f"   {name:<15}" + "".join(f"{value:8.1f}" for value in row.tolist()))
     z, t = torch.randn(1, K, requires_grad=True), torch.randint(K, (1,))
     nn.CrossEntropyLoss()(z, t).backward()
     p, y = z.detach().softmax(1), F.one_hot(t, K)
     torch.testing.assert_close(z.grad, p - y)
-    print(f"   class k, {t.item()} is right    " + "".join(f"{k:8d}" for k in range(K)))
-    for name, row in (("logit z_k", z), ("probability p_k", p), ("p_k - y_k", p - y),
-                      ("slope of cross-entropy", z.grad)):  # fmt: skip
-        print(f"   {name:<23}" + "".join(f"{value:8.3f}" for value in row[0].tolist()))
-    off = (z.grad - p + y).abs().max()
-    print(f"   -> slope of cross-entropy minus (p - y), largest: {off:.1g}")
+    print(f"   Cross-entropy, for an example whose right class is {t.item()}")
+    print("   class k        " + "".join(f"{k:8d}" for k in range(K)))
+    names = "logit z_k", "softmax p_k", "y_k", "p_k - y_k", "slope along z_k"
+    for name, row in zip(names, (z, p, y, p - y, z.grad), strict=True):
+        print(f"   {name:<15}" + "".join(f"{value:8.3f}" for value in row[0].tolist()))
+    print(f"   -> slope minus (p - y), largest: {(z.grad - p + y).abs().max():.1g}")
 
     targets, constants = torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0]), torch.arange(101.0)
-    error = constants[:, None] - targets  # (101, 5)
-    l1, mse = (losses.mean(1).argmin().item() for losses in (error.abs(), error.square()))
-    print(f"   -> the best constant for the targets 1, 2, 3, 4, 100 is {l1} by L1, {mse} by MSE; "
-          f"median {targets.median():.0f}, mean {targets.mean():.0f}")  # fmt: skip
-    return {"slopes": slopes, "p - y": p - y, "cross_entropy": z.grad, "best": (l1, mse)}
+    print("   Which constant output is best for the targets 1, 2, 3, 4, 100?    mean L1   mean MSE")
+    l1, mse = (f(constants[:, None] - targets).mean(1) for f in (torch.abs, torch.square))
+    for word, c in (("median", targets.median().long()), ("mean", targets.mean().long())):
+        print(f"   {f'the {word}, {c}':<62}   {l1[c]:7.1f}   {mse[c]:8.1f}")
+    best = tuple(losses.argmin().item() for losses in (l1, mse))
+    print(f"   -> the best of 0, 1 ... 100 is {best[0]} by L1, {best[1]} by MSE")
+    return {"slopes": slopes, "p - y": p - y, "cross_entropy": z.grad, "best": best}
 
 
 # --- 6. second reading: why the largest logit is taken out -------------------------------------
@@ -288,13 +286,13 @@ def wrong_by(a):
 
 
 def show_overflow():
-    print("6. The logits are 0, a, 0; class 0 is right: at which a does cross-entropy overflow?")
-    print("        a   as written   by log-sum-exp")
+    print("6. Logits 0, a, 0; class 0 is right: up to which a is cross-entropy finite?")
+    print("        a   -log p_t as written   by log-sum-exp")
     naive, stable = {}, {}
     for a in (1.0, 50.0, 88.0, 89.0, 1000.0):
         naive[a] = naive_cross_entropy(*wrong_by(a)).item()
         stable[a] = cross_entropy(*wrong_by(a)).item()
-        print(f"   {a:6.0f}   {naive[a]:10.4f}   {stable[a]:14.4f}")
+        print(f"   {a:6.0f}   {naive[a]:19.4f}   {stable[a]:14.4f}")
     last = [max(a for a in row if math.isfinite(row[a])) for row in (naive, stable)]
     limit = math.log(torch.finfo(torch.float32).max)
     print(f"   -> finite up to a = {last[0]:.0f} as written, {last[1]:.0f} by log-sum-exp; exp(a) "

@@ -99,57 +99,10 @@ def test_the_first_table_can_be_checked_by_head(lesson, capsys):
     assert lesson.show_everyday() == pytest.approx([1, 5 / 3, math.log(2)])
     _, head, *rows, follows = capsys.readouterr().out.splitlines()
     assert head.split() == ["loss", "outputs", "target", "value", "by", "head"]
-    assert [row.split() for row in rows] == [
-        [
-            "L1Loss",
-            "1.000",
-            "2.000",
-            "3.000",
-            "1.000",
-            "3.000",
-            "5.000",
-            "1.000",
-            "(0",
-            "+",
-            "1",
-            "+",
-            "2)",
-            "/",
-            "3",
-        ],
-        [
-            "MSELoss",
-            "1.000",
-            "2.000",
-            "3.000",
-            "1.000",
-            "3.000",
-            "5.000",
-            "1.667",
-            "(0",
-            "+",
-            "1",
-            "+",
-            "4)",
-            "/",
-            "3",
-        ],
-        [
-            "CrossEntropyLoss",
-            "0.693",
-            "0.000",
-            "0.000",
-            "class",
-            "0",
-            "0.693",
-            "-log(2",
-            "/",
-            "(2",
-            "+",
-            "1",
-            "+",
-            "1))",
-        ],
+    assert [" ".join(row.split()) for row in rows] == [
+        "L1Loss 1.000 2.000 3.000 1.000 3.000 5.000 1.000 (0 + 1 + 2) / 3",
+        "MSELoss 1.000 2.000 3.000 1.000 3.000 5.000 1.667 (0 + 1 + 4) / 3",
+        "CrossEntropyLoss 0.693 0.000 0.000 class 0 0.693 exp gives 2, 1, 1: -log(2 / 4)",
     ]
     assert follows == "   -> value minus value by head, largest: 0.000"
 
@@ -171,24 +124,29 @@ def test_the_second_table_shows_both_sides(lesson, capsys, seed):
     for name, reduction, word, ours, theirs in rows:
         if name == "cross-entropy":
             w = weight if word == "yes" else None
-            right = F.cross_entropy(z[:5], t[:5], w, reduction=reduction)  # without the last one
+            kept = [0, 2, 3, 4, 5]  # without the second one
+            right = F.cross_entropy(z[kept], t[kept], w, reduction=reduction)
             if reduction == "none":
-                right = F.pad(right, (0, 1))
+                right = torch.cat([right[:1], torch.zeros(1), right[1:]])
         else:
             right = {"L1": F.l1_loss, "MSE": F.mse_loss}[name](x, target, reduction=reduction)
         torch.testing.assert_close((ours, theirs), (right, right))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("6 random examples, 5 classes; up to three values")
+    assert lines[0].endswith("by hand equal torch.nn's? 6 random examples, 5 classes")
+    assert "the second example is ignored" in lines[1]
     for line, (*_, ours, theirs) in zip(lines[3:-1], rows, strict=True):
         shown = [float(word) for word in line.split() if "." in word]
         expected = ours.flatten()[:3].tolist() + theirs.flatten()[:3].tolist()
+        name, reduction, word = line.split()[:3]
+        assert (word == "-") == (name != "cross-entropy")
+        assert (shown[1] == 0) == ((name, reduction) == ("cross-entropy", "none"))
         assert shown == pytest.approx(expected, abs=6e-4)
     off = max((ours - theirs).abs().max().item() for *_, ours, theirs in rows)
     assert lines[-1].endswith(f"largest in all 12 rows: {off:.1g}") and off < 1e-5
 
 
 def test_try_nothing_but_ignored_targets_is_nan(lesson, tmp_path, capsys):
-    changed = edited(lesson, "    t[-1] = -1\n", "    t[:] = -1\n")
+    changed = edited(lesson, "    t[1] = -1\n", "    t[:] = -1\n")
     rows = changed.main(log_dir=tmp_path)["by_hand"]  # to its end
     for name, reduction, _, ours, theirs in rows:
         if name == "cross-entropy":
@@ -206,7 +164,14 @@ def test_the_third_table_starts_where_nothing_is_known(lesson, capsys, seed):
     for name, number in (("yes", 2), ("tags", 2), ("classes", 3), ("pixels", 3)):
         assert targets[name].min() >= 0 and targets[name].max() < number
     assert len(targets["pixels"].unique()) == 3 and len(targets["tags"].unique()) == 2
-    expected = [1, 1, math.log(3), math.log(3), math.log(2), math.log(2)]
+    expected = [
+        (1 + 1 + 1 + 81) / 4,
+        (1 + 1 + 1 + 9) / 4,
+        math.log(3),
+        math.log(3),
+        math.log(2),
+        math.log(2),
+    ]
     assert list(values.values()) == pytest.approx(expected)
     lines = capsys.readouterr().out.splitlines()
     losses = ["MSELoss", "L1Loss", *["CrossEntropyLoss"] * 2, *["BCEWithLogitsLoss"] * 2]
@@ -217,7 +182,7 @@ def test_the_third_table_starts_where_nothing_is_known(lesson, capsys, seed):
         assert " ".join(line.split()).endswith(
             " ".join([*" ".join(words[1].split()).split("  "), words[2], words[0],
                       f"{words[3]:.4f}"]))  # fmt: skip
-    assert lines[-1].endswith("it is log 3 for 3 classes, log 2 for yes or no")
+    assert lines[-1].endswith("logits 0 the loss is log 3 for 3 classes, log 2 for yes or no")
 
 
 def test_the_fourth_table_finds_the_silent_mistakes(lesson, capsys):
@@ -267,15 +232,30 @@ def test_the_fifth_table_holds_slopes(lesson, capsys, seed):
     torch.testing.assert_close(measured["cross_entropy"], expected)
     torch.testing.assert_close(measured["p - y"], expected)
     assert measured["best"] == (3, 22)  # the median and the mean
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    out = capsys.readouterr().out.splitlines()
+    assert "one example's loss" in out[0] and out[4].endswith(f"right class is {t}")
+    lines = [line.split() for line in out]
     errors = ["-10.0", "-1.0", "-0.1", "0.1", "1.0", "10.0"]
     assert lines[1][-6:] == errors and lines[2][-6:] == ["-1.0"] * 3 + ["1.0"] * 3
     assert lines[3][-6:] == ["-20.0", "-2.0", "-0.2", "0.2", "2.0", "20.0"]
-    assert lines[4] == ["class", "k,", str(t), "is", "right", "0", "1", "2"]
-    for words, row in zip(lines[5:9], (z, p, expected, expected), strict=True):
+    assert lines[5] == ["class", "k", "0", "1", "2"]
+    y = F.one_hot(torch.tensor([t]), 3)
+    for words, row in zip(lines[6:11], (z, p, y, expected, expected), strict=True):
         assert [float(word) for word in words[-3:]] == pytest.approx(row[0].tolist(), abs=6e-4)
-    assert float(lines[9][-1]) < 1e-6
-    assert " ".join(lines[10]).endswith("is 3 by L1, 22 by MSE; median 3, mean 22")
+    assert float(lines[11][-1]) < 1e-6
+    assert lines[12][-4:] == ["mean", "L1", "mean", "MSE"]
+    targets = (1, 2, 3, 4, 100)
+    for words, name, c in zip(lines[13:15], ("median,", "mean,"), (3, 22), strict=True):
+        l1, mse = (sum(abs(c - target) ** power for target in targets) / 5 for power in (1, 2))
+        assert words == ["the", name, str(c), f"{l1:.1f}", f"{mse:.1f}"]
+    assert out[15] == "   -> the best of 0, 1 ... 100 is 3 by L1, 22 by MSE"
+
+
+def test_in_a_mean_of_N_a_slope_is_one_Nth():
+    x = torch.randn(7, requires_grad=True)
+    whole, one = (torch.autograd.grad(F.mse_loss(x, torch.zeros(7), reduction=r), x)[0]
+                  for r in ("mean", "sum"))  # fmt: skip
+    torch.testing.assert_close(whole, one / 7)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -295,6 +275,7 @@ def test_main_overflows_where_theory_says(lesson, tmp_path, seed, events, capsys
     assert [line[0] for line in lines if line[0].isdigit()] == ["1", "2", "3", "4", "5", "6"]
     follows = "finite up to a = 88 as written, 1000 by log-sum-exp; exp(a) is finite up to 88.7"
     assert lines[-2] == f"   -> {follows}"
+    assert lines[-8].split() == ["a", "-log", "p_t", "as", "written", "by", "log-sum-exp"]
     shown = [line.split() for line in lines[-7:-2]]
     assert [words[0] for words in shown] == ["1", "50", "88", "89", "1000"]
     assert [words[1] for words in shown] == ["1.5514", "50.0000", "88.0000", "inf", "inf"]
