@@ -178,7 +178,7 @@ def test_what_is_printed_of_the_graph(lesson, capsys):
         "None]",
     ]
     assert "None: the constant x; 1 again: node 1, drawn above):\n   0 Mul" in out
-    assert "   All nodes, each above the nodes of its inputs (AccumulateGrad adds to the .grad" in out
+    assert "   All nodes, each above the nodes of its inputs (AccumulateGrad adds" in out
     assert "-> used twice: node 1 (z = 6); after L.backward() w.grad is 39, b.grad 6\n" in out
     assert lesson.f(2, 1, 3) == 42
 

@@ -521,6 +521,14 @@ def test_each_picture_is_of_the_network_that_its_run_names(
         assert event.step == 0 and picture.getpixel((0, 0))[0] == int(255 * found[row])
 
 
+def test_what_only_comes_to_the_bound_is_not_better(
+    lesson, images_root, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(lesson, "share_right", lambda heats: 1.0)
+    lesson.show_grad_cam(tmp_path, images_root, epochs=0, batch=16, asked=8)  # 0.5 + 2 / sqrt(16)
+    assert "-> above 1.00, which no guessing reaches: none\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("share", "said"), [(1.0, "the trained network and the untrained network"), (0.5, "none")]
 )
