@@ -1,4 +1,5 @@
-"""TensorBoard draws a curve from its tag, its steps and its folder; it warns of no wrong one.
+"""TensorBoard draws a curve from its tag, its steps and its folder; its page shows no warning if a
+curve is wrong.
 
 A SummaryWriter writes points to a file in its folder. TensorBoard reads the files of all folders
 below --logdir. One folder is one run: it has one colour, and one curve for each tag (the name of a
@@ -15,8 +16,8 @@ So always give a step, take a new folder for each run, and give purge_step where
 TensorBoard has two programs that read files. The fast loader is the default where it is installed
 (not on Windows). It does not read purge_step: a new point removes older points of its tag at the
 same or a later step. The slow loader obeys purge_step if each writer in the folder was given one.
-For each tag of a run both keep at most 10 pictures and 1,000 points: the last one, and a random
-choice of the others. Options choose the loader and keep more.
+Both keep, for each tag of a run, at most 10 pictures and 1,000 points: always the last one, the
+others chosen at random. Options choose the loader and keep more.
 
 Needs          nothing
 Checked here   what TensorBoard shows, started without options and with those that section 2 prints
@@ -165,13 +166,14 @@ def show_curves(log_dir, default, with_options, points, many):
         ("long", "line/y", f"{many} points", (many, many, 2.0 * many - 2)),
     ]
     print("2. Traps: which curves does TensorBoard show, and are they as meant?")
-    print(f"   by default:   tensorboard --logdir {log_dir} (here its {loader(default)} loader)")
-    print(f"   with options: the same, and {' '.join(OPTIONS)} (its {loader(with_options)} loader)")
+    first, second = loader(default), loader(with_options)
+    print(f"   by default:   tensorboard --logdir {log_dir} (files read by its {first} loader)")
+    print(f"   with options: the same, and {' '.join(OPTIONS)} (its {second} loader)")
     print(
-        "   The first writer writes y = 2 step, the second one y = 3 step. Meant is: a resumed run"
+        "   The first writer of a folder writes y = 2 step, the second one y = 3 step. As meant: a"
     )
-    print(f"   loses its older points at step {half} and later, those of every tag.")
-    print("   steps: how many different steps the points have. x: not as meant")
+    print(f"   run resumed at step {half} loses its older points from there on, in every tag.")
+    print("   steps: number of different steps. An x behind last y: this curve is not as meant")
     groups = "".join(f"   {name:^20}" for name in ("as meant", "by default", "with options"))
     print(f"   {'':<49}{groups}".rstrip())
     print(f"   {'run':<19}{'how it was written':<30}" + "   points steps last y " * 3)
@@ -180,20 +182,22 @@ def show_curves(log_dir, default, with_options, points, many):
         answers = [describe(ask(address, "scalars/scalars", run=run, tag=tag))
                    for address in (default, with_options)]  # fmt: skip
         shown[run, tag] = answers
-        name = run if tag == "line/y" else f"{run} {tag}"
+        name = f"{run} {tag}" if run == "purge_step" else run
         cells = f"   {'{:6} {:5} {:6g}'.format(*meant) if meant else 'a curve for each run':<20}"
         for names, answer in zip(wrong, answers, strict=True):
             if answer != meant:
                 names.append(name)
             cells += "   {:6} {:5} {:6g}".format(*answer) + (" " if answer == meant else "x")
         print(f"   {name:<19}{how:<30}{cells}".rstrip())
-    cures = ["with_step", "folder_a", "folder_b", "purge_step"]
+    cures = ["with_step", "folder_a", "folder_b", "purge_step line/y"]
     good = [cure for cure in cures if cure not in wrong[0] + wrong[1]]
     print(f"   -> not as meant by default:   {', '.join(wrong[0])}")
     print(f"   -> not as meant with options: {', '.join(wrong[1])}")
     print(f"   -> as meant both times: {', '.join(good)}")
     if good == cures:
         print("      so give a step, a folder for each run, and purge_step where you resume")
+    if "purge_step line/old" in wrong[0]:
+        print("      a tag that is not written again needs the slow loader, too: --load_fast=false")
     return {"shown": shown, "wrong": wrong, "good": good}
 
 
