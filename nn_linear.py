@@ -1,28 +1,28 @@
 """A linear layer gets each image as one row of numbers, and it does not know which are neighbours.
 
 nn.Linear computes each output as a weighted sum of all its inputs, plus a bias. It stands at the
-end of most classifiers: flatten(1) makes a row of each image, the layer makes one number per class
-of each row. Flatten from axis 1 on: axis 0 counts the images. If you flatten all axes, 64 images
-become one row, the layer needs 64 times the weights, gives one answer for all of them, and fails
+end of many classifiers: flatten(1) makes a row of each image, the layer makes one number per class
+of each row. Flatten from axis 1 on, as axis 0 counts the images. If you flatten all axes, 64 images
+become one row: the layer needs 64 times the weights, gives one answer for all of them, and fails
 at the first batch of another size.
 
     x = images.flatten(1)      (B, C, H, W) -> (B, I)
     y = x weight^T + bias      (B, I) -> (B, O)
 
-    B  images in a batch            C, H, W  channels, rows, columns; pixel (c, h, w), counted
-    I  numbers in, C H W                     from 0, comes to place (c H + h) W + w of its row
-    O  numbers out                  weight (O, I), bias (O,): together O I + O parameters
+    B  images in a batch       C, H, W  channels, rows, columns     ^T  rows and columns exchanged
+    I  numbers in, C H W       O  numbers out       weight (O, I), bias (O,): O I + O parameters
+    Pixel (c, h, w), counted from 0, comes to place (c H + h) W + w of its row.
 
 The order of the I numbers is free. Shuffle the pixels of all images in one way, and the columns of
-the weight with them: the layer computes the same, and it learns the same. So rows and columns of an
-image mean nothing to it; a convolution (nn_conv2d.py) uses them.
+the weight with them: the layer computes the same, and it learns the same. Which pixels lie side by
+side means nothing to it; a convolution (nn_conv2d.py) uses that.
 
 Needs          nn_module.py
 Checked here   the place of every pixel; nn.Linear = by hand; batches flattened in two ways; the
                losses on shuffled pixels, and those where the weights are left as they were
 TensorBoard    train/loss by step, in the runs in_order and shuffled: two curves that are one;
                linear/input and linear/templates, what training added to five rows of the weight:
-               after the shuffling both pictures are noise to the eye
+               in the run shuffled both pictures look like noise
 Try            in show_batches, put (2, nn.Linear(1024, 10)) for (1, nn.Linear(3072, 10)): an error?
 Answer         No: each channel is taken for a sample, so 64 images give (64, 3, 10)
 Source         torch.nn.Linear, torch.nn.Flatten
@@ -37,7 +37,6 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from support.data import as_tensors, open_images, source_line
@@ -55,10 +54,10 @@ def show_everyday():
     x = images.flatten(1)  # (2, 6): each image a row; in a network: nn.Flatten()
     layer = nn.Linear(6, 2)  # 6 numbers in, 2 numbers out
     with torch.no_grad():  # weights that can be followed by eye
-        layer.weight[0], layer.bias[0] = torch.tensor([1.0, 0, 0, 0, 0, 0]), 0.5
-        layer.weight[1], layer.bias[1] = torch.tensor([1.0, 1, 1, 1, 1, 1]), 100
+        layer.weight[:] = torch.tensor([[1.0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+        layer.bias[:] = torch.tensor([0.5, 100])
     y = layer(x)  # (2, 2)
-    print("1. How do I put a linear layer behind images?")
+    print("1. How do I put a linear layer behind images? Weights 1 0 0 0 0 0 and 1 1 1 1 1 1")
     print("   x = images.flatten(1)     y = layer(x)   first pixel + 0.5   sum of pixels + 100")
     hand = torch.stack([images[:, 0, 0, 0] + 0.5, images.sum((1, 2, 3)) + 100], 1)
     for row, out, (first, total) in zip(x.tolist(), y.tolist(), hand, strict=True):
@@ -68,7 +67,7 @@ def show_everyday():
         layer(images)
     except RuntimeError as error:
         print(f"   layer(images), not flattened: {error}")
-    print(f"   -> y is what the weights say, off by {(y - hand).abs().max():g}")
+    print(f"   -> y equals the sums by hand beside it, within {(y - hand).abs().max():g}")
     return y.tolist()
 
 
@@ -93,7 +92,7 @@ def show_places(images):
         print(f"   {name:<12}    {pixel!s:<15} {places[-1]:7,}")
     c, h, w = torch.cartesian_prod(*map(torch.arange, (3, 32, 32))).unbind(1)  # all pixels: (3072,)
     right = (images.flatten(1)[:, flat_index(c, h, w, 32, 32)] == images[:, c, h, w]).all(0)
-    print(f"   -> of {len(right):,} pixels the formula gives the right place for {right.sum():,}")
+    print(f"   -> place (32 c + h) 32 + w is right for {right.sum():,} of {len(right):,} pixels")
     assert right.all()
     return places
 
@@ -107,7 +106,7 @@ def linear(x, weight, bias):
 
 
 def show_by_hand(x):
-    print("3. Is nn.Linear(3072, 10) one matrix product? Output 0 of the first three images")
+    print("3. Is nn.Linear x @ weight.T + bias? Output 0 of 10, for the first three images")
     print("   image     nn.Linear   x @ weight.T + bias")
     layer = nn.Linear(3072, 10)
     with torch.no_grad():
@@ -115,8 +114,9 @@ def show_by_hand(x):
     for i in range(3):
         print(f"   {i:5}   {y[i, 0]:11.6f}   {hand[i, 0]:19.6f}")
     off, count = (y - hand).abs().max().item(), sum(p.numel() for p in layer.parameters())
-    print(f"   -> the two differ by at most {off:.0e}; its {count:,} parameters are 10 * 3072 "
-          f"weights and {count - 10 * 3072} biases")  # fmt: skip
+    print(f"   -> the two differ by at most {off:.0e}, over all outputs of {len(x)} images. "
+          f"nn.Linear(3072, 10) has\n      {count:,} parameters: 10 * 3072 weights and "
+          f"{count - 10 * 3072} biases")  # fmt: skip
     assert off < 1e-5
     return layer, off
 
@@ -141,8 +141,8 @@ def feed(layer, batches, start_dim):
 
 def show_batches(images, batch_size):
     print(f"4. Flatten from which axis? {len(images)} images in batches of {batch_size}")
-    print("   from axis   layer                   parameters   images -> output, at both ends")
-    batches, counts, outputs = DataLoader(images, batch_size), [], []
+    print("   from axis   layer                   parameters   first and last batch -> output")
+    batches, counts, outputs = images.split(batch_size), [], []
     for start_dim, layer in ((1, nn.Linear(3072, 10)), (0, nn.Linear(batch_size * 3072, 10))):
         counts.append(sum(p.numel() for p in layer.parameters()))
         outputs.append(feed(layer, batches, start_dim))
@@ -197,16 +197,17 @@ def draw(log_dir, losses, x, added, classes):
 
 
 def show_shuffled(log_dir, layer, x, labels, classes, steps):
-    print(f"5. What if the pixels of all images are shuffled in one way? {steps} steps of SGD")
-    print("   run        pixels     columns of     first loss   last loss   minus the first row,")
-    print("                         the weight                              largest")
+    print(f"5. What if all images are shuffled in one way? Mean square error, {steps} steps")
+    print("   run        pixels     columns of     first      last       largest difference from")
+    print("                         the weight     loss       loss       the losses of in_order")
     targets = F.one_hot(labels, 10).float()  # (N, 10): 1 at the true class, 0 elsewhere
-    order, start = torch.randperm(3072), {k: v.clone() for k, v in layer.state_dict().items()}
+    order = torch.randperm(3072)
+    start = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     moved = start | {"weight": start["weight"][:, order]}
     losses, weights, off = {}, {}, {}
     for run, rows, state, pixels, columns in (
         ("in_order", x, start, "in order", "in order"),
-        ("shuffled", x[:, order], moved, "shuffled", "with them"),
+        ("shuffled", x[:, order], moved, "shuffled", "shuffled"),
         ("(control)", x[:, order], start, "shuffled", "in order"),
     ):
         layer.load_state_dict(state)
@@ -214,14 +215,14 @@ def show_shuffled(log_dir, layer, x, labels, classes, steps):
         weights[run] = layer.weight.detach().clone()
         pairs = zip(losses[run], losses["in_order"], strict=True)
         off[run] = max(abs(a - b) for a, b in pairs)
-        print(f"   {run:<10} {pixels:<10} {columns:<12} {losses[run][0]:12.6f}   "
-              f"{losses[run][-1]:9.6f}   {f'{off[run]:.0e}' if off[run] else '0':>20}")  # fmt: skip
+        print(f"   {run:<10} {pixels:<10} {columns:<12}   {losses[run][0]:.6f}   "
+              f"{losses[run][-1]:.6f}   {f'{off[run]:.0e}' if off[run] else '0':>23}")  # fmt: skip
         if run != "(control)":
             draw(log_dir / run, losses[run], rows[:1], weights[run] - state["weight"], classes)
     apart = (weights["shuffled"] - weights["in_order"][:, order]).abs().max().item()
-    print(f"   -> with the columns moved, the losses differ by {off['shuffled']:.0e} and the "
-          f"learned weights by {apart:.0e};\n      with the columns left in order, the losses "
-          f"differ by {off['(control)']:.0e}")  # fmt: skip
+    print(f"   -> with columns shuffled alike, the losses differ by {off['shuffled']:.0e}, weights by "
+          f"{apart:.0e}. With columns\n      in order it is another start, and it ends at "
+          f"{losses['(control)'][-1]:.4f} instead of {losses['in_order'][-1]:.4f}")  # fmt: skip
     assert off["shuffled"] < 1e-6 and apart < 1e-5
     return {"losses": losses, "weights": weights, "start": start["weight"], "order": order}
 

@@ -49,7 +49,7 @@ def test_the_everyday_layer_gives_what_its_weights_say(lesson, capsys):
     assert rows_of(out, "0 ") == [["0", "1", "2", "3", "4", "5", *numbers]]
     assert rows_of(out, "6 ")[0][-4:] == ["6.5", "151.0", "6.5", "151.0"]
     assert "not flattened: mat1 and mat2 shapes cannot be multiplied (4x3 and 6x2)" in out
-    assert "-> y is what the weights say, off by 0\n" in out
+    assert "-> y equals the sums by hand beside it, within 0\n" in out
 
 
 def test_flatten_puts_each_pixel_where_the_formula_says(lesson):
@@ -67,11 +67,11 @@ def test_a_wrong_place_stops_the_lesson(lesson, monkeypatch, capsys):
     assert lesson.show_places(images) == [1, 32, 1024]
     out = capsys.readouterr().out
     assert rows_of(out, "next channel") == [["next", "channel", "(1,", "0,", "0)", "1,024"]]
-    assert "-> of 3,072 pixels the formula gives the right place for 3,072\n" in out
+    assert "-> place (32 c + h) 32 + w is right for 3,072 of 3,072 pixels\n" in out
     monkeypatch.setattr(lesson, "flat_index", lambda c, h, w, H, W: (c * H + w) * W + h)
     with pytest.raises(AssertionError):
         lesson.show_places(images)
-    assert "the right place for 96\n" in capsys.readouterr().out  # where h = w
+    assert "is right for 96 of 3,072 pixels\n" in capsys.readouterr().out  # where h = w
 
 
 # --- by hand -----------------------------------------------------------------------------------
@@ -108,7 +108,8 @@ def test_the_product_is_compared_and_printed(lesson, monkeypatch, capsys):
         assert image == str(i) and float(theirs) == pytest.approx(y, abs=2e-6)
         assert float(ours) == pytest.approx(y, abs=2e-6)
     assert rows_of(out, "3 ") == []  # three images are shown
-    assert "30,730 parameters are 10 * 3072 weights and 10 biases\n" in out
+    assert f"differ by at most {off:.0e}, over all outputs of 4 images. nn.Linear(3072" in out
+    assert "\n      30,730 parameters: 10 * 3072 weights and 10 biases\n" in out
     linear = lesson.linear
     monkeypatch.setattr(
         lesson, "linear", lambda x, w, b: linear(x, w, b) + F.one_hot(b.argmax(), 10) / 99
@@ -222,6 +223,7 @@ def test_main_trains_alike_on_shuffled_pixels_and_fails_on_the_last_batch(
     assert in_order == pytest.approx(shuffled, rel=1e-5)
     assert in_order[-1] < in_order[0] - 0.01
     assert max(abs(a - b) for a, b in zip(in_order, control, strict=True)) > 3e-4
+    assert abs(in_order[-1] - control[-1]) < 0.01  # no order is a better one to learn from
 
     out = capsys.readouterr().out
     head = ["1", "nn.Linear(3072,", "10)", "30,730"]
@@ -230,27 +232,37 @@ def test_main_trains_alike_on_shuffled_pixels_and_fails_on_the_last_batch(
     assert [*head, "20", "->", "(10,),", "10", "->", "refused"] in rows_of(out, "0 ")
     assert f"refused: {error}\n" in out
     for head in (
-        "1. How do I put a linear",
+        "1. How do I put a linear layer behind images? Weights 1 0 0 0 0 0 and 1 1 1 1 1 1\n",
         "   x = images.flatten(1)     y = layer(x)   first pixel + 0.5   sum of pixels + 100\n",
         "2. Where do the neighbours",
         "   neighbour       pixel (c, h, w)   place\n",
-        "3. Is nn.Linear(3072, 10) one matrix",
+        "3. Is nn.Linear x @ weight.T + bias? Output 0 of 10, for the first three images\n",
         "   image     nn.Linear   x @ weight.T + bias\n",
         "4. Flatten from which axis? 50 images in batches of 20\n",
-        "   from axis   layer                   parameters   images -> output, at both ends\n",
-        "5. What if the pixels of all images are shuffled in one way? 8 steps",
-        "   run        pixels     columns of     first loss   last loss   minus the first row,\n",
-        "                         the weight                              largest\n",
+        "   from axis   layer                   parameters   first and last batch -> output\n",
+        "5. What if all images are shuffled in one way? Mean square error, 8 steps\n",
+        "   run        pixels     columns of     first      last       largest difference from\n",
+        "                         the weight     loss       loss       the losses of in_order\n",
         "look: tensorboard --logdir ",
     ):
         assert head in out
     assert "from axis 0 there are 20 times the parameters, and 1 of 3 batches refused" in out
-    for run, losses in measured["losses"].items():
-        ((*_, first, last, off),) = rows_of(out, f"{run} ")
+    pixels = ["in", "order"], ["shuffled"], ["shuffled"]
+    columns = ["in", "order"], ["shuffled"], ["in", "order"]
+    for where, whence, (run, losses) in zip(
+        pixels, columns, measured["losses"].items(), strict=True
+    ):
+        ((*words, first, last, off),) = rows_of(out, f"{run} ")
+        assert words == [run, *where, *whence]
         assert (first, last) == (f"{losses[0]:.6f}", f"{losses[-1]:.6f}")
         most = max(abs(a - b) for a, b in zip(losses, in_order, strict=True))
         assert off == (f"{most:.0e}" if most else "0")
-    assert f"in order, the losses differ by {off}\n" in out
+    most = max(abs(a - b) for a, b in zip(shuffled, in_order, strict=True))
+    weights = measured["weights"]
+    apart = (weights["shuffled"] - weights["in_order"][:, measured["order"]]).abs().max().item()
+    line = f"the losses differ by {most:.0e}, weights by {apart:.0e}. With columns\n"
+    assert f"   -> with columns shuffled alike, {line}      in order it is another start" in out
+    assert f", and it ends at {control[-1]:.4f} instead of {in_order[-1]:.4f}\n" in out
 
     images, _ = lesson.as_tensors(lesson.open_images(images_root, False))
     x = (images[:50] / 255 - 0.5).flatten(1)
