@@ -220,8 +220,8 @@ def show_shuffled(log_dir, layer, x, labels, classes, steps):
         if run != "(control)":
             draw(log_dir / run, losses[run], rows[:1], weights[run] - state["weight"], classes)
     apart = (weights["shuffled"] - weights["in_order"][:, order]).abs().max().item()
-    print(f"   -> with columns shuffled alike, the losses differ by {off['shuffled']:.0e}, weights by "
-          f"{apart:.0e}. With columns\n      in order it is another start, and it ends at "
+    print(f"   -> with columns shuffled alike, the losses differ by {off['shuffled']:.0e}, weights "
+          f"by {apart:.0e}. With columns\n      in order it is another start, and it ends at "
           f"{losses['(control)'][-1]:.4f} instead of {losses['in_order'][-1]:.4f}")  # fmt: skip
     assert off["shuffled"] < 1e-6 and apart < 1e-5
     return {"losses": losses, "weights": weights, "start": start["weight"], "order": order}
