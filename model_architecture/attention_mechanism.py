@@ -1,22 +1,31 @@
-"""Attention looks a value up by its key: a mean, weighted by softmax(q k^T / sqrt(d)).
+"""The output of attention is a mean of values, weighted by how well each key fits the query.
 
-    Attention(q, k, v) = softmax(q k^T / sqrt(d) + mask) v     q (…, T_q, d), k, v (…, T_k, d)
-    MultiHead(x) = concat(head_1 … head_H) W_o                 each of d = C / H
+Attention lets one position of a sequence read from others. Learned matrices make three vectors of
+each input: the query q (what it looks for), the key k (what it is found by) and the value v (what
+it gives). In self-attention all come from one sequence, in cross-attention k and v come from
+another. A mask says which keys a query may see: without one, a network that shall predict the next
+token can read it. Several heads are several attentions side by side, each with its own weights.
 
-For q and k of variance 1 a score q . k has variance d: without 1 / sqrt(d) the softmax of a large d
-is all but one-hot, and its gradient 0. A boolean mask is True where attention is allowed, as in
-F.scaled_dot_product_attention; in nn.MultiheadAttention True means blocked. An additive mask is
-added to the scores, -inf blocks. A row in which nothing is allowed gives 0, not NaN.
+    score    s_ij = q_i . k_j / sqrt(d)              how well key j fits query i
+    weight   p_ij = exp(s_ij) / sum_j exp(s_ij)      the softmax of row i of the scores
+    output   y_i = sum_j p_ij v_j                    in code: softmax(q k^T / sqrt(d)) v
 
-Checked here   both equal torch's, gradients included; masks; variance and entropy by d; no output
-               depends on a later input; decoding with a cache equals the full pass; memory and time
-               by T against the fused kernel; looking up learned, and not learned by a plain mean
-TensorBoard    scores/variance, softmax/entropy by log2 d in scaled, unscaled; attention/causality
-               and attention/lookup (a row is a question, its answer's place is framed) as pictures;
-               train/loss by step in lookup/attention, lookup/mean; memory/MB by T in ours, fused
-Try            influence(module, x) without is_causal: what is above the diagonal? All positive
-Source         Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Dao et al. 2022 (FlashAttention),
-               arXiv:2205.14135, for the fused kernel
+    T  number of positions     C  numbers per position     B  sequences (batch)     H  heads
+    d  numbers per query and key, C / H     causal  query i sees the keys up to i alone
+
+If the numbers of q and k are independent, of mean 0 and variance 1, then q . k has variance d: not
+divided by sqrt(d), the scores of a large d leave nearly all weight to one key.
+
+Needs          nn_linear.py, nn_loss.py
+Checked here   plain = complete = torch.nn, with gradients and masks; what True in a mask means; no
+               output depends on a later input; decoding with a cache; what sqrt(d) and memory do
+TensorBoard    train/loss by step in lookup/attention and lookup/mean; attention/lookup: the framed
+               cell, where the answer stands, is dark; attention/causality: white above the
+               diagonal; scores/variance and softmax/entropy by log2 d; memory/MB by T
+Try            in show_everyday, write q = 10 * torch.tensor(...): which value comes out?
+Answer         1, 10: the value of the first key, whose weight is 59049 / 59050 = 1.000
+Source         Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Dao et al. 2022 (FlashAttention,
+               the fused kernel), arXiv:2205.14135
 """
 
 import argparse
@@ -25,14 +34,15 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.tensorboard import SummaryWriter
@@ -41,24 +51,138 @@ from tqdm import tqdm
 TOPIC = "model_architecture"
 LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / TOPIC / "attention_mechanism"
 F64 = torch.float64
-TIGHT = {"rtol": 0, "atol": 1e-12}
 
 
-# --- attention ---------------------------------------------------------------------------------
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def attention(q, k, v):
+    """Output (..., T_q, d_v) and weights (..., T_q, T_k): the formulas on top, without a mask.
+
+    q (..., T_q, d), k (..., T_k, d), v (..., T_k, d_v). Exercise.
+    """
+    weights = (q @ k.mT / math.sqrt(q.size(-1))).softmax(-1)  # k.mT: rows and columns swapped
+    return weights @ v, weights
+
+
+def multi_head(x, W_q, W_k, W_v, W_o, H):
+    """Self-attention with H heads: x (B, T, C) -> (B, T, C), by weights W (C, C) without biases.
+
+    q = x W_q^T, so k, v. Head h takes the h-th C / H numbers of q, k and v; the outputs of the
+    heads side by side go through W_o^T. Exercise.
+    """
+    q, k, v = x @ W_q.T, x @ W_k.T, x @ W_v.T  # (B, T, C) each
+    heads = []
+    for q_h, k_h, v_h in zip(q.chunk(H, -1), k.chunk(H, -1), v.chunk(H, -1), strict=True):
+        heads.append(attention(q_h, k_h, v_h)[0])  # (B, T, C / H)
+    return torch.cat(heads, -1) @ W_o.T
+
+
+def show_everyday():
+    print("1. In everyday code: one query reads from two keys; d = 4, so scores are q . k / 2")
+    q = torch.tensor([[2.0, 0.0, 0.0, 0.0]])
+    k = torch.tensor([[math.log(3), 0.0, 0.0, 0.0], [0.0, 5.0, 0.0, 0.0]])
+    v = torch.tensor([[1.0, 10.0], [5.0, 30.0]])
+    y = F.scaled_dot_product_attention(q, k, v)  # the call; below, the two lines that it stands for
+    by_hand, weights = attention(q, k, v)
+
+    print("   key   score   weight   value")
+    for j in range(2):
+        score = q[0] @ k[j] / 2
+        print(f"   {j}     {score:5.3f}    {weights[0, j]:5.3f}   {v[j, 0]:5.3f} {v[j, 1]:6.3f}")
+    print(f"   output by torch        {y[0, 0]:5.3f} {y[0, 1]:6.3f}")
+    print(f"   output by attention    {by_hand[0, 0]:5.3f} {by_hand[0, 1]:6.3f}")
+    print(f"   -> {weights[0, 0]:.3f} times the first value plus {weights[0, 1]:.3f} times the "
+          f"second is {(weights @ v)[0, 0]:.3f} {(weights @ v)[0, 1]:.3f}")  # fmt: skip
+    return y, weights
+
+
+# --- 2. what attention does: looking up --------------------------------------------------------
+
+
+class LookUp(nn.Module):
+    """Items (key, value) and the key that is asked for -> logits of its value, by attention.
+
+    With attend=False all scores are 0, so that the output is a plain mean of the values: it tells
+    which values are there, but not whose they are.
+    """
+
+    def __init__(self, K, V, C=32, attend=True):
+        super().__init__()
+        self.attend, self.key, self.value = attend, nn.Embedding(K, C), nn.Embedding(V, C)
+        self.q, self.k, self.v = nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C)
+        self.head = nn.Linear(C, V)
+
+    def forward(self, keys, values, asked):
+        """keys, values (B, T), asked (B,) -> logits (B, V), weights (B, T)"""
+        items = self.key(keys) + self.value(values)  # (B, T, C)
+        question = self.key(asked).unsqueeze(1)  # (B, 1, C)
+        y, weights = attention(self.q(question) * self.attend, self.k(items), self.v(items))
+        return self.head(y.squeeze(1)), weights.squeeze(1)
+
+
+def questions(B, K, V):
+    """Each key once, in random order, with random values; which is asked for; answer; its place."""
+    keys, values = torch.rand(B, K).argsort(1), torch.randint(V, (B, K))
+    rows, place = torch.arange(B), torch.randint(K, (B,))
+    return (keys, values, keys[rows, place]), values[rows, place], place
+
+
+def train_lookup(model, steps, writer, K, V):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in tqdm(range(steps), leave=False, disable=None):
+        inputs, answer, _ = questions(128, K, V)
+        loss = F.cross_entropy(model(*inputs)[0], answer)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        writer.add_scalar("train/loss", loss.item(), step)
+
+
+def show_lookup(seed, log_dir, steps, K=8, V=8, n=2000):
+    print(f"2. What does attention do? It looks up: {K} items (key, value), one key is asked for")
+    print(f"   after {steps} steps, {n} new questions   accuracy   weight at the answer's place")
+    table = {}
+    for name in ("attention", "mean"):
+        torch.manual_seed(seed)
+        model = LookUp(K, V, attend=name == "attention")
+        with SummaryWriter(log_dir / "lookup" / name, purge_step=0) as writer:
+            train_lookup(model, steps, writer, K, V)
+            torch.manual_seed(seed + 1)  # the same questions for both
+            inputs, answer, place = questions(n, K, V)
+            with torch.no_grad():
+                logits, weights = model(*inputs)
+            right = (logits.argmax(1) == answer).double().mean().item()
+            table[name] = right, weights[torch.arange(n), place].mean().item()
+            words = f"{name}: weights, 0 white, 1 blue; a row is\na question, its answer is framed"
+            cells = draw_cells(weights[:8], words, list(enumerate(place[:8].tolist())))
+            writer.add_image("attention/lookup", cells, 0, dataformats="HWC")
+    commonest = (inputs[1].mode(1).values == answer).double().mean().item()
+    for words, (right, weight) in (("attention", table["attention"]),
+                                   ("a plain mean of the values", table["mean"])):  # fmt: skip
+        print(f"   {words:<36}   {right:8.3f}   {weight:28.3f}")
+    print(f"   always the most frequent value         {commonest:8.3f}")
+    print(f"   a random guess                         {1 / V:8.3f}   {1 / K:28.3f}")
+    print(f"   -> attention answers {table['attention'][0]:.0%} of the questions, a plain mean "
+          f"{table['mean'][0]:.0%}, the most frequent value {commonest:.0%}")  # fmt: skip
+    return table | {"commonest": commonest}
+
+
+# --- 3. heads and masks, complete --------------------------------------------------------------
 
 
 def attention_weights(q, k, mask=None, is_causal=False):
-    """Weights (…, T_q, T_k) of q (…, T_q, d) over k (…, T_k, d): each row sums to 1, or is 0.
+    """Weights (..., T_q, T_k) of q (..., T_q, d) over k (..., T_k, d): each row sums to 1, or is 0.
 
     softmax(q k^T / sqrt(d)), q divided before the product, so that half precision stays finite.
     mask is boolean (True: allowed) or floating (added); is_causal lets query i see keys 0 to i. A
     row in which nothing is allowed is 0. ValueError "q and k need one size d, not a and b"; "give a
     mask or is_causal, not both"; "mask (shape) does not fit scores (shape)" where it would not
-    broadcast to them; "a mask is boolean or floating, not …". Exercise.
+    broadcast to them; "a mask is boolean or floating, not ...". Exercise.
     """
     if q.size(-1) != k.size(-1):
         raise ValueError(f"q and k need one size d, not {q.size(-1)} and {k.size(-1)}")
-    scores = (q / math.sqrt(q.size(-1))) @ k.mT  # dividing first keeps half precision finite
+    scores = (q / math.sqrt(q.size(-1))) @ k.mT
     if is_causal:
         if mask is not None:
             raise ValueError("give a mask or is_causal, not both")
@@ -78,12 +202,7 @@ def attention_weights(q, k, mask=None, is_causal=False):
 
 
 def scaled_dot_product_attention(q, k, v, mask=None, is_causal=False):
-    """(…, T_q, d_v), from q (…, T_q, d), k (…, T_k, d), v (…, T_k, d_v).
-
-    attention_weights times v. mask broadcasts to (…, T_q, T_k). is_causal lets query i see keys 0
-    to i. ValueError "k (shape) and v (shape) do not belong together" if they differ before the last
-    axis. Exercise.
-    """
+    """attention_weights times v (..., T_k, d_v): (..., T_q, d_v)."""
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not belong together")
     return attention_weights(q, k, mask, is_causal) @ v
@@ -106,7 +225,7 @@ class MultiHeadAttention(nn.Module):
 
         Exercise.
         """
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, C) -> (B, H, T, C/H)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def forward(self, query, key=None, value=None, mask=None, is_causal=False, key_mask=None,
                 cache=None, need_weights=False):  # fmt: skip
@@ -115,12 +234,12 @@ class MultiHeadAttention(nn.Module):
         mask: (T_q, T_k), (B, T_q, T_k) or (B, H, T_q, T_k); key_mask (B, T_k): True for a real key.
         cache: a dict that keeps keys and values; the query is then what comes after them.
         """
+        if query.dim() != 3:
+            raise ValueError(f"the query needs the shape (B, T, C), not {tuple(query.shape)}")
         key = query if key is None else key
         value = key if value is None else value
-        q, k, v = (
-            self.heads(project(x))
-            for project, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
-        )
+        q = self.heads(self.q_proj(query))  # (B, H, T_q, C / H)
+        k, v = self.heads(self.k_proj(key)), self.heads(self.v_proj(value))
         past = 0
         if cache is not None:
             if cache:
@@ -137,30 +256,31 @@ class MultiHeadAttention(nn.Module):
 
         mask (T_q, T_k), (B, T_q, T_k) or (B, H, T_q, T_k), boolean or floating, or None; key_mask
         (B, T_k): True for a real key. What a boolean one forbids is -inf in a floating one. None if
-        there is none; ValueError "a mask is boolean or floating, not …". Exercise.
+        there is none; ValueError "a mask is boolean or floating, not ...". Exercise.
         """
         if mask is not None and not (mask.dtype == torch.bool or mask.is_floating_point()):
             raise ValueError(f"a mask is boolean or floating, not {mask.dtype}")
         if mask is not None and mask.dim() == 3:
             mask = mask.unsqueeze(1)  # (B, T_q, T_k) -> (B, 1, T_q, T_k)
-        allowed = []
+        more = []
         if is_causal:
-            causal = torch.ones(T_q, T_k, dtype=torch.bool, device=device)
-            allowed.append(causal.tril(past))
+            more.append(torch.ones(T_q, T_k, dtype=torch.bool, device=device).tril(past))
         if key_mask is not None:
-            allowed.append(key_mask[:, None, None, :])
-        for more in allowed:
+            more.append(key_mask[:, None, None, :])
+        for allowed in more:
             if mask is None:
-                mask = more
+                mask = allowed
             elif mask.dtype == torch.bool:
-                mask = mask & more
+                mask = mask & allowed
             else:
-                mask = torch.where(more, mask, -math.inf)
+                mask = torch.where(allowed, mask, -math.inf)
         return mask
 
     @torch.no_grad()
     def copy_torch(self, other):
         """Take the weights of an nn.MultiheadAttention of the same size."""
+        if other.num_heads != self.num_heads:
+            raise ValueError(f"{other.num_heads} heads do not fit into {self.num_heads}")
         projections = (self.q_proj, self.k_proj, self.v_proj)
         for ours, weight in zip(projections, other.in_proj_weight.chunk(3), strict=True):
             ours.weight.copy_(weight)
@@ -171,67 +291,79 @@ class MultiHeadAttention(nn.Module):
         return self
 
 
-# --- equalities --------------------------------------------------------------------------------
-
-
-def largest_difference(a, b):
-    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+def compare(pair, inputs):
+    """Largest difference of two outputs, and of their gradients: float64, so 1e-12 is rounding."""
+    grads = [torch.autograd.grad(y.sin().sum(), inputs) for y in pair]
+    torch.testing.assert_close(*pair, rtol=0, atol=1e-12)
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+    differences = [(a - b).abs().max().item() for a, b in zip(*grads, strict=True)]
+    return (pair[0] - pair[1]).abs().max().item(), max(differences)
 
 
 def show_twins(B=2, H=3, T=7, d=5):
-    print("1. ours and torch's: largest difference of outputs, of gradients")
-    q, k, v = (torch.randn(B, H, T, d, dtype=F64, requires_grad=True) for _ in range(3))
-    allowed = torch.rand(B, 1, T, T) < 0.6
+    print("3. Is it torch's? Complete minus plain or torch's, largest difference, float64")
+    print("             mask      compared with                    outputs   gradients")
+    ours, torchs = scaled_dot_product_attention, F.scaled_dot_product_attention
+    qkv = [torch.randn(B, H, T, d, dtype=F64, requires_grad=True) for _ in range(3)]
+    allowed, added = torch.rand(B, 1, T, T) < 0.6, torch.randn(T, T, dtype=F64)
     allowed[0, 0, 2] = False  # a row that may look at nothing
-    masks = {
-        "no mask": {},
-        "boolean": {"mask": allowed},
-        "additive": {"mask": torch.randn(T, T, dtype=F64)},
-        "causal": {"is_causal": True},
-    }
-    for name, options in masks.items():
-        theirs = {"attn_mask" if key == "mask" else key: m for key, m in options.items()}
-        pair = [scaled_dot_product_attention(q, k, v, **options),
-                F.scaled_dot_product_attention(q, k, v, **theirs)]  # fmt: skip
-        grads = [torch.autograd.grad(y.sin().sum(), (q, k, v)) for y in pair]
-        torch.testing.assert_close(*pair, **TIGHT)
-        torch.testing.assert_close(*grads, **TIGHT)
-        off = largest_difference(pair[:1], pair[1:]), largest_difference(*grads)
-        print(f"   {name:<22} {off[0]:.0e}   {off[1]:.0e}")
-    x, real = torch.randn(B, T, H * 4, dtype=F64, requires_grad=True), torch.rand(B, T) < 0.7
+    causal = [attend(*qkv, is_causal=True) for attend in (ours, torchs)]
+    name, rows = "F.scaled_dot_product_attention", []
+    for mask, other, pair in (
+        ("none", "plain attention", (ours(*qkv), attention(*qkv)[0])),
+        ("none", name, (ours(*qkv), torchs(*qkv))),
+        ("boolean", name, (ours(*qkv, allowed), torchs(*qkv, allowed))),
+        ("added", name, (ours(*qkv, added), torchs(*qkv, added))),
+        ("causal", name, causal),
+    ):
+        rows.append(("one head", mask, other, compare(pair, qkv)))
+
+    x, real = torch.randn(B, T, H * d, dtype=F64, requires_grad=True), torch.rand(B, T) < 0.7
     real[:, 0] = True
-    library = nn.MultiheadAttention(H * 4, H, batch_first=True, dtype=F64)
-    ours = MultiHeadAttention(H * 4, H).double().copy_torch(library)
-    pair = [
-        ours(x, key_mask=real),
-        library(x, x, x, key_padding_mask=~real)[0],
-    ]  # True blocks there
-    grads = [torch.autograd.grad(y.sin().sum(), x) for y in pair]
-    torch.testing.assert_close(*pair, **TIGHT)
-    torch.testing.assert_close(*grads, **TIGHT)
-    off = largest_difference(pair[:1], pair[1:]), largest_difference(*grads)
-    print(f"   nn.MultiheadAttention  {off[0]:.0e}   {off[1]:.0e}")
-
-
-def show_scale(log_dir, keys=64, queries=512):
-    print(f"2. scores and softmax over {keys} keys, by d; a uniform softmax has entropy "
-          f"{math.log(keys):.3f}")  # fmt: skip
-    rows = {}
-    for d in (4, 16, 64, 256, 1024):
-        scores = torch.randn(queries, d) @ torch.randn(d, keys)
-        for name, s in (("unscaled", scores), ("scaled", scores / math.sqrt(d))):
-            p = s.softmax(-1)
-            rows[name, d] = s.var().item(), torch.special.entr(p).sum(-1).mean().item()
-        print(f"   d {d:4}   unscaled: variance {rows['unscaled', d][0]:7.1f}  entropy "
-              f"{rows['unscaled', d][1]:.3f}   scaled: variance {rows['scaled', d][0]:.3f}  "
-              f"entropy {rows['scaled', d][1]:.3f}")  # fmt: skip
-    for name in ("unscaled", "scaled"):
-        with SummaryWriter(log_dir / name, purge_step=0) as writer:
-            for (variant, d), (variance, entropy) in rows.items():
-                if variant == name:
-                    writer.add_scalar("scores/variance", variance, round(math.log2(d)))
-                    writer.add_scalar("softmax/entropy", entropy, round(math.log2(d)))
+    library = nn.MultiheadAttention(H * d, H, batch_first=True, dtype=F64)  # its biases start at 0
+    module = MultiHeadAttention(H * d, H).double().copy_torch(library)
+    projections = (module.q_proj, module.k_proj, module.v_proj, module.out_proj)
+    plain = multi_head(x, *(layer.weight for layer in projections), H)
+    theirs = library(x, x, x, key_padding_mask=~real)[0]  # True blocks there
+    rows.append((f"{H} heads", "none", "plain multi_head", compare((module(x), plain), [x])))
+    pair = module(x, key_mask=real), theirs
+    rows.append((f"{H} heads", "padding", "nn.MultiheadAttention", compare(pair, [x])))
+    for heads, mask, other, (outputs, gradients) in rows:
+        print(f"   {heads:<8}  {mask:<8}  {other:<30}   {outputs:7.0e}   {gradients:9.0e}")
+    worst = max(max(row[-1]) for row in rows)
+    print(f"   -> the largest of all is {worst:.0e}, and numbers near 1 are rounded by 1e-16")
     return rows
+
+
+# --- 4. what True means ------------------------------------------------------------------------
+
+
+def show_masks():
+    print("4. Does True in a mask keep a key or block it? Weights of three keys of equal score")
+    print(
+        "   mask                    attention_weights   F.scaled_dot...     nn.MultiheadAttention"
+    )
+    x, eye = torch.zeros(1, 3, 3), torch.eye(3)[None]  # with the values eye, outputs are weights
+    library = nn.MultiheadAttention(3, 1, batch_first=True)
+    rows = {}
+    for words, mask in (
+        ("True False False", torch.tensor([True, False, False])),
+        ("0 -inf -inf, added", torch.tensor([0.0, -math.inf, -math.inf])),
+        ("-inf -inf -inf, added", torch.tensor([-math.inf] * 3)),
+    ):
+        mask = mask.expand(3, 3)  # the same for each query
+        found = [attention_weights(x, x, mask), F.scaled_dot_product_attention(x, x, eye, mask),
+                 library(x, x, x, attn_mask=mask)[1]]  # fmt: skip
+        rows[words] = [weights[0, 0].tolist() for weights in found]
+        shown = ["  ".join(f"{weight:4.2f}" for weight in row) for row in rows[words]]
+        print(f"   {words:<21}   {shown[0]:<17}   {shown[1]:<17}   {shown[2]}")
+    keeps = ["keeps" if row[0] == 1 else "blocks" for row in rows["True False False"]]
+    print(f"   -> True: attention_weights {keeps[0]}, F {keeps[1]}, nn.MultiheadAttention "
+          f"{keeps[2]} that key; ~mask turns one into the other")  # fmt: skip
+    return rows
+
+
+# --- 5. causal ---------------------------------------------------------------------------------
 
 
 def influence(module, x, **options):
@@ -244,42 +376,87 @@ def influence(module, x, **options):
     return J.squeeze(2).square().sum(dim=(1, 3)).sqrt()
 
 
-def enlarge(image, factor):
-    """(H, W) in [0, 1] to (3, factor H, factor W), white to blue."""
-    image = image.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
-    return 1 - image * torch.tensor([0.95, 0.75, 0.3]).view(3, 1, 1)
-
-
 def show_causality(log_dir, T=8, C=12):
-    print("3. |d y_i / d x_j| with is_causal: largest for j > i, least for j <= i")
+    print("5. Can a position see later ones? |d output i / d input j|, by autograd")
+    print("   is_causal   inputs j           entries   smallest   largest")
     module, x = MultiHeadAttention(C, 3).double(), torch.randn(1, T, C, dtype=F64)
-    J = influence(module, x, is_causal=True)
     later = torch.ones(T, T, dtype=torch.bool).triu(1)
-    assert (J[later] == 0).all() and (J[~later] > 0).all()
-    print(f"   {J[later].max():g}   {J[~later].min():.4f}")
+    found = {}
+    for is_causal in (False, True):
+        J = found[is_causal] = influence(module, x, is_causal=is_causal)
+        for words, entries in (("later   (j > i)", J[later]), ("up to i (j <= i)", J[~later])):
+            print(f"   {is_causal!s:<9}   {words:<16}   {len(entries):7d}   {entries.min():8.4f}   "
+                  f"{entries.max():7.4f}")  # fmt: skip
+    seen = int((found[True][later] != 0).sum())
+    print(f"   -> with is_causal=True {seen} of the {later.sum()} later inputs have an influence")
     with SummaryWriter(log_dir / "causality", purge_step=0) as writer:
-        picture = enlarge((J / J.max()).float().sqrt(), 30)  # sqrt: faint ones show as well
-        writer.add_image("attention/causality", picture, 0)
-    return J
+        words = "is_causal: does output i (row) depend\non input j (column)? white: not at all"
+        cells = draw_cells((J / J.max()).sqrt(), words)  # sqrt: faint ones show as well
+        writer.add_image("attention/causality", cells, 0, dataformats="HWC")
+    return found
+
+
+# --- 6. the cache ------------------------------------------------------------------------------
 
 
 def show_cache(T=12, C=24):
-    print("4. token by token with a key/value cache, against one causal pass")
-    module, x = MultiHeadAttention(C, 4).double(), torch.randn(2, T, C, dtype=F64)
-    full, cache = module(x, is_causal=True), {}
-    steps = [module(token, is_causal=True, cache=cache) for token in x.split(1, dim=1)]
-    off = (torch.cat(steps, dim=1) - full).abs().max().item()
-    assert off < 1e-12
-    numbers = sum(t.numel() for t in cache.values())
-    assert numbers == 2 * x.numel()
-    print(f"   difference {off:.0e}   cached numbers {numbers} = 2 B T C")
+    print(f"6. What must be kept to write on? {T} tokens one at a time, minus all in one pass")
+    module, x = MultiHeadAttention(C, 4).double(), torch.randn(1, T, C, dtype=F64)
+    full, cached, alone, cache = module(x, is_causal=True), [], [], {}
+    for token in x.split(1, dim=1):  # (1, 1, C)
+        cached.append(module(token, is_causal=True, cache=cache))
+        alone.append(module(token, is_causal=True))
+    off = [(torch.cat(steps, dim=1) - full).abs().max().item() for steps in (cached, alone)]
+    assert off[0] < 1e-12
+    print("   keys and values of old tokens   outputs, largest difference")
+    print(f"   kept in a cache                 {off[0]:27.0e}")
+    print(f"   forgotten                       {off[1]:27.3f}")
+    numbers = sum(kept.numel() for kept in cache.values())
+    print(
+        f"   -> keep {numbers} numbers for {T} tokens: {numbers / (T * C):g} C per token, C = {C}"
+    )
+    return off, numbers
+
+
+# --- 7. why sqrt(d) ----------------------------------------------------------------------------
+
+
+def show_scale(log_dir, keys=64, queries=512):
+    print(f"7. Why sqrt(d)? Means over {queries} random queries with {keys} keys; log {keys} = "
+          f"{math.log(keys):.3f}")  # fmt: skip
+    print("   entropy: how spread the weights are, 0 for one key alone, log 64 for all alike")
+    print("   slope: the sum of d p_j / d s_j, 0 where the weights no longer follow the scores")
+    print("          q . k, not divided             q . k / sqrt(d)")
+    print("      d   variance   entropy   slope     variance   entropy   slope")
+    table = {}
+    for d in (4, 16, 64, 256, 1024):
+        scores, row = torch.randn(queries, d) @ torch.randn(d, keys), []
+        for name, s in (("unscaled", scores), ("scaled", scores / math.sqrt(d))):
+            p = s.softmax(-1)
+            entropy, slope = torch.special.entr(p).sum(-1).mean(), (p * (1 - p)).sum(-1).mean()
+            table[name, d] = s.var().item(), entropy.item(), slope.item()
+            row.append(f"{table[name, d][0]:8.1f}   {entropy:7.3f}   {slope:5.3f}")
+        print(f"   {d:4}   " + "     ".join(row))
+    print(f"   -> from d = 4 to {d} the slope goes from {table['unscaled', 4][2]:.3f} to "
+          f"{table['unscaled', d][2]:.3f}, but with sqrt(d) from {table['scaled', 4][2]:.3f} to "
+          f"{table['scaled', d][2]:.3f}")  # fmt: skip
+    for name in ("unscaled", "scaled"):
+        with SummaryWriter(log_dir / name, purge_step=0) as writer:
+            for d in (4, 16, 64, 256, 1024):
+                variance, entropy, _ = table[name, d]
+                writer.add_scalar("scores/variance", variance, round(math.log2(d)))
+                writer.add_scalar("softmax/entropy", entropy, round(math.log2(d)))
+    return table
+
+
+# --- 8. memory ---------------------------------------------------------------------------------
 
 
 def saved_megabytes(run, *tensors):
     """What run(*tensors) keeps for backward besides its inputs, each storage once."""
     own, sizes = {t.untyped_storage().data_ptr() for t in tensors}, {}
 
-    def pack(tensor):
+    def pack(tensor):  # autograd calls it with each tensor that it keeps
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
@@ -291,25 +468,22 @@ def saved_megabytes(run, *tensors):
     return sum(sizes.values()) / 2**20
 
 
-def seconds(run, *tensors, repeat=5):
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        run(*tensors).sum().backward()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def show_fused(log_dir, lengths, H=4, d=32):
-    print(f"5. MB kept for backward by T, {H} heads of {d}: ours, fused; time ours / fused")
+    print(f"8. What does length cost? {H} heads of {d} numbers, float32; ours has all weights in "
+          "memory,")  # fmt: skip
+    print("   F.scaled_dot_product_attention (fused) a part of them at a time")
+    print("           MB kept for backward")
+    print("      T       ours      fused   4 H T (T + d) bytes in MB")
     runs = {"ours": scaled_dot_product_attention, "fused": F.scaled_dot_product_attention}
-    kept, ratios = {}, {}
+    kept = {}
     for T in lengths:
         tensors = [torch.randn(1, H, T, d, requires_grad=True) for _ in range(3)]
         kept[T] = {name: saved_megabytes(run, *tensors) for name, run in runs.items()}
-        ratios[T] = seconds(runs["ours"], *tensors) / seconds(runs["fused"], *tensors)
-        print(f"   T {T:5}   {kept[T]['ours']:7.2f}   {kept[T]['fused']:5.2f}")
-    print("   time   " + "   ".join(f"T {T} {ratio:.1f}" for T, ratio in ratios.items()))
+        print(f"   {T:4}   {kept[T]['ours']:8.2f}   {kept[T]['fused']:8.2f}   "
+              f"{4 * H * T * (T + d) / 2**20:25.2f}")  # fmt: skip
+    growth = {name: kept[lengths[-1]][name] / kept[lengths[0]][name] for name in runs}
+    print(f"   -> {lengths[-1] / lengths[0]:.0f} times the length costs {growth['ours']:.0f} times "
+          f"the memory, fused {growth['fused']:.0f} times")  # fmt: skip
     for name in runs:
         with SummaryWriter(log_dir / name, purge_step=0) as writer:
             for T in lengths:
@@ -317,86 +491,38 @@ def show_fused(log_dir, lengths, H=4, d=32):
     return kept
 
 
-# --- a task for attention ----------------------------------------------------------------------
+# --- the lesson --------------------------------------------------------------------------------
 
 
-class LookUp(nn.Module):
-    """Items (key, value) and the key that is asked for -> logits of its value, by attention.
-
-    With attend=False the question weighs all items alike: the same network but for the scores.
-    """
-
-    def __init__(self, K, V, C=32, attend=True):
-        super().__init__()
-        self.key, self.value = nn.Embedding(K, C), nn.Embedding(V, C)
-        self.attention, self.head = MultiHeadAttention(C, 1), nn.Linear(C, V)
-        if not attend:
-            for parameter in self.attention.q_proj.parameters():
-                nn.init.zeros_(parameter).requires_grad_(False)
-
-    def forward(self, keys, values, asked):
-        """keys, values (B, T), asked (B,) -> logits (B, V), weights (B, T)"""
-        items = self.key(keys) + self.value(values)  # (B, T, C)
-        question = self.key(asked).unsqueeze(1)  # (B, 1, C)
-        answer, weights = self.attention(question, items, need_weights=True)
-        return self.head(answer.squeeze(1)), weights[:, 0, 0]
-
-
-def questions(B, K, V):
-    """Each key once, in random order, with random values; which is asked for, and its place."""
-    keys, values = torch.rand(B, K).argsort(1), torch.randint(V, (B, K))
-    place = torch.randint(K, (B,))
-    rows = torch.arange(B)
-    return (keys, values, keys[rows, place]), values[rows, place], place
-
-
-def show_lookup(seed, log_dir, steps, K=8, V=8):
-    print(f"6. the value of one of {K} keys, {steps} steps: accuracy, weight at its place")
-    scores = {}
-    for name in ("attention", "mean"):
-        torch.manual_seed(seed)
-        model = LookUp(K, V, attend=name == "attention")
-        parameters = [w for w in model.parameters() if w.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=1e-2)
-        with SummaryWriter(log_dir / "lookup" / name, purge_step=0) as writer:
-            for step in tqdm(range(steps), desc=name, leave=False, disable=None):
-                inputs, answer, _ = questions(128, K, V)
-                loss = F.cross_entropy(model(*inputs)[0], answer)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                writer.add_scalar("train/loss", loss.item(), step)
-            inputs, answer, place = questions(2000, K, V)
-            with torch.no_grad():
-                logits, weights = model(*inputs)
-            right = (logits.argmax(1) == answer).double().mean().item()
-            scores[name] = right, weights[torch.arange(2000), place].mean().item()
-            picture = enlarge(weights[:8], 30)
-            for row, column in enumerate(place[:8]):
-                frame(picture, row, column, 30)
-            writer.add_image("attention/lookup", picture, 0)
-        print(f"   {name:<9}   {right:.3f}   {scores[name][1]:.3f}")
-    print(f"   chance      {1 / V:.3f}   {1 / K:.3f}")
-    return scores
-
-
-def frame(picture, row, column, size, colour=(0.9, 0.3, 0.1)):
-    """Draw a frame around one cell, in place."""
-    cell = picture[:, row * size : (row + 1) * size, column * size : (column + 1) * size]
-    inside = cell[:, 2:-2, 2:-2].clone()
-    cell[:] = torch.tensor(colour).view(3, 1, 1)
-    cell[:, 2:-2, 2:-2] = inside
+def draw_cells(cells, words, framed=(), size=40):
+    """Values (R, C) in [0, 1] as squares, white to blue, under two lines of words: (H, W, 3)."""
+    rows, columns = cells.shape
+    image = Image.new("RGB", (columns * size, rows * size + 36), "white")
+    pen = ImageDraw.Draw(image)
+    pen.text((4, 3), words, "black", ImageFont.load_default(13))
+    for r in range(rows):
+        for c in range(columns):
+            value, x, y = cells[r, c].item(), c * size, r * size + 36
+            colour = tuple(round(255 * (1 - value * part)) for part in (0.95, 0.75, 0.3))
+            edge = "orangered" if (r, c) in framed else colour
+            pen.rectangle((x, y, x + size - 1, y + size - 1), colour, edge, 3)
+    return np.asarray(image)
 
 
 def main(seed=0, log_dir=LOG_DIR, lengths=(128, 256, 512, 1024), steps=400):
     torch.manual_seed(seed)
-    show_twins()
-    measured = {"scale": show_scale(log_dir), "influence": show_causality(log_dir)}
-    show_cache()
-    return measured | {
-        "kept": show_fused(log_dir, lengths),
+    measured = {
+        "everyday": show_everyday(),
         "lookup": show_lookup(seed, log_dir, steps),
+        "twins": show_twins(),
+        "masks": show_masks(),
+        "influence": show_causality(log_dir),
+        "cache": show_cache(),
+        "scale": show_scale(log_dir),
+        "kept": show_fused(log_dir, lengths),
     }
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 def guard(main, *flags):

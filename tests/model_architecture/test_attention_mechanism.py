@@ -1,12 +1,19 @@
+import contextlib
+import importlib.util
+import io
 import math
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 HALF = {torch.float16: 5e-3, torch.bfloat16: 3e-2}
-SMALL = {"lengths": (64, 128), "steps": 200}
+SMALL = {"lengths": (64, 128), "steps": 150}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +108,11 @@ def test_what_does_not_fit_is_refused(lesson):
     for heads in (3, 0):
         with pytest.raises(ValueError, match=f"embed_dim 10 does not split into {heads} heads"):
             lesson.MultiHeadAttention(10, heads)
+    with pytest.raises(ValueError, match="2 heads do not fit into 5"):
+        lesson.MultiHeadAttention(10, 5).copy_torch(nn.MultiheadAttention(10, 2))
     module, x = lesson.MultiHeadAttention(6, 2), torch.randn(1, 4, 6)
+    with pytest.raises(ValueError, match=r"needs the shape \(B, T, C\), not \(4, 6\)"):
+        module(x[0])
     for more in ({"is_causal": True}, {"key_mask": torch.ones(1, 4, dtype=torch.bool)}):
         with pytest.raises(ValueError, match="a mask is boolean or floating"):
             module(x, mask=torch.ones(4, 4, dtype=torch.long), **more)
@@ -180,7 +191,7 @@ def test_decoding_in_pieces_equals_the_full_pass(lesson, sizes):
     assert cache["k"].shape == (2, 2, 5, 4)
 
 
-def test_try_without_is_causal_later_inputs_matter(lesson):
+def test_without_is_causal_later_inputs_matter(lesson):
     torch.manual_seed(0)
     module, x = lesson.MultiHeadAttention(6, 2).double(), torch.randn(1, 4, 6, dtype=torch.float64)
     assert (lesson.influence(module, x) > 0).all()
@@ -188,23 +199,257 @@ def test_try_without_is_causal_later_inputs_matter(lesson):
     assert torch.equal(J > 0, torch.ones(4, 4).tril().bool())
 
 
-def test_what_is_kept_is_counted_as_in_the_checkpoint_lesson(lesson, load):
-    other = load("training_engineering/gradient_checkpoint.py")
-    net, x = other.network(3, 5), torch.randn(7, 5)  # the first layer keeps x, not counted here
-    ours = lesson.saved_megabytes(lambda x, *weights: net(x), x, *net.parameters())
-    assert ours * 2**20 == other.saved_bytes(net, x, 0) - x.nbytes > 0
+def test_what_is_kept_is_counted(lesson):
+    x = torch.randn(256, 1024, requires_grad=True)  # 1 MB of float32
+    assert lesson.saved_megabytes(torch.exp, x) == 1  # exp keeps its output
+    assert lesson.saved_megabytes(lambda x: x * x, x) == 0  # the input is its caller's
+    assert (
+        lesson.saved_megabytes(lambda x: x.exp().view(-1).sin().sin(), x) == 2
+    )  # a view is no 3rd
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_main_scales_and_looks_up(lesson, tmp_path, seed, events):
-    result = lesson.main(seed=seed, log_dir=tmp_path, **SMALL)
-    for (name, d), (variance, entropy) in result["scale"].items():
-        assert variance == pytest.approx(d if name == "unscaled" else 1, rel=0.2)
+def test_ours_keeps_all_weights_and_the_fused_kernel_does_not(lesson):
+    for T, H, d in ((48, 3, 8), (96, 3, 8), (64, 2, 16)):
+        qkv = [torch.randn(1, H, T, d, requires_grad=True) for _ in range(3)]
+        ours = lesson.saved_megabytes(lesson.scaled_dot_product_attention, *qkv)
+        assert ours * 2**20 == 4 * H * T * (T + d)
+        assert lesson.saved_megabytes(F.scaled_dot_product_attention, *qkv) < ours / 2
+
+
+def test_plain_attention_and_heads_are_the_complete_ones(lesson):
+    q, k, v = tensors(torch.float64)
+    y, weights = lesson.attention(q, k, v)
+    torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, v))
+    torch.testing.assert_close(weights, lesson.attention_weights(q, k))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 5, dtype=torch.float64))
+    for C, H in ((6, 2), (12, 3), (5, 1)):
+        module, x = lesson.MultiHeadAttention(C, H, bias=False), torch.randn(2, 4, C)
+        plain = lesson.multi_head(x, module.q_proj.weight, module.k_proj.weight,
+                                  module.v_proj.weight, module.out_proj.weight, H)  # fmt: skip
+        torch.testing.assert_close(plain, module(x))
+
+
+@pytest.mark.parametrize("kind", ["boolean", "additive", "none"])
+def test_masks_are_joined(lesson, kind):
+    torch.manual_seed(0)
+    module, x = lesson.MultiHeadAttention(6, 2), torch.randn(2, 4, 6)
+    allowed, noise = torch.rand(2, 4, 4) < 0.7, torch.randn(2, 4, 4)
+    allowed[..., 0] = True
+    real = torch.tensor([[True, True, False, True], [True] * 3 + [False]])
+    mask = {"boolean": allowed, "additive": noise, "none": None}[kind]
+    total = (torch.ones(4, 4).tril().bool() & real[:, None]).expand(2, 4, 4)
+    if kind == "boolean":
+        total = total & allowed
+    joined = torch.zeros(2, 4, 4).masked_fill(~total, -math.inf)
+    if kind == "additive":
+        joined = joined + noise
+    y, weights = module(x, mask=mask, is_causal=True, key_mask=real, need_weights=True)
+    torch.testing.assert_close(y, module(x, mask=joined))
+    assert torch.equal(weights > 0, total[:, None].expand(2, 2, 4, 4))
+    if kind == "none":
+        assert module.join_masks(None, False, None, 4, 4, 0, x.device) is None
+
+
+def test_influence_by_differences(lesson):
+    torch.manual_seed(0)
+    module, x = lesson.MultiHeadAttention(6, 2).double(), torch.randn(1, 4, 6, dtype=torch.float64)
+    J, h, squares = lesson.influence(module, x), 1e-5, torch.zeros(4, 4, dtype=torch.float64)
+    for j in range(4):
+        for c in range(6):
+            step = torch.zeros_like(x)
+            step[0, j, c] = h
+            slope = (module(x + step) - module(x - step))[0] / (2 * h)  # (T, C)
+            squares[:, j] += slope.square().sum(1)
+    torch.testing.assert_close(J, squares.sqrt(), rtol=1e-6, atol=1e-8)
+    assert (J - J.T).abs().max() > 0.01  # rows are outputs, columns inputs
+
+
+def test_questions_ask_for_what_is_there(lesson):
+    torch.manual_seed(0)
+    (keys, values, asked), answer, place = lesson.questions(50, 5, 3)
+    assert (keys.sort(1).values == torch.arange(5)).all() and not (keys[0] == keys).all()
+    assert set(values.flatten().tolist()) == {0, 1, 2} and set(place.tolist()) == set(range(5))
+    for i, column in enumerate(place.tolist()):
+        assert keys[i, column] == asked[i] and values[i, column] == answer[i]
+
+
+def test_look_up_reads_keys_and_values_from_their_tables(lesson):
+    torch.manual_seed(0)
+    model = lesson.LookUp(5, 3, C=4)
+    (keys, values, asked), _, _ = lesson.questions(6, 5, 3)
+    logits, weights = model(keys, values, asked)
+    items, question = model.key(keys) + model.value(values), model.key(asked)[:, None]
+    q, k, v = model.q(question), model.k(items), model.v(items)
+    y = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(logits, model.head(y[:, 0]))
+    torch.testing.assert_close(weights, (q @ k.mT / 2).softmax(-1)[:, 0])  # sqrt(4) = 2
+    flat = lesson.LookUp(5, 3, C=4, attend=False)(keys, values, asked)[1]
+    torch.testing.assert_close(flat, torch.full((6, 5), 0.2))
+
+
+def test_what_the_cells_of_a_picture_look_like(lesson):
+    image = lesson.draw_cells(torch.tensor([[0.0, 1.0, 0.5]]), "two\nlines", [(0, 1)], size=20)
+    assert image.shape == (56, 60, 3)
+    centres = [image[46, 10 + 20 * c].tolist() for c in range(3)]
+    assert centres == [[255, 255, 255], [13, 64, 178], [134, 159, 217]]
+    assert image[36, 20].tolist() == image[55, 39].tolist() == [255, 69, 0]  # framed
+    assert image[36, 0].tolist() == [255, 255, 255] and (image[:36] < 128).any()  # the words
+
+
+def test_try_ten_times_the_query_finds_the_first_value(lesson, tmp_path, capsys):
+    source = Path(lesson.__file__).read_text(encoding="utf-8")
+    old = "q = torch.tensor([[2.0, 0.0, 0.0, 0.0]])"
+    assert source.count(old) == 1
+    copy = tmp_path / "copy.py"
+    copy.write_text(source.replace(old, old.replace("= ", "= 10 * ")), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("attention_try", copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    y, weights = module.show_everyday()
+    assert f"{weights[0, 0]:.3f}" == "1.000" and f"{y[0, 0]:.3f} {y[0, 1]:.3f}" == "1.000 10.000"
+    assert weights[0, 0].item() == pytest.approx(59049 / 59050, abs=1e-6)
+    assert "   output by torch        1.000 10.000" in capsys.readouterr().out
+
+
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture(scope="module", params=SEEDS)
+def run(lesson, request, tmp_path_factory):
+    """What main returned, where it logged, and the lines that it printed."""
+    log_dir, out = tmp_path_factory.mktemp("attention"), io.StringIO()
+    with contextlib.redirect_stdout(out):
+        result = lesson.main(seed=request.param, log_dir=log_dir, **SMALL)
+    return result, log_dir, out.getvalue().splitlines()
+
+
+def test_main_looks_up(run):
+    table = run[0]["lookup"]
+    (right, weight), (mean_right, mean_weight) = table["attention"], table["mean"]
+    assert right > 0.9 and weight > 0.7
+    assert mean_weight == pytest.approx(1 / 8, abs=1e-6)
+    assert 0.28 < table["commonest"] < 0.39  # E[largest count] / 8 is 0.335
+    assert 0.15 < mean_right < table["commonest"] + 0.03
+
+
+def test_main_is_torchs_and_sees_nothing_later(run):
+    result = run[0]
+    assert len(result["twins"]) == 7 and all(max(row[-1]) < 1e-12 for row in result["twins"])
+    assert result["masks"]["True False False"] == [[1, 0, 0], [1, 0, 0], [0, 0.5, 0.5]]
+    assert result["masks"]["0 -inf -inf, added"] == [[1, 0, 0]] * 3
+    ours, fused, library = result["masks"]["-inf -inf -inf, added"]
+    assert ours == fused == [0, 0, 0] and all(map(math.isnan, library))
+    later = torch.ones(8, 8).triu(1).bool()
+    assert (result["influence"][True][later] == 0).all()
+    assert (result["influence"][True][~later] > 0).all() and (result["influence"][False] > 0).all()
+    (cached, forgotten), numbers = result["cache"]
+    assert cached < 1e-12 and forgotten > 0.1 and numbers == 2 * 12 * 24
+
+
+def test_main_scales(run):
+    for (name, d), (variance, entropy, slope) in run[0]["scale"].items():
+        assert variance == pytest.approx(d if name == "unscaled" else 1, rel=0.25)
         if d == 1024:
-            assert entropy < 0.3 if name == "unscaled" else entropy > 3.4
-    assert result["kept"][128]["ours"] > 4 * result["kept"][128]["fused"]
-    (right, weight), (mean_right, _) = (result["lookup"][k] for k in ("attention", "mean"))
-    assert right > 0.97 and weight > 0.9 and mean_right < 0.45
-    loss = events(tmp_path / "lookup" / "attention").Scalars("train/loss")
-    assert loss[-1].value < 0.3 < 1.5 < loss[0].value
-    assert len(events(tmp_path / "causality").Images("attention/causality")) == 1
+            assert entropy < 0.3 if name == "unscaled" else 3.4 < entropy < math.log(64)
+            assert slope < 0.12 if name == "unscaled" else slope > 0.9
+    assert all(row["ours"] > 2.5 * row["fused"] for row in run[0]["kept"].values())
+
+
+def test_what_main_prints(run):
+    result, log_dir, lines = run
+    found = "\n".join(lines)
+    assert [line[0] for line in lines if re.match(r"\d\. ", line)] == list("12345678")
+    lookup, kept, scale = result["lookup"], result["kept"], result["scale"]
+    for words in (
+        "   0     1.099    0.750   1.000 10.000",
+        "   1     0.000    0.250   5.000 30.000",
+        "   output by torch        2.000 15.000",
+        "   output by attention    2.000 15.000",
+        "7. Why sqrt(d)? Means over 512 random queries with 64 keys; log 64 = 4.159",
+        "   -> 0.750 times the first value plus 0.250 times the second is 2.000 15.000",
+        f"always the most frequent value {lookup['commonest']:16.3f}",
+        f"a random guess {0.125:32.3f} {0.125:30.3f}",
+        f"   -> attention answers {lookup['attention'][0]:.0%} of the questions, a plain mean "
+        f"{lookup['mean'][0]:.0%}, the most frequent value {lookup['commonest']:.0%}",
+        f"   -> the largest of all is {max(max(row[-1]) for row in result['twins']):.0e}, and",
+        "True False False        1.00  0.00  0.00    1.00  0.00  0.00    0.00  0.50  0.50",
+        "   -> True: attention_weights keeps, F keeps, nn.MultiheadAttention blocks that key;",
+        "   True        later   (j > i)         28     0.0000    0.0000",
+        "   -> with is_causal=True 0 of the 28 later inputs have an influence",
+        "   -> keep 576 numbers for 12 tokens: 2 C per token, C = 24",
+        f"   -> from d = 4 to 1024 the slope goes from {scale['unscaled', 4][2]:.3f} to "
+        f"{scale['unscaled', 1024][2]:.3f}, but with sqrt(d) from {scale['scaled', 4][2]:.3f} to "
+        f"{scale['scaled', 1024][2]:.3f}",
+        f"    128   {kept[128]['ours']:8.2f}   {kept[128]['fused']:8.2f}   {0.3125:25.2f}",
+        "   -> 2 times the length costs 3 times the memory, fused 2 times",
+        f"look: tensorboard --logdir {log_dir}   http",
+    ):
+        assert words in found, words
+    for words, name in (("attention", "attention"), ("a plain mean of the values", "mean")):
+        assert f"   {words:<36}   {lookup[name][0]:8.3f}   {lookup[name][1]:28.3f}" in lines
+    for J, is_causal in ((result["influence"][b], b) for b in (False, True)):
+        seen = J[torch.ones(8, 8).tril().bool()]
+        row = f"   {is_causal!s:<9}   up to i (j <= i)   {36:7d}   {seen.min():8.4f}"
+        assert f"{row}   {seen.max():7.4f}" in lines
+    for d in (4, 64, 1024):
+        cells = [f"{v:8.1f}   {e:7.3f}   {s:5.3f}" for v, e, s in
+                 (scale["unscaled", d], scale["scaled", d])]  # fmt: skip
+        assert f"   {d:4}   {cells[0]}     {cells[1]}" in lines
+
+
+def pixels(events, folder, tag):
+    """The only picture under a tag: (H, W, 3)."""
+    (event,) = events(folder).Images(tag)
+    return np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")).astype(int)
+
+
+def test_what_main_logs(run, events):
+    result, log_dir, _ = run
+    for name in ("unscaled", "scaled"):
+        log = events(log_dir / name)
+        for tag, column in (("scores/variance", 0), ("softmax/entropy", 1)):
+            logged = {2**point.step: point.value for point in log.Scalars(tag)}
+            assert logged == pytest.approx(
+                {d: row[column] for (run, d), row in result["scale"].items() if run == name}
+            )
+    for name in ("ours", "fused"):
+        logged = {p.step: p.value for p in events(log_dir / name).Scalars("memory/MB")}
+        assert logged == pytest.approx({T: row[name] for T, row in result["kept"].items()})
+    for name, last in (("attention", (0, 0.6)), ("mean", (1.4, 2.2))):
+        loss = events(log_dir / "lookup" / name).Scalars("train/loss")
+        assert [point.step for point in loss] == list(range(150))
+        assert last[0] < sum(point.value for point in loss[-5:]) / 5 < last[1] < 2.3
+        assert loss[0].value > 1.8
+
+    J = result["influence"][True]
+    picture = pixels(events, log_dir / "causality", "attention/causality")
+    shade = 255 - picture[36 + 20 :: 40, 20::40, 0]  # at the centres of the cells
+    expected = 255 * 0.95 * (J / J.max()).sqrt().numpy()
+    assert picture.shape == (36 + 320, 320, 3) and np.abs(shade - expected).max() <= 1
+
+
+def test_the_picture_of_the_look_up_frames_the_answer(run, events):
+    log_dir, framed = run[1], {}
+    for name in ("attention", "mean"):
+        picture = pixels(events, log_dir / "lookup" / name, "attention/lookup")
+        assert picture.shape == (36 + 320, 320, 3) and (picture[:36] < 128).any()
+        shade = 255 - picture[36 + 20 :: 40, 20::40, 0]
+        corners = picture[36::40, ::40]
+        framed[name] = (corners == (255, 69, 0)).all(-1)
+        assert framed[name].sum(1).tolist() == [1] * 8
+        if name == "mean":
+            assert (np.abs(shade - 255 * 0.95 / 8) <= 1).all()
+        else:
+            assert (shade[framed[name]] > 120).mean() > 0.8 and shade[~framed[name]].mean() < 20
+    assert (framed["attention"] == framed["mean"]).all()  # the same questions
+
+
+def test_compare_gives_the_largest_differences(lesson):
+    x = torch.tensor([0.5, 0.0], dtype=torch.float64, requires_grad=True)
+    shift = torch.tensor([4e-13, 1e-13], dtype=torch.float64)
+    outputs, gradients = lesson.compare((x, x + shift), [x])
+    assert outputs == pytest.approx(4e-13, rel=1e-2)
+    # the gradient is cos x: it falls by sin(x) times the shift, so by 0 at x = 0
+    assert gradients == pytest.approx(math.sin(0.5) * 4e-13, rel=1e-2)
+    with pytest.raises(AssertionError):
+        lesson.compare((x, x + 1e-9), [x])
