@@ -4,13 +4,14 @@ divided by N, the number of examples in all of them, and no layer mixes examples
 When a batch does not fit in memory, it is taken in k parts. backward() adds the gradient of each
 part to .grad; after the last part the optimizer makes one step. If the mean loss of each part is
 divided by k instead, the examples of a short last part weigh too much, and no error is raised.
-Three more tricks belong to the same loop: clip a gradient that is too long, as one such step may
-throw a weight too far away to return; check a gradient that you wrote yourself; freeze a layer.
+Three more tricks belong to the same loop: clip a gradient that is too long, because one step along
+it may move the weights so far that the loss does not come down again; check a gradient that you
+wrote yourself; freeze a layer.
 
     accumulate      g = sum over the parts of grad(loss sum of the part / N)
     clip by norm    g <- g * min(1, c / |g|)         one factor for all: the direction stays
     clip by value   g_i <- min(max(g_i, -c), c)      each element alone: the direction may turn
-    check           f'(x) is about (f(x + h) - f(x - h)) / 2h, for a small step h
+    check           f'(x) is about (f(x + h) - f(x - h)) / (2 h), for a small step h
 
     g  gradient of all parameters     |g|  its length     c  the limit
 
@@ -64,7 +65,7 @@ def train_epoch(model, optimizer, loader, k, max_norm):
     """
     batches, norms = iter(loader), []
     while group := list(islice(batches, k)):  # the next k batches: only x and y, no activations
-        N = sum(y.numel() for _, y in group)  # the mean over all of them would divide by N
+        N = sum(y.numel() for _, y in group)  # the number of examples, if each has one y
         optimizer.zero_grad()
         for x, y in group:
             loss = F.mse_loss(model(x), y, reduction="sum")
@@ -75,32 +76,39 @@ def train_epoch(model, optimizer, loader, k, max_norm):
 
 
 def show_everyday():
-    print("1. In everyday code: w x shall be y = 2 x. From w = 0, one pass over 7 examples by SGD")
-    print("   batches of   k batches a step   examples a step   |g| of each step    w at the end")
+    print(
+        "1. In everyday code: a model w x learns y = 2 x. Do small batches give the w of large ones?"
+    )
     x = torch.tensor([[1.0], [2.0], [1.0], [2.0], [1.0], [2.0], [1.0]])
-    ends = {}
+    ends, lr, c = {}, 0.1, 6.0
+    print(f"   One pass over x = {', '.join(f'{t:g}' for t in x.flatten())} from w = 0, by SGD "
+          f"with lr = {lr}, |g| clipped to {c:g}")  # fmt: skip
+    print("   batches of   k batches a step   examples a step   |g| before clipping   w at the end")
     for size, k in ((4, 1), (2, 2), (1, 4), (2, 1)):
         loader = DataLoader(TensorDataset(x, 2 * x), batch_size=size)
         model = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(model.weight)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        norms = train_epoch(model, optimizer, loader, k, max_norm=6.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr)
+        norms = train_epoch(model, optimizer, loader, k, max_norm=c)
         ends[size, k] = [round(number, 4) for number in (*norms, model.weight.item())]
         steps = ", ".join(f"{norm:.2f}" for norm in norms)
-        print(f"   {size:10}   {k:16}   {size * k:15}   {steps:<22} {ends[size, k][-1]:9.3f}")
+        print(f"   {size:10}   {k:16}   {size * k:15}   {steps:<23} {ends[size, k][-1]:8.3f}")
     same = [str(size) for size, k in ends if ends[size, k] == ends[4, 1]]
     print(f"   -> with 4 examples a step (the last has {len(x) % 4}) |g| and w are the same for "
           f"batches of {', '.join(same)}")  # fmt: skip
 
     x = torch.tensor([0.5, 1.0], dtype=torch.float64, requires_grad=True)
     checked = gradcheck(torch.sin, (x,))  # True, or an error that shows both gradients
-    print(f"   gradcheck(torch.sin, (x,)) is {checked}: autograd agrees with differences of sin")
+    print(f"   gradcheck(torch.sin, (x,)) is {checked}: at x = 0.5 and 1 autograd agrees with "
+          "differences of sin")  # fmt: skip
 
     net = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
     net[0].requires_grad_(False)  # freezes the first layer
     net(torch.ones(1, 1)).sum().backward()
     frozen = [layer.weight.grad is None for layer in net]
-    print(f"   after net[0].requires_grad_(False), is .grad of layers 0 and 1 None? {frozen}")
+    first, second = ("None" if none else "a tensor" for none in frozen)
+    print("   after net[0].requires_grad_(False) and backward(), .grad of layer 0 is "
+          f"{first}, of layer 1 {second}")  # fmt: skip
     return {"ends": ends, "checked": checked, "frozen": frozen}
 
 
@@ -235,7 +243,7 @@ def show_clipping(c=1.0):
 
 
 def central_difference(f, x, h):
-    """f'(x) at each element of x, for an elementwise f, by (f(x + h) - f(x - h)) / 2h. Exercise."""
+    """f'(x) for an elementwise f, at each element of x: (f(x + h) - f(x - h)) / (2 h). Exercise."""
     return (f(x + h) - f(x - h)) / (2 * h)
 
 
@@ -332,11 +340,11 @@ def show_freezing(log_dir, steps=50, seed=0):
     print(f"   -> frozen: layers {' and '.join(kept)}; a gradient still gets to layers "
           f"{' and '.join(graded)}")  # fmt: skip
     print("   BatchNorm also has a running mean, which is no parameter:")
-    print("   mode of the frozen one   its mean moved by   its output for the same inputs by")
+    print("   mode of the frozen one   running mean moved by   output for the same inputs moved by")
     for mode, (mean, output) in moved.items():
-        print(f"   {mode:<22}   {mean:17.2f}   {output:33.2f}")
+        print(f"   {mode:<22}   {mean:21.2f}   {output:35.2f}")
     still = [mode for mode in moved if moved[mode] == (0, 0)]
-    print(f"   -> the output stays in mode {', '.join(still) or 'none'}")
+    print(f"   -> mode in which the output stays as it was: {', '.join(still) or 'none'}")
     print("      (net.train() puts frozen layers in mode train, too: call their .eval() after it)")
     return {"rows": rows, "moved": moved}
 

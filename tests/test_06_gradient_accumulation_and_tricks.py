@@ -115,7 +115,7 @@ def test_the_everyday_table_is_the_loop_by_hand(lesson, capsys):
     assert measured["ends"] == expected
     assert measured["checked"] is True and measured["frozen"] == [True, False]
     out = capsys.readouterr().out
-    assert lines_after("1.", out, 5)[1:] == [
+    assert lines_after("1.", out, 6)[2:] == [
         ["4", "1", "4", "10.00,", "5.60", "1.160"],
         ["2", "2", "4", "10.00,", "5.60", "1.160"],
         ["1", "4", "4", "10.00,", "5.60", "1.160"],
@@ -123,7 +123,9 @@ def test_the_everyday_table_is_the_loop_by_hand(lesson, capsys):
     ]
     assert "-> with 4 examples a step (the last has 3) |g| and w are the same" in out
     assert "same for batches of 4, 2, 1\n" in out
-    assert "gradcheck(torch.sin, (x,)) is True" in out and "[True, False]" in out
+    assert "   One pass over x = 1, 2, 1, 2, 1, 2, 1 from w = 0, by SGD with lr = 0.1" in out
+    assert "gradcheck(torch.sin, (x,)) is True: at x = 0.5 and 1 autograd" in out
+    assert "backward(), .grad of layer 0 is None, of layer 1 a tensor\n" in out
 
 
 def test_a_loop_that_counts_batches_is_told(lesson, capsys, monkeypatch):
@@ -432,7 +434,7 @@ def test_what_is_printed_of_freezing_is_measured(lesson, tmp_path, capsys, event
     assert [row[1] for row in printed] == ["Linear", "Linear", "BatchNorm1d", "Linear"]
     assert (
         "-> frozen: layers 1 and 2; a gradient still gets to layers 0 and 4\n" in out
-        and "-> the output stays in mode eval\n" in out
+        and "-> mode in which the output stays as it was: eval\n" in out
     )
     assert measured["moved"]["eval"] == (0, 0)
     mean, output = measured["moved"]["train"]
