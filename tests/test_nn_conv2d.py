@@ -135,11 +135,17 @@ def test_which_filter_finds_what(lesson, capsys):
     edges = torch.tensor([[1.0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0], [1, 1, 1, 4, 0, 0],
                           [0, 0, 0, 0, 1, 0.5], [0] * 6])  # fmt: skip
     torch.testing.assert_close(found, edges)
-    *_, red_row, blue_row, last = capsys.readouterr().out.splitlines()
+    *_, red_row, blue_row, then, last = capsys.readouterr().out.splitlines()
     assert red_row.split() == ["red_minus_green", "0.00", "0.00", "0.00", "1.00", "0.00"]
     assert blue_row.split() == ["blue_minus_yellow", "0.00", "0.00", "0.00", "0.50", "0.00"]
-    words = "finds the edge of a right half (1), not of a lower half (0); no filter finds all white"
-    assert last == f"   -> left_to_right {words}"
+    assert then == (
+        "   -> left_to_right finds the edge of a right half (1), not of a lower half (0), and not red"
+        " (0);"
+    )
+    words = (
+        "red_minus_green finds red (1); no filter finds all white: the weights of each add up to 0"
+    )
+    assert last == f"      {words}"
 
 
 # --- pictures ----------------------------------------------------------------------------------
@@ -217,10 +223,13 @@ def test_main_prints_what_it_measures(lesson, images_root, tmp_path, capsys, see
 
     shapes, found = measured["everyday"]
     assert shapes == [(4, 6, 30, 30), (4, 6, 32, 32), (4, 6, 16, 16)] and found == [0, 7, 7]
-    assert "         1        2   (4, 3, 32, 32)    (4, 6, 16, 16)\n" in out
+    shaped = [" ".join(line.split()) for line in lines[3:6]]
+    assert shaped == [f"{padding} {stride} (4, 3, 32, 32) {shape}" for (padding, stride), shape in
+                      zip([(0, 1), (1, 1), (1, 2)], shapes, strict=True)]  # fmt: skip
     assert "   filter   [0, 0, 0]   [-1, 0, 1]   [0, 0, 0]\n" in out
     assert "   image    [2, 2, 2, 9, 9]   [2, 2, 2, 9, 9]   [2, 2, 2, 9, 9]\n" in out
-    assert "   output   [0, 7, 7]\n   -> 7 where the right neighbour is lighter, 0 where" in out
+    assert "   output   [0, 7, 7]\n   -> 7 = 9 - 2 where the right neighbour is lighter than" in out
+    assert "lighter than the left one, 0 where the two are equal\n" in out
 
     torch.manual_seed(seed)  # as main draws: images, three layers, the edge, then this one
     torch.rand(4, 3, 32, 32), [nn.Conv2d(3, 6, 3) for _ in range(3)], nn.Conv2d(1, 1, 3, bias=False)
@@ -231,21 +240,26 @@ def test_main_prints_what_it_measures(lesson, images_root, tmp_path, capsys, see
         assert number == str(j)
         assert float(twin) == float(by_hand) == pytest.approx(y[0, j, 0, 0].item(), abs=1e-4)
     assert measured["off"] < 1e-5
-    assert f"-> the 10,800 numbers of the outputs differ by at most {measured['off']:.0e}\n" in out
+    assert f"-> all 10,800 numbers of both outputs differ by at most {measured['off']:.0e}\n" in out
 
     assert measured["counts"] == [(168, 145_800), (168, 622_728), (456, 352_800)]
     dense = nn.Linear(3 * 32 * 32, 6 * 30 * 30, device="meta")
     assert measured["dense"] == (sum(p.numel() for p in dense.parameters()), dense.weight.numel())
-    row = "   Linear(3072, 5400)          32 x 32        -   16,594,200           -   16,588,800\n"
-    assert (
-        row in out and "stride 1   64 x 64      168          168     622,728      622,728\n" in out
-    )
+    for numbers, layer in (
+        ("168 168 145,800 145,800", "Conv2d(3, 6, 3), stride 1 32 x 32"),
+        ("168 168 622,728 622,728", "Conv2d(3, 6, 3), stride 1 64 x 64"),
+        ("456 456 352,800 352,800", "Conv2d(3, 6, 5), stride 1 32 x 32"),
+        ("16,594,200 16,594,200 16,588,800 16,588,800", "Linear(3072, 5400) 32 x 32"),
+    ):
+        assert f"{layer} {numbers}" in [" ".join(line.split()) for line in lines]
+    for k, side, (_, work) in zip((3, 3, 5), (32, 64, 32), measured["counts"], strict=True):
+        assert multiplications(nn.Conv2d(3, 6, k), torch.rand(1, 3, side, side)) == work
     assert "-> 64 x 64 pixels, not 32 x 32: 1 times the parameters, 4.3 times the work;" in out
     assert "Linear to as many outputs: 98,775 times the parameters, 114 times the work\n" in out
 
     grey, reshaped, alone = measured["shown"].values()
     assert grey == (2, 0) and alone == (12, 0)
     assert reshaped[0] == 4 and reshaped[1] > 0.03
-    assert f"   y.reshape(-1, 3, 30, 30)   {4:8d}   {reshaped[1]:36.3f}\n" in out
+    assert f"   y.reshape(-1, 3, 30, 30)   {4:8d}   {reshaped[1]:46.3f}\n" in out
     assert "   -> y.reshape(-1, 3, 30, 30) makes grey images coloured: log each" in out
     assert lines[-1].startswith(f"look: tensorboard --logdir {tmp_path}   http://localhost:6006/?")
