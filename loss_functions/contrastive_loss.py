@@ -1,25 +1,31 @@
-"""A contrastive loss can show no more than log N nats of mutual information: I >= log N - L.
+"""A contrastive loss needs no labels: trained on two changed copies of each image, it makes shapes
+that nobody named easier to tell apart by a linear classifier.
 
-    InfoNCE   L = -mean_i log( e^(s_ii / t) / sum_j e^(s_ij / t) )    s_ij = q_i . k_j, of length 1
-    NT-Xent   the same over 2N views of N images: an image's other view among 2N - 1 candidates
-    triplet   mean of max(0, |a - p| - |a - n| + margin)              distances, not their squares
+It trains a network that turns an example into a vector. The vectors of two views of one example,
+such as two changed copies of an image, shall be alike. Those of other examples, the negatives,
+shall differ. Without negatives the same vector for all would be best: the network collapses.
+Take InfoNCE for two kinds of views (image and caption), NT-Xent for two views by one network, and
+the triplet loss where each example comes with its own negative.
 
-The other examples of the batch are the negatives. L = log N is chance, and no L is below 0. The
-temperature t says which negatives count: the gradient with respect to s_ij is a softmax over them,
-and a small t leaves it to the most similar few. SimCLR asks that two augmented views of an image
-lie together (alignment) and that images spread over the sphere (uniformity). That this tells shapes
-apart nobody asked for, and a linear probe measures it.
+    cosine     s_ij = q_i . k_j for vectors of length 1: 1 is alike, -1 is opposite
+    InfoNCE    L = -mean over i of log( exp(s_ii / t) / sum_j exp(s_ij / t) ),   j = 1 ... N
+    NT-Xent    the same for the 2N views of N images; j runs over the 2N - 1 other views
+    triplet    mean of max(0, |a - p| - |a - n| + margin)
+    bound      I >= log N - L
 
-Checked here   each loss against a double loop or torch's; the bound on Gaussians whose I is known;
-               the gradient of the hardest 5 % by t; the probe of SimCLR against the encoder as it
-               started, by the number of negatives, with the same images in every step
-TensorBoard    bound/nats by true I (in tenths) in bound/N_16 …, truth; gradient/hardest_share by t
-               (in hundredths); simclr/loss, alignment, uniformity by step in negatives_2 …;
-               PROJECTOR: the test images by what SimCLR learned, coloured by shape
-Try            one negative in place of all (N = 2): how much information can L show? log 2 = 0.69
-Source         van den Oord et al. 2018, arXiv:1807.03748, eq. 4, section 2.3; Chen et al. 2020
-               (SimCLR), arXiv:2002.05709, eq. 1; Wang & Isola 2020, arXiv:2005.10242; Schroff et
-               al. 2015 (triplet, there of squared distances), arXiv:1503.03832
+    q_i, k_i  the vectors of two views of example i of N     t  the temperature, above 0
+    a, p, n   a vector, that of its other view, that of a negative      log  natural
+    I         mutual information: how much one view tells about the other, in nats (units of log)
+
+Needs          nn_loss.py, nn_seq.py
+Checked here   plain losses = those with checks; NT-Xent = a loop's, triplet = torch's; which
+               negatives pull; four trainings without labels, one of them a collapse; the bound
+TensorBoard    views/loss, alignment, uniformity by step in the runs nt_xent_2 ... triplet_hardest;
+               gradient/hardest_share by 100 t; bound/nats by 10 I; PROJECTOR: coloured by shape
+Try            in show_everyday, write t = 0.05 for t = 0.5: which losses change?
+Answer         all of InfoNCE and NT-Xent but those of equal vectors, which stay log 3 and log 5
+Source         van den Oord et al. 2018, arXiv:1807.03748; Chen et al. 2020, arXiv:2002.05709;
+               Schroff et al. 2015, arXiv:1503.03832; Wang & Isola 2020, arXiv:2005.10242
 """
 
 import argparse
@@ -46,7 +52,52 @@ SHAPES = ("disc", "ring", "square", "frame", "diamond", "plus", "cross", "bar")
 SIZE = 16  # pixels
 
 
-# --- the losses --------------------------------------------------------------------------------
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def info_nce_plain(q, k, t):
+    """InfoNCE of q, k (N, D), in four lines to carry into a project."""
+    q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
+    s = q @ k.T  # (N, N) cosines: the right partner of row i is column i
+    right = torch.arange(len(q), device=q.device)
+    return F.cross_entropy(s / t, right)
+
+
+def nt_xent_plain(z1, z2, t):
+    """NT-Xent of two views z1, z2 (N, D) of N images."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2N, D)
+    s = z @ z.T / t
+    s.fill_diagonal_(-math.inf)  # no view is its own candidate
+    right = torch.arange(len(z), device=z.device).roll(len(z1))  # N ... 2N - 1, 0 ... N - 1
+    return F.cross_entropy(s, right)
+
+
+def show_everyday():
+    q = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])  # 3 examples, vectors of 2 numbers
+    k = q  # the second views: here each equals the first
+    t = 0.5
+    info = info_nce_plain(q, k, t)
+    both = nt_xent_plain(q, k, t)
+    triplet = nn.TripletMarginLoss(margin=1.0)(q, k, k.roll(-1, 0))  # negative: the next example's
+
+    print("1. In everyday code: which second views k are good? 3 examples, first views q = (1, 0),")
+    print(f"   (0, 1), (-1, 0); temperature {t}; margin 1")
+    print("   second views k           InfoNCE   NT-Xent   triplet")
+    rows = {"each equals its q": [info, both, triplet]}
+    ones = torch.ones(3, 2)
+    for name, a, k in (("each is another's q", q, q.roll(1, 0)), ("all vectors equal", ones, ones)):
+        triplet = nn.TripletMarginLoss(margin=1.0)(a, k, k.roll(-1, 0))
+        rows[name] = [info_nce_plain(a, k, t), nt_xent_plain(a, k, t), triplet]
+    for name, losses in rows.items():
+        rows[name] = [loss.item() for loss in losses]
+        print(f"   {name:<22}" + "".join(f"{loss:10.3f}" for loss in rows[name]))
+    print(f"   {'log 3, log 5, margin':<22}{math.log(3):10.3f}{math.log(5):10.3f}{1:10.3f}")
+    order = sorted(rows, key=lambda name: rows[name][0])
+    print(f"   -> from the best to the worst InfoNCE: {'; '.join(order)}")
+    return rows
+
+
+# --- 2. the losses from scratch ----------------------------------------------------------------
 
 
 def same_shapes(*tensors):
@@ -54,16 +105,19 @@ def same_shapes(*tensors):
         raise ValueError(f"need equal shapes (B, D), not {[tuple(t.shape) for t in tensors]}")
 
 
+def unit(x):
+    """x (..., D) at length 1; in float16 the 1e-12 that keeps from 0 / 0 would itself be 0."""
+    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
+
+
 def info_nce(q, k, temperature=0.1):
     """Mean InfoNCE of q, k (B, D): k_i is the positive of q_i, the other k_j are its negatives.
 
     Cross-entropy of s / temperature, s the cosines (B, B) of q_i and k_j, with the target j = i.
-    same_shapes(q, k) refuses other shapes; normalise with eps = 1e-4, as 1e-12 is 0 in float16.
-    Exercise.
+    same_shapes(q, k) refuses other shapes; unit(x) gives vectors of length 1. Exercise.
     """
     same_shapes(q, k)
-    q, k = (F.normalize(x, dim=-1, eps=1e-4) for x in (q, k))  # 1e-12 is 0 in float16
-    s = q @ k.mT / temperature  # (B, B)
+    s = unit(q) @ unit(k).mT / temperature  # (B, B)
     return F.cross_entropy(s, torch.arange(len(q), device=q.device))
 
 
@@ -72,10 +126,10 @@ def nt_xent(z1, z2, temperature=0.5):
 
     Each of the 2N views asks for the other view of its image among the 2N - 1 others: cross-entropy
     of their cosines over the temperature, one's own set to -infinity. same_shapes refuses other
-    shapes; normalise with eps = 1e-4. Exercise.
+    shapes; unit(x) gives vectors of length 1. Exercise.
     """
     same_shapes(z1, z2)
-    z = F.normalize(torch.cat([z1, z2], dim=-2), dim=-1, eps=1e-4)  # (..., 2N, D)
+    z = unit(torch.cat([z1, z2], dim=-2))  # (..., 2N, D)
     n = z.size(-2)
     itself = torch.eye(n, dtype=torch.bool, device=z.device)
     s = (z @ z.mT / temperature).masked_fill(itself, -math.inf)  # (..., 2N, 2N)
@@ -104,53 +158,33 @@ def nt_xent_by_loop(z1, z2, temperature):
     return total / (2 * N)
 
 
-def info_nce_by_loop(q, k, temperature):
-    q, k, total = F.normalize(q, dim=1), F.normalize(k, dim=1), 0.0
-    for i in range(len(q)):
-        e = [torch.exp(q[i] @ k[j] / temperature) for j in range(len(k))]
-        total -= torch.log(e[i] / sum(e))
-    return total / len(q)
+def show_twins():
+    print("2. Are the losses right? 7 random pairs of vectors of 5 numbers, three ways to compute")
+    print("   loss      plain      with checks   by a loop, or torch's")
+    a, b, c = (torch.randn(7, 5, dtype=F64, requires_grad=True) for _ in range(3))
+    torchs = F.triplet_margin_loss(a, b, c, margin=0.7)
+    rows = {
+        "InfoNCE": [info_nce_plain(a, b, 0.2), info_nce(a, b, 0.2)],
+        "NT-Xent": [nt_xent_plain(a, b, 0.3), nt_xent(a, b, 0.3), nt_xent_by_loop(a, b, 0.3)],
+        "triplet": [triplet_loss(a, b, c, 0.7), torchs],
+    }
+    off = 0.0
+    for name, losses in rows.items():
+        grads = [torch.autograd.grad(loss, a)[0] for loss in losses]
+        for i in range(len(losses)):
+            torch.testing.assert_close(losses[i], losses[0], rtol=0, atol=1e-12)
+            torch.testing.assert_close(grads[i], grads[0], rtol=0, atol=1e-12)
+            off = max(off, (losses[i] - losses[0]).abs().item())
+            off = max(off, (grads[i] - grads[0]).abs().max().item())
+        shown = [f"{loss.item():.6f}" for loss in losses]
+        first = "-" if name == "triplet" else shown.pop(0)
+        third = shown[1] if len(shown) > 1 else "-"
+        print(f"   {name:<7}   {first:<8}   {shown[0]:<11}   {third}")
+    print(f"   -> one way minus another, losses and gradients, largest: {off:.1g}")
+    return off
 
 
-def alignment(z1, z2):
-    """Mean squared distance of the two views (N, D), both put on the unit sphere: 0 is best.
-
-    Exercise.
-    """
-    return (F.normalize(z1, dim=1) - F.normalize(z2, dim=1)).square().sum(1).mean()
-
-
-def uniformity(z):
-    """log of the mean of e^(-2 d^2) over pairs of z (N, D), put on the unit sphere.
-
-    d is the distance of a pair, each pair once (F.pdist). The lower, the more even. Exercise.
-    """
-    return F.pdist(F.normalize(z, dim=1)).square().mul(-2).exp().mean().log()
-
-
-# --- information and temperature ---------------------------------------------------------------
-
-
-def gaussian_pairs(rho, n, d=4):
-    """x, y (n, d) with correlation rho in each dimension: I = -d / 2 log(1 - rho^2) nats."""
-    x = torch.randn(n, d, dtype=F64)
-    return x, rho * x + math.sqrt(1 - rho**2) * torch.randn(n, d, dtype=F64)
-
-
-def log_ratio(x, y, rho):
-    """The best critic, log p(y_j | x_i) / p(y_j), for all pairs: (n, n)."""
-    mean, variance = rho * x[:, None], 1 - rho**2
-    conditional = -(y - mean).square() / (2 * variance) - math.log(variance) / 2
-    return (conditional + y.square() / 2).sum(-1)
-
-
-def lower_bound(rho, N, batches):
-    """log N - L, mean over batches of N pairs, with the best critic."""
-    losses = []
-    for _ in range(batches):
-        x, y = gaussian_pairs(rho, N)
-        losses.append(F.cross_entropy(log_ratio(x, y, rho), torch.arange(N)).item())
-    return math.log(N) - sum(losses) / batches
+# --- 3. which negatives pull -------------------------------------------------------------------
 
 
 def hardest_share(q, k, temperature, hardest=0.05):
@@ -171,7 +205,52 @@ def hardest_share(q, k, temperature, hardest=0.05):
     return (top.sum() / grad.sum()).item()
 
 
-# --- SimCLR on drawn shapes --------------------------------------------------------------------
+def show_temperature(log_dir, B=256, D=32):
+    print(
+        f"3. Which negatives pull at a vector? {B} random pairs, InfoNCE: the most similar 5 % of"
+    )
+    print(f"   its {B - 1} negatives, and their share of the gradient on all of them")
+    print("   temperature t    share of the gradient")
+    q, k, shares = torch.randn(B, D, dtype=F64), torch.randn(B, D, dtype=F64), {}
+    with SummaryWriter(log_dir / "temperature", purge_step=0) as writer:
+        for percent in (2, 5, 10, 20, 50, 100):
+            t = percent / 100
+            shares[t] = hardest_share(q, k, t)
+            writer.add_scalar("gradient/hardest_share", shares[t], percent)
+            print(f"   {t:13.2f}    {shares[t]:21.3f}")
+    most, least = max(shares, key=shares.get), min(shares, key=shares.get)
+    print(f"   -> the hardest 5 % pull most at t = {most:g} ({shares[most]:.3f}), "
+          f"least at t = {least:g} ({shares[least]:.3f})")  # fmt: skip
+    return shares
+
+
+# --- 4. a training without labels --------------------------------------------------------------
+
+
+def alignment(z1, z2):
+    """Mean squared distance of the two views (N, D), both put on the unit sphere: 0 is best.
+
+    Exercise.
+    """
+    return (F.normalize(z1, dim=1) - F.normalize(z2, dim=1)).square().sum(1).mean()
+
+
+def uniformity(z):
+    """log of the mean of e^(-2 d^2) over pairs of z (N, D), put on the unit sphere.
+
+    d is the distance of a pair, each pair once (F.pdist). The lower, the more even. Exercise.
+    """
+    return F.pdist(F.normalize(z, dim=1)).square().mul(-2).exp().mean().log()
+
+
+def hardest_negatives(z1, z2):
+    """For each row i of z1 (N, D) the nearest row j of z2 (N, D) with j other than i: (N, D).
+
+    Distances by torch.cdist, their diagonal set to infinity, under no_grad. Exercise.
+    """
+    with torch.no_grad():
+        nearest = torch.cdist(z1, z2).fill_diagonal_(math.inf).argmin(1)
+    return z2[nearest]
 
 
 def draw_shapes(n):
@@ -225,74 +304,38 @@ def linear_probe(features, train, test, ridge=10.0):
     return ((h_test @ W).argmax(1) == test[1]).double().mean().item()
 
 
-def train_simclr(images, group, steps, batch, seed, writer, temperature=0.3):
-    """The encoder after NT-Xent within groups of `group` images; every step sees `batch` images."""
-    torch.manual_seed(seed)
+def loss_of_batch(z1, z2, loss, negatives, t=0.3, margin=1.0):
+    """NT-Xent within groups of negatives / 2 + 1 images, or the triplet loss, of z1, z2 (B, D)."""
+    if loss == "nt_xent":
+        group = negatives // 2 + 1
+        return nt_xent(z1.unflatten(0, (-1, group)), z2.unflatten(0, (-1, group)), t)
+    z1, z2 = unit(z1), unit(z2)
+    chosen = hardest_negatives(z1, z2) if negatives == "hardest" else z2.roll(-1, 0)  # the next
+    return triplet_loss(z1, z2, chosen, margin)
+
+
+def train(images, loss, negatives, steps, batch, seed, writer):
+    """The encoder after `steps` batches, and the last loss, alignment and uniformity."""
+    torch.manual_seed(seed)  # the same start, images and views for each loss
     features = encoder()
     head = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 32))  # thrown away afterwards
     model = nn.Sequential(features, head)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for step in tqdm(range(steps), desc=f"groups of {group}", leave=False, disable=None):
+    figures = {}
+    for step in tqdm(range(steps), desc=f"{loss} {negatives}", leave=False, disable=None):
         x = images[torch.randperm(len(images))[:batch]]
         z1, z2 = model(torch.cat([augment(x), augment(x)])).chunk(2)  # (B, 32) each
-        loss = nt_xent(*(z.unflatten(0, (-1, group)) for z in (z1, z2)), temperature)
+        value = loss_of_batch(z1, z2, loss, negatives)
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
-        if step % 10 == 0:
+        if step % 10 == 0 or step == steps - 1:
             z1, z2 = z1.detach(), z2.detach()
-            writer.add_scalar("simclr/loss", loss.item(), step)
-            writer.add_scalar("simclr/alignment", alignment(z1, z2), step)
-            writer.add_scalar("simclr/uniformity", uniformity(z1), step)
-    return features.eval()
-
-
-# --- the sections ------------------------------------------------------------------------------
-
-
-def show_twins():
-    print(
-        "1. the losses against a double loop, or torch's: largest difference of loss, of gradient"
-    )
-    a, b, c = (torch.randn(7, 5, dtype=F64, requires_grad=True) for _ in range(3))
-    pairs = {
-        "InfoNCE": (info_nce(a, b, 0.2), info_nce_by_loop(a, b, 0.2)),
-        "NT-Xent": (nt_xent(a, b, 0.3), nt_xent_by_loop(a, b, 0.3)),
-        "triplet": (triplet_loss(a, b, c, 0.7), F.triplet_margin_loss(a, b, c, margin=0.7)),
-    }
-    for name, losses in pairs.items():
-        grads = [torch.autograd.grad(loss, (a, b))[0] for loss in losses]
-        torch.testing.assert_close(*losses, rtol=0, atol=1e-12)
-        torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
-        off, off_grad = ((x - y).abs().max().item() for x, y in (losses, grads))
-        print(f"   {name}   {off:.0e}   {off_grad:.0e}")
-
-
-def show_bound(log_dir, pairs):
-    print("2. log N - L with the best critic, and the mutual information I, in nats")
-    rhos, bounds = (0.5, 0.9, 0.99, 0.999), {}
-    truth = {rho: -2 * math.log(1 - rho**2) for rho in rhos}  # d = 4
-    for N in (2, 16, 256):
-        bounds[N] = {rho: lower_bound(rho, N, max(1, pairs // N)) for rho in rhos}
-        shown = "   ".join(f"{bounds[N][rho]:6.3f}" for rho in rhos)
-        print(f"   N {N:3}   {shown}   at most log N = {math.log(N):.3f}")
-    print(f"   I       {'   '.join(f'{truth[rho]:6.3f}' for rho in rhos)}")
-    for name, values in [*((f"N_{N}", bounds[N]) for N in bounds), ("truth", truth)]:
-        with SummaryWriter(log_dir / "bound" / name, purge_step=0) as writer:
-            for rho in rhos:
-                writer.add_scalar("bound/nats", values[rho], round(10 * truth[rho]))
-    return bounds, truth
-
-
-def show_temperature(log_dir, B=256, D=32):
-    print(f"3. share of the gradient on the hardest 5 % of {B - 1} negatives, random unit vectors")
-    q, k, shares = torch.randn(B, D, dtype=F64), torch.randn(B, D, dtype=F64), {}
-    with SummaryWriter(log_dir / "temperature", purge_step=0) as writer:
-        for percent in (2, 5, 10, 20, 50, 100):
-            shares[percent / 100] = hardest_share(q, k, percent / 100)
-            writer.add_scalar("gradient/hardest_share", shares[percent / 100], percent)
-    print("   " + "   ".join(f"t {t:g} {share:.3f}" for t, share in shares.items()))
-    return shares
+            figures = {"loss": value.item(), "alignment": alignment(z1, z2).item(),
+                       "uniformity": uniformity(z1).item()}  # fmt: skip
+            for name, number in figures.items():
+                writer.add_scalar(f"views/{name}", number, step)
+    return features.eval(), figures
 
 
 def write_embedding(writer, features, test, count=500):
@@ -302,34 +345,111 @@ def write_embedding(writer, features, test, count=500):
         writer.add_embedding(features(images), names, images.clamp(0, 1), 0, "test_images")
 
 
-def show_simclr(seed, log_dir, groups, images, steps):
-    print(f"4. SimCLR, {images:,} images, {steps} steps of {max(groups)}: linear probe, 8 shapes")
+def show_training(seed, log_dir, batch, images, steps):
+    print("4. What is learned without labels?")
+    print(f"   {images:,} images of 8 shapes, {steps} steps, {batch} images in each")
+    print(
+        f"   accuracy   on {images // 2:,} others, of a linear classifier of the encoder's outputs;"
+    )
+    print(f"              it sees {images // 5} labels.   untrained: the encoder as it starts")
+    print("   distance   of two views, squared, the mean; 0 is best, if the vectors spread")
+    print("   evenness   log mean exp(-2 d^2) over pairs of images at distance d; 0: all are equal")
+    print("   trained by   negatives   accuracy   last loss   distance   evenness")
     torch.manual_seed(seed)
-    unlabelled, train, test = draw_shapes(images)[0], draw_shapes(800), draw_shapes(2000)
+    unlabelled = draw_shapes(images)[0]
+    labelled, test = draw_shapes(images // 5), draw_shapes(images // 2)
     torch.manual_seed(seed)
-    scores = {
-        "pixels": linear_probe(nn.Flatten(), train, test),
-        "random": linear_probe(encoder().eval(), train, test),
+    rows = {
+        "pixels": {"accuracy": linear_probe(nn.Flatten(), labelled, test)},
+        "start": {"accuracy": linear_probe(encoder().eval(), labelled, test)},
     }
-    print(f"   pixels {scores['pixels']:.3f}   encoder as it started {scores['random']:.3f}")
-    for group in groups:
-        with SummaryWriter(log_dir / f"negatives_{2 * group - 2}", purge_step=0) as writer:
-            features = train_simclr(unlabelled, group, steps, max(groups), seed, writer)
-            scores[group] = linear_probe(features, train, test)
-            if group == max(groups):
+    for name, words in (("pixels", "(pixels)"), ("start", "(untrained)")):
+        print(f"   {words:<10}   {'-':<9}   {rows[name]['accuracy']:8.3f}")
+    many = 2 * batch - 2
+    for loss, negatives in (("nt_xent", 2), ("nt_xent", many), ("triplet", "random"),
+                            ("triplet", "hardest")):  # fmt: skip
+        name = f"{loss}_{negatives}"
+        with SummaryWriter(log_dir / name, purge_step=0) as writer:
+            features, row = train(unlabelled, loss, negatives, steps, batch, seed, writer)
+            row["accuracy"] = linear_probe(features, labelled, test)
+            if negatives == many:
                 write_embedding(writer, features, test)
-        print(f"   {2 * group - 2:3} negatives   {scores[group]:.3f}")
-    return scores
+        rows[name] = row
+        word = {"nt_xent": "NT-Xent", "triplet": "triplet"}[loss]
+        print(f"   {word:<10}   {negatives!s:<9}   {row['accuracy']:8.3f}   {row['loss']:9.3f}   "
+              f"{row['alignment']:8.3f}   {row['uniformity']:8.3f}")  # fmt: skip
+    best = max(rows, key=lambda name: rows[name]["accuracy"])
+    top, start = rows[best]["accuracy"], rows["start"]["accuracy"]
+    print(
+        f"   -> the best accuracy is that of {best}: {top:.3f}; without training it is {start:.3f}"
+    )
+    equal = [name for name, row in rows.items() if row.get("uniformity", -1) > -0.1]
+    print(f"   -> collapsed, as evenness is above -0.1: {', '.join(equal) or 'none'}")
+    return rows
 
 
-def main(seed=0, log_dir=LOG_DIR, pairs=20_000, groups=(2, 16, 256), images=4096, steps=300):
+# --- 5. second reading: what a batch can show --------------------------------------------------
+
+
+def gaussian_pairs(rho, n, d=4):
+    """x, y (n, d) with correlation rho in each dimension: I = -d / 2 log(1 - rho^2) nats."""
+    x = torch.randn(n, d, dtype=F64)
+    return x, rho * x + math.sqrt(1 - rho**2) * torch.randn(n, d, dtype=F64)
+
+
+def log_ratio(x, y, rho):
+    """The best critic, log p(y_j | x_i) / p(y_j), for all pairs: (n, n)."""
+    mean, variance = rho * x[:, None], 1 - rho**2
+    conditional = -(y - mean).square() / (2 * variance) - math.log(variance) / 2
+    return (conditional + y.square() / 2).sum(-1)
+
+
+def lower_bound(rho, N, batches):
+    """log N - L, mean over batches of N pairs, with the best critic."""
+    losses = []
+    for _ in range(batches):
+        x, y = gaussian_pairs(rho, N)
+        losses.append(F.cross_entropy(log_ratio(x, y, rho), torch.arange(N)).item())
+    return math.log(N) - sum(losses) / batches
+
+
+def show_bound(log_dir, pairs):
+    print(
+        "5. How much information can a batch of N pairs show? log N - L, in nats, for random pairs"
+    )
+    print("   whose I is known; the best possible score takes the place of the cosine")
+    rhos, bounds = (0.5, 0.9, 0.99, 0.999), {}
+    truth = {rho: -2 * math.log(1 - rho**2) for rho in rhos}  # d = 4
+    head = "   ".join(f"I = {truth[rho]:6.3f}" for rho in rhos)
+    print(f"     N   {head}   log N")
+    for N in (2, 16, 256):
+        bounds[N] = {rho: lower_bound(rho, N, max(1, pairs // N)) for rho in rhos}
+        assert max(bounds[N].values()) <= math.log(N)  # as L >= 0
+        shown = "   ".join(f"{bounds[N][rho]:10.3f}" for rho in rhos)
+        print(f"   {N:3}   {shown}   {math.log(N):5.3f}")
+    for name, values in [*((f"N_{N}", bounds[N]) for N in bounds), ("truth", truth)]:
+        with SummaryWriter(log_dir / "bound" / name, purge_step=0) as writer:
+            for rho in rhos:
+                writer.add_scalar("bound/nats", values[rho], round(10 * truth[rho]))
+    shown = ", ".join(f"{bounds[N][0.999]:.2f} (log N {math.log(N):.2f})" for N in bounds)
+    print(f"   -> of {truth[0.999]:.2f} nats N = 2, 16, 256 show {shown}")
+    return bounds, truth
+
+
+# --- the lesson --------------------------------------------------------------------------------
+
+
+def main(seed=0, log_dir=LOG_DIR, pairs=20_000, batch=256, images=4096, steps=200):
     torch.manual_seed(seed)
-    show_twins()
-    return {
-        "bound": show_bound(log_dir, pairs),
+    measured = {
+        "everyday": show_everyday(),
+        "twins": show_twins(),
         "temperature": show_temperature(log_dir),
-        "simclr": show_simclr(seed, log_dir, groups, images, steps),
+        "training": show_training(seed, log_dir, batch, images, steps),
     }
+    measured["bound"] = show_bound(log_dir, pairs)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 def guard(main, *flags):
