@@ -1,10 +1,10 @@
-"""A CNN is a chain of layers whose shapes fit: all shapes and parameters follow by formula.
+"""A convolutional network (CNN) is a chain of layers: formulas give all shapes and parameters.
 
 Moli is the network that train.py trains: three convolution blocks find features in an image, two
 Linear layers make them scores (logits), one for each class. Where an output does not fit the next
-input, PyTorch raises an error: so compute the shapes first. Activations such as SiLU are not there
-for show: without them, and with the mean in place of the maximum in the pools, all of Moli is one
-affine map (in eval() mode): x -> A x + c, and a single Linear layer could do the same.
+input, PyTorch raises an error: so compute the shapes first. Activations such as SiLU are needed:
+without them, and with the mean in place of the maximum in the pools, all of Moli (in eval() mode)
+is one affine map x -> A x + c of a matrix A and a vector c, and one Linear layer could do the same.
 
     block   convolution 5x5, padding 2 -> max-pool 2 -> batch norm -> SiLU
     size    n -> n + 2 * 2 - 5 + 1 = n by the convolution, n -> n / 2 by the pool
@@ -19,8 +19,8 @@ Checked here   shapes and parameters of each layer, counted and by formula; mult
 TensorBoard    nothing of its own: train.py draws this network's graph
 Try            in block, write kernel_size=3, padding=1: how many parameters are left of 145,706?
 Answer         95,018: each 5x5 kernel loses 16 of 25 numbers, 50,688 in all. The shapes stay
-Source         the CIFAR-10 "quick" network of cuda-convnet (Krizhevsky 2012); Ioffe & Szegedy 2015,
-               arXiv:1502.03167; SiLU: Elfwing et al. 2018, arXiv:1702.03118
+Source         after the CIFAR-10 "quick" network of cuda-convnet (Krizhevsky 2012); batch norm:
+               Ioffe & Szegedy 2015, arXiv:1502.03167; SiLU: Elfwing et al., arXiv:1702.03118
 """
 
 import copy
@@ -81,8 +81,9 @@ def show_everyday():
     for i in range(len(x)):
         logits, probabilities = (" ".join(f"{v:7.3f}" for v in row[i]) for row in (z, p))
         print(f"   {i:5d}   {logits}   {probabilities}   {p[i].argmax():15d}")
-    print(f"   -> {tuple(x.shape)} became {tuple(z.shape)}; untrained, the probabilities are")
-    print(f"      {p.min():.2f} to {p.max():.2f}, near 1 / {z.shape[1]}: it knows nothing yet")
+    off = (p - 1 / z.shape[1]).abs().max()
+    print(f"   -> images {tuple(x.shape)} became logits {tuple(z.shape)}; an untrained Moli gives")
+    print(f"      each class a probability at most {off:.3f} from 1 / {z.shape[1]}")
     return z
 
 
@@ -135,10 +136,9 @@ def show_shapes(model, x):
         formula = " * ".join(map(str, by_formula)) or "0"
         print(f"   {name:<12}   {kind:<11}   {shape!s:<17}   {count:7,}   {formula}")
     total = sum(count for *_, count in rows)
-    print(
-        f"   -> all {total:,} parameters; formula and count agree in {agree} of {len(rows)} layers,"
-    )
-    print(f"      and the last shape is that of model(x), {tuple(model(x).shape)}")
+    last, whole = rows[-1][2], tuple(model(x).shape)
+    print(f"   -> {total:,} parameters; count and formula agree in {agree} of {len(rows)} layers;")
+    print(f"      the last shape is {last}, {'as' if last == whole else 'unlike'} that of model(x)")
     return {"parameters": total, "agree": agree}
 
 
@@ -146,10 +146,10 @@ def show_shapes(model, x):
 
 
 def multiplications(layer, shape):
-    """How many multiplications by weights a layer makes for one image; output shape (B, ...).
+    """How many multiplications a convolution or Linear layer makes for an image; output (B, ...).
 
     A convolution uses each of its weights at each of the H x W places of its output (B, C, H, W), a
-    Linear layer each weight once. Other layers: 0. Exercise.
+    Linear layer each weight once. Other layers count as 0. Exercise.
     """
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
         return layer.weight.numel() * math.prod(shape[2:])  # the product of no numbers is 1
@@ -165,7 +165,7 @@ def show_work(model, x):
         if work := multiplications(layer, shape):
             rows.append((f"{name} {kind}", count, work))
     parameters, work = sum(row[3] for row in traced), sum(row[2] for row in rows)
-    print("3. Where are the parameters, and where is the work? Multiplications for one image")
+    print("3. Where are the parameters, and where is the work for one image?")
     print("   layer                  parameters   of all   multiplications   of all")
     for name, count, own in rows:
         shares = count / parameters, own / work
@@ -173,8 +173,10 @@ def show_work(model, x):
     with FlopCounterMode(display=False) as counter:
         model(x)
     measured = counter.get_total_flops() / 2 / len(x)  # it counts the additions, too
-    print(f"   all, with batch norm   {parameters:10,}            {work:15,}")
-    print(f"   counted by torch                               {measured:15,.0f}")
+    rest = parameters - sum(row[1] for row in rows)
+    print(f"   all batch norms        {rest:10,}   {rest / parameters:6.1%}       not counted")
+    print(f"   sum                    {parameters:10,}            {work:15,}")
+    print(f"   sum by torch's formula                         {measured:15,.0f}")
     name, count, own = max(rows, key=lambda row: row[1])
     shares = f"{count / parameters:.0%} of the parameters and does {own / work:.1%} of the work"
     print(f"   -> {name} holds {shares}")
@@ -215,23 +217,29 @@ def show_affine(model, x, y):
         "one Linear layer": nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).double(),
     }
     print(
-        "4. Which layers keep Moli from being affine? If affine, f((x+y) / 2) = (f(x) + f(y)) / 2"
+        "4. Which layers keep Moli from being affine, x -> A x + c? If f is affine, both sides of"
     )
-    print("   network                  largest difference   largest output")
+    print("   f((x + y) / 2) = (f(x) + f(y)) / 2 are equal for all images x, y")
+    print("   network f                largest difference of both sides   largest |f(x) - f(y)|")
     bends = {}
     for name, f in networks.items():
         bends[name] = bend(f, x, y)
-        print(f"   {name:<22}   {bends[name]:18.5f}   {f(x).abs().max():14.3f}")
+        print(f"   {name:<22}   {bends[name]:32.5f}   {(f(x) - f(y)).abs().max():21.5f}")
     straight = [name for name, size in bends.items() if size < 1e-12]
-    print(f"   -> affine, but for rounding: {', '.join(straight)}")
+    alone = {"max-pool": "no SiLU", "SiLU": "mean-pool for max-pool"}  # what is left in which row
+    bending = [kind for kind, name in alone.items() if name not in straight]
+    print(f"   -> affine, up to rounding: {', '.join(straight)}. Each of these alone is enough")
+    print(f"      to keep Moli from that: {', '.join(bending)} (the first column is larger without")
+    print("      SiLU because all numbers are, as the second column shows)")
     _, first, silu, second = model.classifier
     z = torch.randn(4, 1024).double()
     one = z @ (second.weight @ first.weight).T + second.weight @ first.bias + second.bias
     off = [(second(f(first(z))) - one).abs().max().item() for f in (nn.Identity(), silu)]
     print(
-        "      The two Linear layers alone: W2 (W1 z + b1) + b2 minus (W2 W1) z + (W2 b1 + b2) is"
+        "      Two Linear layers, z -> W2 (W1 z + b1) + b2 with weights W, biases b, and a single"
     )
-    print(f"      at most {off[0]:.5f} with nothing between them, {off[1]:.5f} with SiLU")
+    print(f"      one with A = W2 W1, c = W2 b1 + b2 differ by at most {off[0]:.5f}; if SiLU is")
+    print(f"      between the two, by up to {off[1]:.5f}")
     return {"bends": bends, "without": off[0], "with_silu": off[1]}
 
 

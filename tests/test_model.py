@@ -117,6 +117,13 @@ def test_trace_shapes_goes_through_all_layers_and_ends_with_the_logits(model):
         assert rows[i] == (name, type(layer).__name__, tuple(seen[i][1].shape), count)
 
 
+def test_a_trace_that_ends_elsewhere_is_told(model, monkeypatch, capsys):
+    layers = model.layers
+    monkeypatch.setattr(model, "layers", lambda net: layers(net)[:-1])
+    model.show_shapes(model.Moli().eval(), torch.zeros(2, 3, 32, 32))
+    assert "the last shape is (2, 64), unlike that of model(x)\n" in capsys.readouterr().out
+
+
 def test_layers_leave_out_what_only_holds_others(model):
     net = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Tanh())))
     assert model.layers(net) == [("0", net[0]), ("1.0", net[1][0]), ("1.1.0", net[1][1][0])]
@@ -227,7 +234,7 @@ def test_try_kernel_3_takes_away_16_of_25_parameters_of_the_convolutions(
     assert measured["agree"] == 16
     assert shapes == [row[2] for row in model.trace_shapes(model.Moli(), torch.zeros(2, 3, 32, 32))]
     out = capsys.readouterr().out
-    assert "-> all 95,018 parameters" in out and "3 * 3 * 32 * 64\n" in out
+    assert "-> 95,018 parameters; count" in out and "3 * 3 * 32 * 64\n" in out
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -239,41 +246,48 @@ def test_main_shows_what_the_layers_make_and_what_bends_them(model, capsys, seed
     torch.manual_seed(seed)
     moli, x = model.Moli(3).eval(), torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(z, moli(x).detach())
-    assert z.shape == (2, 3) and "-> (2, 3, 32, 32) became (2, 3);" in out
-    assert f"      {p.min():.2f} to {p.max():.2f}, near 1 / 3: " in out
+    assert z.shape == (2, 3) and "-> images (2, 3, 32, 32) became logits (2, 3); an" in out
+    off = max(abs(v - 1 / 3) for v in p.flatten().tolist())
+    assert f"each class a probability at most {off:.3f} from 1 / 3\n" in out and off < 0.1
     for i in range(2):
         numbers = " ".join(f"{v:7.3f}" for v in z[i]) + "   " + " ".join(f"{v:7.3f}" for v in p[i])
         assert f"   {i:5d}   {numbers}   {p[i].argmax():15d}\n" in out
 
     assert measured["parameters"] == 145_706 and measured["agree"] == 16
-    assert "-> all 145,706 parameters; formula and count agree in 16 of 16 layers" in out
-    assert "is that of model(x), (2, 10)\n" in out
+    assert "-> 145,706 parameters; count and formula agree in 16 of 16 layers;\n" in out
+    assert "the last shape is (2, 10), as that of model(x)\n" in out
     assert "features.1.1   MaxPool2d     (2, 32, 8, 8)             0   0\n" in out
     assert "classifier.1   Linear        (2, 64)              65,600   1025 * 64\n" in out
 
     assert measured["work"] == measured["torch_work"] == 12_354_176
     assert "features.1.0 Conv2d        25,600    17.6%         6,553,600    53.0%\n" in out
-    assert re.search(r"all, with batch norm +145,706 +12,354,176\n", out)
-    assert re.search(r"counted by torch +12,354,176\n", out)
+    assert re.search(r"   all batch norms +256 +0\.2% +not counted\n", out)
+    assert re.search(r"   sum +145,706 +12,354,176\n", out)
+    assert re.search(r"   sum by torch's formula +12,354,176\n", out)
     assert "-> classifier.1 Linear holds 45% of the parameters and does 0.5% of the work\n" in out
 
     bends = measured["bends"]
     assert bends["both changes"] < 1e-12 and bends["one Linear layer"] < 1e-12
     assert min(bends["Moli"], bends["no SiLU"], bends["mean-pool for max-pool"]) > 2e-5
-    assert "-> affine, but for rounding: both changes, one Linear layer\n" in out
+    assert "-> affine, up to rounding: both changes, one Linear layer. Each of" in out
+    assert "to keep Moli from that: max-pool, SiLU (the first column is larger without\n" in out
+    spread = {name: float(re.search(rf"   {name} .* (\d\S+)\n", out)[1]) for name in bends}
+    assert spread["no SiLU"] > 3 * spread["Moli"] > 0
     for name, size in bends.items():
         assert re.search(rf"   {name} +{size:.5f} +\d", out)
     assert measured["without"] < 1e-12 and measured["with_silu"] > 0.05
-    assert "alone: W2 (W1 z + b1) + b2 minus (W2 W1) z + (W2 b1 + b2) is\n" in out
-    assert f"at most 0.00000 with nothing between them, {measured['with_silu']:.5f} with" in out
+    assert "z -> W2 (W1 z + b1) + b2 with weights W, biases b, and a single\n" in out
+    assert "c = W2 b1 + b2 differ by at most 0.00000; if SiLU is\n" in out
+    assert f"      between the two, by up to {measured['with_silu']:.5f}\n" in out
     for head in (
         "1. In everyday code: what comes out for two images? Moli(num_classes=3), untrained",
         "2. What becomes of 2 images? Each layer's output, and its parameters",
-        "3. Where are the parameters, and where is the work? Multiplications for one image",
-        "4. Which layers keep Moli from being affine? If affine, f((x+y) / 2) = (f(x) + f(y)) / 2",
+        "3. Where are the parameters, and where is the work for one image?",
+        "4. Which layers keep Moli from being affine, x -> A x + c? If f is affine, both sides of",
+        "   f((x + y) / 2) = (f(x) + f(y)) / 2 are equal for all images x, y",
         "   image   logits                       probabilities            predicted class",
         "   layer          kind          output shape        counted   by formula",
         "   layer                  parameters   of all   multiplications   of all",
-        "   network                  largest difference   largest output",
+        "   network f                largest difference of both sides   largest |f(x) - f(y)|",
     ):
         assert f"{head}\n" in out
