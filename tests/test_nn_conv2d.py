@@ -138,14 +138,10 @@ def test_which_filter_finds_what(lesson, capsys):
     *_, red_row, blue_row, then, last = capsys.readouterr().out.splitlines()
     assert red_row.split() == ["red_minus_green", "0.00", "0.00", "0.00", "1.00", "0.00"]
     assert blue_row.split() == ["blue_minus_yellow", "0.00", "0.00", "0.00", "0.50", "0.00"]
-    assert then == (
-        "   -> left_to_right finds the edge of a right half (1), not of a lower half (0), and not red"
-        " (0);"
-    )
-    words = (
-        "red_minus_green finds red (1); no filter finds all white: the weights of each add up to 0"
-    )
-    assert last == f"      {words}"
+    words = "finds the edge of a right half (1), not of a lower half (0), and not red (0);"
+    assert then == f"   -> left_to_right {words}"
+    words = "finds red (1); no filter finds all white: the weights of each add up to 0"
+    assert last == f"      red_minus_green {words}"
 
 
 # --- pictures ----------------------------------------------------------------------------------

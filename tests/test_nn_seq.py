@@ -238,9 +238,13 @@ def test_main_prints_what_it_measures(lesson, tmp_path, capsys, seed):
     for name, step, (start, size) in zip(NAMES, steps, FIELDS, strict=True):
         pixels = f"{start} to {start + size - 1}"
         assert f"   {name}    {step:<21}   {pixels:>18}   {pixels:>36}\n" in out
-    assert "-> 9 of 9 fields are as the rule says; behind pool3 a unit sees 22 of the 48" in out
+    legend = "   k: window of the layer; jump: pixels from one unit before the layer to the next\n"
+    assert (
+        legend + "   -> 9 of 9 fields are as the rule says; behind pool3 a unit sees 22 of" in out
+    )
 
     assert measured["sizes"] == [(3, 3), (8, 5), (18, 7)]
+    assert "   convolutions   with pools   without pools\n              1            3     " in out
     assert "\n              3           18               7\n" in out
     assert "-> the third convolution and the pool before it add 10 pixels; without pools it" in out
     assert " pools it adds 2\n" in out  # 10 = 2 by pool2 (8 to 10) and 8 by conv3 (10 to 18)
