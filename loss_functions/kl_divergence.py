@@ -1,27 +1,31 @@
-"""Forward KL fits the mean and spread of two modes, reverse KL locks on one: the order decides.
+"""KL divergence says how badly one distribution stands in for another, and its order matters: the
+Gaussian that fits two far modes best spreads over both, or takes one, by the order of the two.
 
-    KL(p || q) = sum_k p_k log(p_k / q_k)  >= 0, in nats; 0 only for p = q; not symmetric
+It is a loss where the target is a distribution and not one right class. In distillation a small
+network, the student, learns all class probabilities of a large one, the teacher. F.kl_div wants
+logarithms first and the target second; exchanged arguments raise no error and give another loss.
+SEED needs no labels: the student copies how similar the teacher finds a point to other points.
+
+    KL(p || q)   sum_k p_k log(p_k / q_k), at least 0, and 0 only for p = q
     Gaussians    log(sigma_q / sigma_p) + (sigma_p^2 + (mu_p - mu_q)^2) / (2 sigma_q^2) - 1 / 2
-    forward      min over q of KL(p || q): q must be where p is; a Gaussian takes p's two moments
-    reverse      min over q of KL(q || p): q must not be where p is not; a Gaussian takes one mode,
-                 of weight w, at a KL of at most -log w; a q with two modes would have taken both
+    forward fit  the q of least KL(p || q): q must be where p is
+    reverse fit  the q of least KL(q || p): q must not be where p is not
+    soft loss    T^2 KL(softmax(v / T) || softmax(z / T))
 
-A student learns from a teacher's softened answers: T^2 KL(softmax(v / T) || softmax(z / T)). Its
-gradient T (softmax(z / T) - softmax(v / T)) tends to the difference of the logits less their means,
-over C; without T^2 it dies by 1 / T^2, while that of the labels' cross-entropy stays. SEED does the
-same with similarities for classes: where the teacher's embedding of a point stands among those of a
-queue of points, there shall the student's stand. Neither sees a label: InfoNCE taught the teacher.
+    p_k, q_k   probabilities of outcome k     mu, sigma   mean and standard deviation
+    z, v       logits (before the softmax) of student and teacher      log  natural
+    T          temperature: the larger, the more even the probabilities
 
-Checked here   the definition, torch.distributions and Monte Carlo; four ways to call F.kl_div; the
-               fitted moments; the gradient over T; a student of 300 labels, without a teacher's
-               answers, with them, and with answers as soft that know only the label; a linear
-               probe after SEED, with a teacher that learned, one that did not, and with none
-TensorBoard    fit/densities in fit/… (grey the target, a line the fit); temperature/log2_gradient
-               by log2 T in temperature/raw, times_T2; val/accuracy by epoch in distillation/hard,
-               smoothed, soft; probe/accuracy by epoch in seed/teacher and two controls
-Try            reverse KL from 0, between the modes: which one? Neither: a broad, worse optimum
-Source         Kullback & Leibler 1951; Bishop 2006, section 10.1.2; Hinton et al. 2015, section 2,
-               arXiv:1503.02531; Fang et al. 2021 (SEED), section 3, arXiv:2101.04731
+Needs          nn_loss.py, contrastive_loss.py (for SEED in section 5)
+Checked here   KL = torch.distributions'; four calls of F.kl_div; both fits and where they part; the
+               gradient by T; two students with their controls: distillation and SEED
+TensorBoard    fit/densities in fit/... (grey the target, a line the fit); temperature/log2_gradient
+               by log2 T in temperature/...; val/accuracy, probe/accuracy by epoch in the other runs
+Try            in show_fits, write (m, 1.0, 0.0, math.inf) for (m, 1.0, m / 2, -math.log(w)), so
+               that the reverse fits start between the modes: which mode do they take?
+Answer         neither: both end at mu -0.47 and sigma 2.70, at a KL of 0.85, not 0.51 and 0.91
+Source         Kullback & Leibler 1951; Bishop 2006, section 10.1.2; Hinton et al. 2015,
+               arXiv:1503.02531; Fang et al. 2021 (SEED), arXiv:2101.04731
 """
 
 import argparse
@@ -48,7 +52,7 @@ from tqdm import tqdm
 LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / "loss_functions" / "kl_divergence"
 F64 = torch.float64
 CLASSES = 10
-MODES = ((0.6, -3.0), (0.4, 3.0))  # weight and mean of two Gaussians with variance 1
+MODES = ((0.6, -1), (0.4, 1))  # weight and side of two Gaussians with variance 1
 
 
 def draw(log_dir, curves):
@@ -59,14 +63,48 @@ def draw(log_dir, curves):
                 writer.add_scalar(tag, value, step)
 
 
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def kl_plain(p, q):
+    """KL(p || q) of probabilities above 0, over the last axis."""
+    return (p * (p / q).log()).sum(-1)
+
+
+def distillation_plain(z, v, labels, T, alpha):
+    """Student's logits z, teacher's v (B, C), labels (B,): what to minimise in distillation."""
+    soft = F.kl_div((z / T).log_softmax(1), (v / T).softmax(1), reduction="batchmean")
+    return alpha * T**2 * soft + (1 - alpha) * F.cross_entropy(z, labels)
+
+
+def show_everyday():
+    p = torch.tensor([[0.5, 0.5]])  # one example, two outcomes: the target
+    q = torch.tensor([[0.25, 0.75]])  # what a network answers
+    forward = F.kl_div(q.log(), p, reduction="batchmean")  # KL(p || q)
+    reverse = F.kl_div(p.log(), q, reduction="batchmean")  # KL(q || p)
+
+    print("1. In everyday code: how badly does q = (1/4, 3/4) stand in for p = (1/2, 1/2)? In nats")
+    print("   what           F.kl_div   kl_plain   by head")
+    by_head = 0.5 * math.log(2) + 0.5 * math.log(2 / 3), 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    plain = kl_plain(p, q).item(), kl_plain(q, p).item()
+    words = "1/2 log 2 + 1/2 log 2/3", "1/4 log 1/2 + 3/4 log 3/2"
+    for i, (name, value) in enumerate((("KL(p || q)", forward), ("KL(q || p)", reverse))):
+        print(f"   {name:<11}   {value:9.4f}   {plain[i]:8.4f}   {by_head[i]:.4f} = {words[i]}")
+    z, v, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([1])
+    loss = distillation_plain(z, v, labels, T=2.0, alpha=0.5)
+    print(f"   distillation_plain of the logits z = (1, 0), v = (0, 2), label 1, T 2: {loss:.4f}")
+    print(f"   -> the two orders differ by {(forward - reverse).abs():.4f}")
+    return [forward.item(), reverse.item(), loss.item()], [*plain, *by_head]
+
+
+# --- 2. the divergence and its calls -----------------------------------------------------------
+
+
 def same_shapes(*tensors, dim=None):
     shapes = [tuple(t.shape) for t in tensors]
     if len(set(shapes)) > 1 or dim not in (None, len(shapes[0])):
         axes = f" with {dim} axes" if dim else ""
         raise ValueError(f"need equal shapes{axes}, not {' and '.join(map(str, shapes))}")
-
-
-# --- divergences and losses --------------------------------------------------------------------
 
 
 def kl_divergence(p, q):
@@ -89,6 +127,148 @@ def gaussian_kl(mu_p, sigma_p, mu_q, sigma_q):
     return torch.log(sigma_q / sigma_p) + spread - 0.5
 
 
+def show_definition(samples):
+    print("2. Is it torch's? 1,000 random p and q of 5 outcomes; two Gaussians; in nats")
+    p, q = torch.randn(2, 1000, 5, dtype=F64).softmax(-1)
+    forward, reverse = kl_divergence(p, q), kl_divergence(q, p)
+    library = torch_kl(Categorical(p), Categorical(q))
+    for ours in (forward, kl_plain(p, q)):
+        torch.testing.assert_close(ours, library, rtol=0, atol=1e-12)
+    assert (forward > 0).all() and (kl_divergence(p, p) == 0).all()
+    print("                 from scratch   torch    smallest   |KL(p || q) - KL(q || p)|, largest")
+    apart, mean = (forward - reverse).abs().max(), forward.mean()
+    print(f"   5 outcomes    {mean:12.4f}   {library.mean():.4f}   {forward.min():8.4f}   "
+          f"{apart:.4f}   (from scratch, torch: the means)")  # fmt: skip
+
+    P, Q = Normal(*torch.tensor([0.5, 0.8], dtype=F64)), Normal(*torch.tensor([-1, 1.7], dtype=F64))
+    closed = gaussian_kl(P.mean, P.stddev, Q.mean, Q.stddev)
+    torch.testing.assert_close(closed, torch_kl(P, Q), rtol=0, atol=1e-12)
+    x = P.sample((samples,))
+    ratios = P.log_prob(x) - Q.log_prob(x)  # KL is their mean under P
+    error = ratios.std() / samples**0.5
+    gaussians = torch_kl(P, Q)
+    print(f"   Gaussians     {closed:12.4f}   {gaussians:.4f}   mean of log(p / q) at {samples:,} "
+          f"draws of p: {ratios.mean():.4f} +- {error:.4f}")  # fmt: skip
+    off = max((forward - library).abs().max().item(), (closed - gaussians).abs().item())
+    print(f"   -> from scratch minus torch, largest: {off:.1g}")
+    return {"closed": closed.item(), "monte_carlo": ratios.mean().item(), "error": error.item()}
+
+
+def show_kl_div(B=4, C=5):
+    print(f"   Which call gives KL(p || q)? Mean over {B} random pairs of {C} outcomes")
+    p, q = torch.randn(2, B, C, dtype=F64).softmax(-1)
+    right, swapped = kl_divergence(p, q).mean(), kl_divergence(q, p).mean()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of "mean" by itself
+        mean = F.kl_div(q.log(), p, reduction="mean")
+    rows = (
+        ('F.kl_div(q.log(), p, reduction="batchmean")', "batchmean", "KL(p || q)", right,
+         F.kl_div(q.log(), p, reduction="batchmean")),
+        ('F.kl_div(q.log(), p, reduction="mean")', "mean", f"KL(p || q) / {C}", right / C, mean),
+        ('F.kl_div(p.log(), q, reduction="batchmean")', "swapped", "KL(q || p)", swapped,
+         F.kl_div(p.log(), q, reduction="batchmean")),
+        ('F.kl_div(q, p, reduction="batchmean")', "no log", "no divergence", None,
+         F.kl_div(q, p, reduction="batchmean")),
+    )  # fmt: skip
+    values = {}
+    print("   call                                            value   what it is")
+    for call, name, meaning, theory, value in rows:
+        values[name] = value.item()
+        if theory is not None:
+            torch.testing.assert_close(value, theory, rtol=0, atol=1e-12)
+        shown = "" if theory is None else f" = {theory:.4f}"
+        print(f"   {call:<43}   {value:8.4f}   {meaning}{shown}")
+    good = [name for name in values if abs(values[name] - right) < 1e-9]
+    print(f"   -> KL(p || q) by {', '.join(good)}; no call raises an error")
+    return values, right.item(), swapped.item()
+
+
+# --- 3. the order decides the fit --------------------------------------------------------------
+
+
+def target_log_density(x, d=3.0):
+    """log of 0.6 N(-d, 1) + 0.4 N(d, 1)."""
+    (w1, s1), (w2, s2) = MODES
+    left = math.log(w1) + Normal(s1 * d, 1.0).log_prob(x)
+    return torch.logaddexp(left, math.log(w2) + Normal(s2 * d, 1.0).log_prob(x))
+
+
+def fit_gaussian(order, mu, sigma=1.0, d=3.0):
+    """mu, sigma and KL of the best N(mu, sigma^2) near the start, by L-BFGS on a grid."""
+    x = torch.linspace(-25, 25, 5001, dtype=F64)
+    log_p, dx = target_log_density(x, d), x[1] - x[0]
+    theta = torch.tensor([mu, math.log(sigma)], dtype=F64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [theta], max_iter=200, tolerance_grad=1e-11, tolerance_change=1e-15,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def divergence():
+        log_q = Normal(theta[0], theta[1].exp()).log_prob(x)
+        a, b = (log_p, log_q) if order == "forward" else (log_q, log_p)
+        loss = (a.exp() * (a - b)).sum() * dx
+        theta.grad = torch.autograd.grad(loss, theta)[0]
+        return loss
+
+    optimizer.step(divergence)
+    mass = Normal(theta[0], theta[1].exp()).log_prob(x).exp().sum() * dx
+    if abs(mass - 1) > 1e-3:
+        raise ArithmeticError(f"the fit has left the grid: its mass there is {mass:.3f}, not 1")
+    return theta[0].item(), theta[1].exp().item(), divergence().item()
+
+
+def show_fits(log_dir, d=3.0):
+    print("3. Which Gaussian N(mu, sigma^2) fits 0.6 N(-3, 1) + 0.4 N(3, 1) best?")
+    print("   fit             mu       sigma    KL       formula: mu, sigma, KL at most")
+    mu = sum(w * side * d for w, side in MODES)  # the mixture's moments
+    sigma = math.sqrt(sum(w * (1 + d**2) for w, side in MODES) - mu**2)
+    theory = {"forward": (mu, sigma, 0.0, math.inf)}  # mu, sigma; start of mu, bound of the KL
+    for name, (w, side) in zip(("reverse_left", "reverse_right"), MODES, strict=True):
+        m = side * d
+        theory[name] = (m, 1.0, m / 2, -math.log(w))  # q = the mode has -log w at most
+    fits, x = {}, torch.linspace(-9, 9, 480)
+    for name, (mu, sigma, start, bound) in theory.items():
+        order = name.split("_")[0]
+        m, s, kl = fits[name] = fit_gaussian(order, start)
+        at_most = "-" if bound == math.inf else f"-log w = {bound:.4f}"
+        print(f"   {name:<13} {m:7.4f}   {s:.4f}   {kl:.4f}   {mu:7.4f} {sigma:.4f}   {at_most}")
+        q = Normal(m, s).log_prob(x).exp()
+        colour = (0.1, 0.35, 0.8) if order == "forward" else (0.85, 0.2, 0.15)
+        with SummaryWriter(log_dir / "fit" / name, purge_step=0) as writer:
+            writer.add_image("fit/densities", picture(target_log_density(x).exp(), q, colour), 0)
+    wide, narrow = fits["forward"][1], max(fits[k][1] for k in fits if k != "forward")
+    print(f"   -> the forward fit is {wide / narrow:.1f} times as wide as a reverse one")
+    return fits
+
+
+def show_distance():
+    print("   Does the reverse fit always take one mode? Modes at -d and d; two starts of mu")
+    print("      d   from -d: mu    sigma       KL   from 0: mu    sigma       KL")
+    rows, one = {}, []
+    for d in (1.5, 2.0, 2.5, 3.0, 4.0):
+        left, middle = (fit_gaussian("reverse", start, d=d) for start in (-d, 0.0))
+        rows[d] = left, middle
+        if left[2] < middle[2] - 1e-6:
+            one.append(d)
+        print(f"   {d:4.1f}   {left[0]:11.4f}   {left[1]:.4f}   {left[2]:.4f}   "
+              f"{middle[0]:10.4f}   {middle[1]:.4f}   {middle[2]:.4f}")  # fmt: skip
+    print(f"   -> to take one mode is better at d = {', '.join(f'{d:g}' for d in one)} only")
+    return rows
+
+
+def picture(target, fit, colour, top=0.42, height=240):
+    """(3, H, W) in [0, 1]: the target (W,) as a grey area, the fit (W,) as a line."""
+    pixel = top / height
+    level = torch.arange(height, 0, -1)[:, None] * pixel  # (H, 1), highest first
+    image = torch.where(level <= target, 0.75, 1.0).expand(3, -1, -1)
+    before = torch.cat([fit[:1], fit[:-1]])  # the line reaches to the height one column before
+    low, high = torch.minimum(fit, before) - pixel, torch.maximum(fit, before) + 2 * pixel
+    return torch.where((level >= low) & (level <= high), torch.tensor(colour)[:, None, None], image)
+
+
+# --- 4. distillation ---------------------------------------------------------------------------
+
+
 def soft_loss(student_logits, teacher_logits, T):
     """T^2 KL(teacher || student) of the softened answers softmax(logits / T), mean over the batch.
 
@@ -109,72 +289,29 @@ def distillation_loss(student_logits, teacher_logits, labels, T=4.0, alpha=0.9):
     return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels)
 
 
-def seed_loss(student_z, teacher_z, queue, tau_s=0.2, tau_t=0.1):
-    """Mean cross-entropy of student and teacher over candidates: their KL, plus a constant.
-
-    student_z, teacher_z (B, D) embed the same points; candidates are the queue (K, D), of the
-    teacher's earlier embeddings, and the point's own by the teacher. All are taken at length 1. Of
-    the K + 1 cosines, p is the softmax at tau_t for the teacher, q that at tau_s for the student;
-    -sum p log q. No gradient goes to teacher and queue. same_shapes(…, dim=2) refuses other shapes.
-    Exercise.
-    """
-    same_shapes(student_z, teacher_z, dim=2)
-    student_z = F.normalize(student_z, dim=1)
-    teacher_z, queue = (F.normalize(z.detach(), dim=1) for z in (teacher_z, queue))
-
-    def similarities(z):  # (B, K + 1)
-        return torch.cat([z @ queue.T, (z * teacher_z).sum(1, keepdim=True)], dim=1)
-
-    p = F.softmax(similarities(teacher_z) / tau_t, dim=1)
-    return -(p * F.log_softmax(similarities(student_z) / tau_s, dim=1)).sum(1).mean()
-
-
-def info_nce(q, k, temperature):
-    """Mean InfoNCE of q, k (B, D): k_i is the positive of q_i, the other k_j are its negatives."""
-    same_shapes(q, k, dim=2)
-    s = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T / temperature  # (B, B)
-    return F.cross_entropy(s, torch.arange(len(q), device=q.device))
-
-
-# --- fitting a Gaussian to two modes -----------------------------------------------------------
-
-
-def target_log_density(x):
-    return torch.logaddexp(*(math.log(w) + Normal(mu, 1.0).log_prob(x) for w, mu in MODES))
-
-
-def fit_gaussian(order, mu, sigma=1.0):
-    """mu, sigma and KL of the best N(mu, sigma^2) near the start, by L-BFGS on a grid."""
-    x = torch.linspace(-25, 25, 5001, dtype=F64)
-    log_p, dx = target_log_density(x), x[1] - x[0]
-    theta = torch.tensor([mu, math.log(sigma)], dtype=F64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [theta], max_iter=200, tolerance_grad=1e-11, tolerance_change=1e-15,
-        line_search_fn="strong_wolfe",
-    )  # fmt: skip
-
-    def divergence():
-        log_q = Normal(theta[0], theta[1].exp()).log_prob(x)
-        a, b = (log_p, log_q) if order == "forward" else (log_q, log_p)
-        loss = (a.exp() * (a - b)).sum() * dx
-        theta.grad = torch.autograd.grad(loss, theta)[0]
-        return loss
-
-    optimizer.step(divergence)
-    return theta[0].item(), theta[1].exp().item(), divergence().item()
-
-
-def picture(target, fit, colour, top=0.42, height=240):
-    """(3, H, W) in [0, 1]: the target (W,) as a grey area, the fit (W,) as a line."""
-    pixel = top / height
-    level = torch.arange(height, 0, -1)[:, None] * pixel  # (H, 1), highest first
-    image = torch.where(level <= target, 0.75, 1.0).expand(3, -1, -1)
-    before = torch.cat([fit[:1], fit[:-1]])  # the line reaches to the height one column before
-    low, high = torch.minimum(fit, before) - pixel, torch.maximum(fit, before) + 2 * pixel
-    return torch.where((level >= low) & (level <= high), torch.tensor(colour)[:, None, None], image)
-
-
-# --- teachers and students ---------------------------------------------------------------------
+def show_temperature(log_dir):
+    print("4. Why T^2? Length of the gradient of the KL of softened answers, along the student's z")
+    print("      T   without T^2   with T^2")
+    z, v = 3 * torch.randn(2, CLASSES, dtype=F64)
+    limit = ((z - z.mean()) - (v - v.mean())) / CLASSES
+    rows = {}
+    for k in range(11):
+        T, leaf = 2**k, z[None].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(soft_loss(leaf, v[None], T), leaf)
+        by_hand = T * ((z / T).softmax(0) - (v / T).softmax(0))
+        torch.testing.assert_close(grad[0], by_hand, rtol=0, atol=1e-10)
+        rows[T] = grad.norm().item() / T**2, grad.norm().item()
+        if k % 2 == 0:
+            print(f"   {T:4}   {rows[T][0]:11.7f}   {rows[T][1]:8.4f}")
+    for column, name in enumerate(("raw", "times_T2")):
+        curve = [math.log2(row[column]) for row in rows.values()]
+        draw(log_dir / "temperature" / name, {"temperature/log2_gradient": curve})
+    hard = (z.softmax(0) - F.one_hot(v.argmax(), CLASSES)).norm()
+    print(f"   limit: length of (z - v less its mean) / {CLASSES}: {limit.norm():.4f}; "
+          f"length for a label's cross-entropy: {hard:.4f}")  # fmt: skip
+    ratio = rows[512][0] / rows[1024][0]
+    print(f"   -> from T = 512 to 1024 the gradient without T^2 falls {ratio:.2f} times")
+    return {"rows": rows, "limit": limit.norm().item()}
 
 
 def clouds(seed, per_class=2, D=12):
@@ -220,6 +357,82 @@ def smoothed_answers(logits, labels, T):
     return T * torch.log(share * (C - 1) / (1 - share)) * F.one_hot(labels, C)
 
 
+def train_student(seed, few, test, targets, alpha, T, epochs):
+    """Accuracy on `test` by epoch; the same start and the same batches for a seed."""
+    torch.manual_seed(seed)
+    (x, labels), (x_test, labels_test) = few, test
+    student = network(32, CLASSES)
+
+    def loss_of(i):
+        return distillation_loss(student(x[i]), targets[i], labels[i], T, alpha)
+
+    return fit(student, len(x), loss_of, epochs, lambda m: accuracy(m(x_test), labels_test))
+
+
+def show_distillation(seed, log_dir, train, few, test, epochs, T=4.0):
+    print(f"   Does it help? Students with {len(few[0])} labels, T = {T:g}; the teacher had "
+          f"{len(train[0]):,}; {len(test[0]):,} test points")  # fmt: skip
+    x, labels = train
+    teacher = network(256, CLASSES)
+    fit(teacher, len(x), lambda i: F.cross_entropy(teacher(x[i]), labels[i]), 4)
+    answers = teacher.requires_grad_(False)(few[0])
+    runs = {  # targets, alpha
+        "hard": (answers, 0.0),
+        "smoothed": (smoothed_answers(answers, few[1], T), 0.9),  # the control
+        "soft": (answers, 0.9),
+    }
+    ends = {"teacher": accuracy(teacher(test[0]), test[1])}
+    for name, (targets, alpha) in runs.items():
+        seen = train_student(seed, few, test, targets, alpha, T, epochs)
+        draw(log_dir / "distillation" / name, {"val/accuracy": seen})
+        ends[name] = seen[-1]
+    words = {"teacher": "many labels", "hard": "labels", "soft": "labels, the teacher's answers",
+             "smoothed": "labels, as unsure as the teacher"}  # fmt: skip
+    print("   network    learns from                        accuracy")
+    for name, end in ends.items():
+        who = name if name == "teacher" else "student"
+        print(f"   {who:<8}   {words[name]:<32}   {end:8.3f}")
+    best = max(("hard", "smoothed", "soft"), key=ends.get)
+    print(f"   -> the best student learns from {words[best]}; it beats labels alone by "
+          f"{ends[best] - ends['hard']:.3f}")  # fmt: skip
+    return ends
+
+
+# --- 5. second reading: SEED, distillation without labels --------------------------------------
+
+
+def unit(x):
+    """x (..., D) at length 1; in float16 the 1e-12 that keeps from 0 / 0 would itself be 0."""
+    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
+
+
+def seed_loss(student_z, teacher_z, queue, tau_s=0.2, tau_t=0.1):
+    """Mean cross-entropy of student and teacher over candidates: their KL, plus a constant.
+
+    student_z, teacher_z (B, D) embed the same points; candidates are the queue (K, D), of the
+    teacher's earlier embeddings, and the point's own by the teacher. All are taken at length 1. Of
+    the K + 1 cosines, p is the softmax at tau_t for the teacher, q that at tau_s for the student;
+    -sum p log q. No gradient goes to teacher and queue. same_shapes(…, dim=2) refuses other shapes.
+    Exercise.
+    """
+    same_shapes(student_z, teacher_z, dim=2)
+    student_z = unit(student_z)
+    teacher_z, queue = (unit(z.detach()) for z in (teacher_z, queue))
+
+    def similarities(z):  # (B, K + 1)
+        return torch.cat([z @ queue.T, (z * teacher_z).sum(1, keepdim=True)], dim=1)
+
+    p = F.softmax(similarities(teacher_z) / tau_t, dim=1)
+    return -(p * F.log_softmax(similarities(student_z) / tau_s, dim=1)).sum(1).mean()
+
+
+def info_nce(q, k, temperature):
+    """Mean InfoNCE of q, k (B, D): k_i is the positive of q_i, the other k_j are its negatives."""
+    same_shapes(q, k, dim=2)
+    s = unit(q) @ unit(k).T / temperature  # (B, B)
+    return F.cross_entropy(s, torch.arange(len(q), device=q.device))
+
+
 @torch.no_grad()
 def linear_probe(model, few, test, ridge=10.0):
     """Test accuracy of a ridge regression from frozen features to the classes of a few points."""
@@ -254,127 +467,10 @@ def mimic(student, x, teacher, size=500):
     return loss_of
 
 
-# --- the sections ------------------------------------------------------------------------------
-
-
-def show_definition(samples):
-    print("1. KL of 1,000 pairs of distributions over 5 outcomes, and of two Gaussians, in nats")
-    p, q = torch.randn(2, 1000, 5, dtype=F64).softmax(-1)
-    forward, reverse = kl_divergence(p, q), kl_divergence(q, p)
-    library = torch_kl(Categorical(p), Categorical(q))
-    torch.testing.assert_close(forward, library, rtol=0, atol=1e-12)
-    assert (forward > 0).all() and (kl_divergence(p, p) == 0).all()
-    print(f"   smallest {forward.min():.4f}   of p from itself 0   "
-          f"largest |KL(p || q) - KL(q || p)| {(forward - reverse).abs().max():.4f}")  # fmt: skip
-
-    P, Q = Normal(*torch.tensor([0.5, 0.8], dtype=F64)), Normal(*torch.tensor([-1, 1.7], dtype=F64))
-    closed = gaussian_kl(P.mean, P.stddev, Q.mean, Q.stddev)
-    torch.testing.assert_close(closed, torch_kl(P, Q), rtol=0, atol=1e-12)
-    x = P.sample((samples,))
-    ratios = P.log_prob(x) - Q.log_prob(x)  # KL is their mean under P
-    error = ratios.std() / samples**0.5
-    print(f"   closed form {closed:.4f}   torch.distributions {torch_kl(P, Q):.4f}   "
-          f"Monte Carlo {ratios.mean():.4f} +- {error:.4f}")  # fmt: skip
-    return {"closed": closed.item(), "monte_carlo": ratios.mean().item(), "error": error.item()}
-
-
-def show_kl_div(B=4, C=5):
-    print(f"2. F.kl_div on (B, C) = ({B}, {C}): the input is a log, and the target comes second")
-    p, q = torch.randn(2, B, C, dtype=F64).softmax(-1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of "mean" by itself
-        mean = F.kl_div(q.log(), p, reduction="mean")
-    values = {
-        "batchmean": F.kl_div(q.log(), p, reduction="batchmean"),
-        "mean": mean,
-        "swapped": F.kl_div(p.log(), q, reduction="batchmean"),
-        "no log": F.kl_div(q, p, reduction="batchmean"),
-    }
-    right, swapped = kl_divergence(p, q).mean(), kl_divergence(q, p).mean()
-    for name, theory in {"batchmean": right, "mean": right / C, "swapped": swapped}.items():
-        torch.testing.assert_close(values[name], theory, rtol=0, atol=1e-12)
-    assert values["no log"] < 0  # which no divergence is
-    shown = "   ".join(f"{name} {value:.4f}" for name, value in values.items())
-    print(f"   by definition  KL(p || q) {right:.4f}   KL(q || p) {swapped:.4f}")
-    print(f"   by F.kl_div    {shown}")
-
-
-def show_fits(log_dir):
-    print("3. the best Gaussian for 0.6 N(-3, 1) + 0.4 N(3, 1): mu, sigma, KL")
-    mu = sum(w * m for w, m in MODES)  # the mixture's moments
-    sigma = math.sqrt(sum(w * (1 + m**2) for w, m in MODES) - mu**2)
-    theory = {"forward": (mu, sigma, 0.0, math.inf)}  # mu, sigma; start of mu, bound of the KL
-    for name, (w, m) in zip(("reverse_left", "reverse_right"), MODES, strict=True):
-        theory[name] = (m, 1.0, m / 2, -math.log(w))
-    fits, x = {}, torch.linspace(-9, 9, 480)
-    for name, (mu, sigma, start, bound) in theory.items():
-        order = name.split("_")[0]
-        m, s, kl = fits[name] = fit_gaussian(order, start)
-        assert kl <= bound  # which q = the mode itself has at most
-        print(f"   {name:<13} {m:7.4f} {s:.4f} {kl:.4f}   theory {mu:7.4f} {sigma:.4f}"
-              + (f" at most {bound:.4f}" if order == "reverse" else ""))  # fmt: skip
-        q = Normal(m, s).log_prob(x).exp()
-        colour = (0.1, 0.35, 0.8) if order == "forward" else (0.85, 0.2, 0.15)
-        with SummaryWriter(log_dir / "fit" / name, purge_step=0) as writer:
-            writer.add_image("fit/densities", picture(target_log_density(x).exp(), q, colour), 0)
-    return fits
-
-
-def show_temperature(log_dir):
-    print("4. norm of the gradient of KL(softmax(v / T) || softmax(z / T)) with respect to z")
-    z, v = 3 * torch.randn(2, CLASSES, dtype=F64)
-    limit = ((z - z.mean()) - (v - v.mean())) / CLASSES
-    rows = {}
-    for k in range(11):
-        T, leaf = 2**k, z[None].clone().requires_grad_()
-        (grad,) = torch.autograd.grad(soft_loss(leaf, v[None], T), leaf)
-        by_hand = T * ((z / T).softmax(0) - (v / T).softmax(0))
-        torch.testing.assert_close(grad[0], by_hand, rtol=0, atol=1e-10)
-        rows[T] = grad.norm().item() / T**2, grad.norm().item()
-        if k % 2 == 0:
-            print(f"   T {T:4}   without T^2 {rows[T][0]:.7f}   with {rows[T][1]:.4f}")
-    for column, name in enumerate(("raw", "times_T2")):
-        curve = [math.log2(row[column]) for row in rows.values()]
-        draw(log_dir / "temperature" / name, {"temperature/log2_gradient": curve})
-    hard = (z.softmax(0) - F.one_hot(v.argmax(), CLASSES)).norm()
-    print(f"   limit with T^2 {limit.norm():.4f}   of cross-entropy with a label {hard:.4f}")
-    return {"rows": rows, "limit": limit.norm().item()}
-
-
-def train_student(seed, few, test, targets, alpha, T, epochs):
-    """Accuracy on `test` by epoch; the same start and the same batches for a seed."""
-    torch.manual_seed(seed)
-    (x, labels), (x_test, labels_test) = few, test
-    student = network(32, CLASSES)
-
-    def loss_of(i):
-        return distillation_loss(student(x[i]), targets[i], labels[i], T, alpha)
-
-    return fit(student, len(x), loss_of, epochs, lambda m: accuracy(m(x_test), labels_test))
-
-
-def show_distillation(seed, log_dir, train, few, test, epochs, T=4.0):
-    print(f"5. a student with {len(few[0])} labels, its teacher with {len(train[0]):,}: accuracy")
-    x, labels = train
-    teacher = network(256, CLASSES)
-    fit(teacher, len(x), lambda i: F.cross_entropy(teacher(x[i]), labels[i]), 4)
-    answers = teacher.requires_grad_(False)(few[0])
-    runs = {  # targets, alpha
-        "hard": (answers, 0.0),
-        "smoothed": (smoothed_answers(answers, few[1], T), 0.9),  # the control
-        "soft": (answers, 0.9),
-    }
-    ends = {"teacher": accuracy(teacher(test[0]), test[1])}
-    for name, (targets, alpha) in runs.items():
-        seen = train_student(seed, few, test, targets, alpha, T, epochs)
-        draw(log_dir / "distillation" / name, {"val/accuracy": seen})
-        ends[name] = seen[-1]
-    print("   " + "   ".join(f"{name} {end:.3f}" for name, end in ends.items()))
-    return ends
-
-
 def show_seed(seed, log_dir, x, few, test, epochs):
-    print(f"6. linear probe with {len(few[0])} labels, after {len(x):,} points without labels")
+    print(f"5. SEED: can similarities be copied? {len(x):,} points without labels; then a linear")
+    print(f"   classifier of the outputs, with {len(few[0])} labels")
+    print("   outputs of                    accuracy")
     teacher, untrained = network(256, 64), network(256, 64).requires_grad_(False)
     fit(teacher, len(x), contrastive(teacher, x), 8, batch=200, lr=2e-3)
     teacher.requires_grad_(False)
@@ -391,20 +487,29 @@ def show_seed(seed, log_dir, x, few, test, epochs):
         draw(log_dir / "seed" / name, {"probe/accuracy": seen})
         probes |= {"student at the start": seen[0], f"student, {name.replace('_', ' ')}": seen[-1]}
     for name, value in probes.items():
-        print(f"   {name:<27} {value:.3f}")
+        print(f"   {name:<27}   {value:8.3f}")
+    students = {name: value for name, value in probes.items() if name.startswith("student")}
+    best = max(students, key=students.get)
+    print(f"   -> the best: {best}; it beats no teacher by "
+          f"{students[best] - students['student, no teacher']:.3f}")  # fmt: skip
     return probes
+
+
+# --- the lesson --------------------------------------------------------------------------------
 
 
 def main(seed=0, log_dir=LOG_DIR, samples=100_000, points=6000, labels=300, epochs=(100, 10)):
     torch.manual_seed(seed)
-    measured = {"definition": show_definition(samples)}
-    show_kl_div()
+    measured = {"everyday": show_everyday(), "definition": show_definition(samples)}
+    measured["calls"] = show_kl_div()
     measured["fits"] = show_fits(log_dir)
+    measured["distance"] = show_distance()
     measured["temperature"] = show_temperature(log_dir)
     sample = clouds(seed)
     train, few, test = sample(points), sample(labels), sample(4000)
     measured["distillation"] = show_distillation(seed, log_dir, train, few, test, epochs[0])
     measured["seed"] = show_seed(seed, log_dir, train[0], few, test, epochs[1])
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return measured
 
 

@@ -1,3 +1,6 @@
+import contextlib
+import inspect
+import io
 import math
 
 import pytest
@@ -16,8 +19,10 @@ def lesson(load):
 
 @pytest.fixture(scope="module", params=range(3))
 def measured(request, lesson, tmp_path_factory):
-    log_dir = tmp_path_factory.mktemp("runs")
-    return lesson.main(seed=request.param, log_dir=log_dir, **SMALL), log_dir
+    log_dir, out = tmp_path_factory.mktemp("runs"), io.StringIO()
+    with contextlib.redirect_stdout(out):
+        result = lesson.main(seed=request.param, log_dir=log_dir, **SMALL)
+    return result, log_dir, out.getvalue()
 
 
 def test_kl_by_hand_and_where_a_probability_is_0(lesson):
@@ -163,10 +168,87 @@ def test_torch_advises_against_the_reduction_mean():
         F.kl_div(FOUR.log(), FOUR, reduction="mean")
 
 
-def test_try_between_the_modes_reverse_kl_ends_in_a_third_worse_optimum(lesson):
-    mu, sigma, kl = lesson.fit_gaussian("reverse", 0.0)
-    assert -1 < mu < 0 and sigma > 2.5
-    assert kl > lesson.fit_gaussian("reverse", -2.0)[2] + 0.3
+def test_try_between_the_modes_reverse_kl_takes_neither(lesson, tmp_path):
+    source, new = inspect.getsource(lesson.show_fits), "(m, 1.0, 0.0, math.inf)"
+    assert source.count("(m, 1.0, m / 2, -math.log(w))") == 1
+    changed = dict(vars(lesson))
+    exec(source.replace("(m, 1.0, m / 2, -math.log(w))", new), changed)
+    fits = changed["show_fits"](tmp_path)
+    assert fits["reverse_left"] == fits["reverse_right"]
+    assert fits["reverse_left"][:2] == pytest.approx((-0.47, 2.70), abs=0.01)
+    assert fits["reverse_left"][2] == pytest.approx(0.85, abs=0.01)
+    assert lesson.fit_gaussian("reverse", -2.0)[2] == pytest.approx(0.51, abs=0.01)
+
+
+def test_everyday_values_are_those_by_head(lesson):
+    losses, checks = lesson.show_everyday()
+    assert losses[:2] == pytest.approx(checks[:2]) and losses[:2] == pytest.approx(checks[2:])
+    assert losses[:2] == pytest.approx([0.1438, 0.1308], abs=1e-4)
+    # logits over T: (0.5, 0) and (0, 1), softmax of two: a logistic function
+    q, p = (1 / (1 + math.exp(-x)) for x in (0.5, -1.0))
+    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert losses[2] == pytest.approx(0.5 * 4 * kl + 0.5 * math.log(1 + math.e))
+
+
+def test_plain_losses_are_the_complete_ones_and_torchs(lesson):
+    torch.manual_seed(0)
+    z, v, labels = torch.randn(6, 5), torch.randn(6, 5), torch.randint(5, (6,))
+    ours = lesson.distillation_plain(z, v, labels, 2.5, 0.3)
+    torch.testing.assert_close(ours, lesson.distillation_loss(z, v, labels, 2.5, 0.3))
+    p, q = z.softmax(1), v.softmax(1)
+    torch.testing.assert_close(lesson.kl_plain(p, q), torch_kl(Categorical(p), Categorical(q)))
+
+
+def test_a_fit_that_leaves_the_grid_is_refused(lesson):
+    with pytest.raises(ArithmeticError, match="left the grid"):
+        lesson.fit_gaussian("reverse", 2.5, d=2.5)
+
+
+def test_target_is_the_mixture_at_any_distance(lesson):
+    x = torch.linspace(-4, 4, 9, dtype=torch.float64)
+    p = 0.6 * Normal(-1.7, 1.0).log_prob(x).exp() + 0.4 * Normal(1.7, 1.0).log_prob(x).exp()
+    torch.testing.assert_close(lesson.target_log_density(x, 1.7).exp(), p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_small_and_zero_vectors_are_as_good_as_others(lesson, dtype):
+    x = torch.eye(4)[:, :3].to(dtype)  # the last row is zero
+    assert lesson.info_nce(x, x, 0.5).isfinite()
+    assert lesson.info_nce(x * 2.0**-10, x, 0.5) == lesson.info_nce(x, x, 0.5)
+
+
+def points(lesson, seed, sizes):
+    sample = lesson.clouds(seed)
+    return [sample(n) for n in sizes]
+
+
+def test_test_labels_teach_nobody(lesson, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    train, few, test = points(lesson, 0, (600, 200, 500))
+    test = test[0], torch.randint(10, (500,))  # labels that nothing can tell
+    sizes, fit = [], lesson.fit
+
+    def spy(model, n, *more, **rest):
+        sizes.append(n)
+        return fit(model, n, *more, **rest)
+
+    monkeypatch.setattr(lesson, "fit", spy)
+    ends = lesson.show_distillation(0, tmp_path, train, few, test, 3)
+    assert sizes == [600, 200, 200, 200]
+    assert all(end < 0.2 for end in ends.values())
+
+
+def test_each_student_learns_by_its_own_objective(lesson, tmp_path, monkeypatch):
+    train, few, test = points(lesson, 0, (600, 200, 300))
+    calls = []
+    for name in ("contrastive", "mimic"):
+        real = getattr(lesson, name)
+        monkeypatch.setattr(
+            lesson, name, lambda *a, real=real, name=name, **k: calls.append(name) or real(*a, **k)
+        )
+    lesson.show_seed(0, tmp_path, train[0], few, test, 1)
+    # the teacher, then the student without a teacher, then those with one
+    assert calls == ["contrastive", "contrastive", "mimic", "mimic"]
 
 
 @pytest.mark.parametrize("start", [-2.0, 2.0])
@@ -232,7 +314,7 @@ def test_a_probe_reads_what_is_in_the_features_and_nothing_else(lesson):
 
 
 def test_main_measures_what_the_formulas_say(measured, events):
-    result, log_dir = measured
+    result, log_dir, out = measured
     definition, fits = result["definition"], result["fits"]
     assert abs(definition["monte_carlo"] - definition["closed"]) < 4 * definition["error"] < 0.05
     assert fits["forward"][:2] == pytest.approx((-0.6, 3.10484), abs=1e-5)
@@ -243,19 +325,56 @@ def test_main_measures_what_the_formulas_say(measured, events):
     assert rows[512][0] / rows[1024][0] == pytest.approx(4, rel=0.01)
     for name in ("forward", "reverse_left", "reverse_right"):
         assert len(events(log_dir / "fit" / name).Images("fit/densities")) == 1
+    for column, name in enumerate(("raw", "times_T2")):
+        curve = events(log_dir / "temperature" / name).Scalars("temperature/log2_gradient")
+        expected = [math.log2(row[column]) for row in rows.values()]
+        assert [event.value for event in curve] == pytest.approx(expected, abs=1e-4)
+    assert f"{rows[512][0] / rows[1024][0]:.2f} times" in out
+    wide = fits["forward"][1] / max(fits["reverse_left"][1], fits["reverse_right"][1])
+    assert f"-> the forward fit is {wide:.1f} times as wide as a reverse one\n" in out
+    values, right, swapped = result["calls"]
+    assert (values["batchmean"], values["swapped"]) == pytest.approx((right, swapped))
+    assert values["mean"] == pytest.approx(right / 5) and values["no log"] < 0
+    assert "-> KL(p || q) by batchmean; no call" in out
+    assert out.splitlines()[-1].startswith(f"look: tensorboard --logdir {log_dir}   http")
+
+
+def test_main_shows_from_which_distance_one_mode_wins(measured):
+    rows, out = measured[0]["distance"], measured[2]
+    for d, (left, middle) in rows.items():
+        assert (left[2] < middle[2] - 1e-6) == (d in (3.0, 4.0))
+    assert rows[2.5][0][2] > rows[2.5][1][2] + 0.003  # a fit of one mode, and yet worse
+    assert "is better at d = 3, 4 only\n" in out
 
 
 def test_main_soft_labels_teach_more_than_hard_ones_and_more_than_softness(measured, events):
-    ends, log_dir = measured[0]["distillation"], measured[1]
+    ends, log_dir, out = measured[0]["distillation"], *measured[1:]
     assert ends["soft"] > ends["hard"] + 0.02
     assert ends["soft"] > ends["smoothed"] + 0.005
-    assert len(events(log_dir / "distillation" / "soft").Scalars("val/accuracy")) == 61
+    firsts = set()
+    for name in ("hard", "smoothed", "soft"):
+        curve = events(log_dir / "distillation" / name).Scalars("val/accuracy")
+        assert len(curve) == SMALL["epochs"][0] + 1
+        assert curve[-1].value == pytest.approx(ends[name], abs=1e-6)
+        firsts.add(curve[0].value)
+    assert len(firsts) == 1  # the same start
+    assert "it beats labels alone by" in out and f"{ends['soft'] - ends['hard']:.3f}\n" in out
 
 
 def test_main_seed_beats_the_start_the_points_and_an_untrained_teacher(measured, events):
-    probes, log_dir = measured[0]["seed"], measured[1]
+    probes, log_dir, out = measured[0]["seed"], *measured[1:]
     seed = probes["student, teacher"]
     assert seed > probes["student at the start"] + 0.1
     assert seed > probes["the points"] + 0.04
     assert seed > probes["student, untrained teacher"] + 0.02
-    assert len(events(log_dir / "seed" / "teacher").Scalars("probe/accuracy")) == 6
+    for name in ("no_teacher", "untrained_teacher", "teacher"):
+        curve = events(log_dir / "seed" / name).Scalars("probe/accuracy")
+        assert len(curve) == SMALL["epochs"][1] + 1
+        end = probes[f"student, {name.replace('_', ' ')}"]
+        assert curve[-1].value == pytest.approx(end, abs=1e-6)
+        assert curve[0].value == pytest.approx(probes["student at the start"], abs=1e-6)
+    students = {name: value for name, value in probes.items() if name.startswith("student")}
+    gain = max(students.values()) - probes["student, no teacher"]
+    assert (
+        f"-> the best: {max(students, key=students.get)}; it beats no teacher by {gain:.3f}" in out
+    )
