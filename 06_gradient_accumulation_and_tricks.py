@@ -76,9 +76,7 @@ def train_epoch(model, optimizer, loader, k, max_norm):
 
 
 def show_everyday():
-    print(
-        "1. In everyday code: a model w x learns y = 2 x. Do small batches give the w of large ones?"
-    )
+    print("1. In everyday code: w x learns y = 2 x. Do small batches give the w of large ones?")
     x = torch.tensor([[1.0], [2.0], [1.0], [2.0], [1.0], [2.0], [1.0]])
     ends, lr, c = {}, 0.1, 6.0
     print(f"   One pass over x = {', '.join(f'{t:g}' for t in x.flatten())} from w = 0, by SGD "
