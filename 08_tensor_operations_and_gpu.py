@@ -1,4 +1,5 @@
-"""A tensor is flat memory read with strides, so most operations on its shape copy nothing.
+"""A tensor is flat memory read with strides, so most operations on its shape copy nothing; a result
+is computed on the device, CPU or GPU, where its inputs lie.
 
 Models are made of a few calls: cat, stack, sum(dim=...), the matrix product @, indexing and
 broadcasting. Two mistakes raise no error. A part of x may share memory with x: writing to the part
@@ -10,9 +11,9 @@ its squares looks like a loss (nn.MSELoss at least warns).
     offset   where the first element lies      stride_k  how far one step along axis k goes
     view     a tensor that reads the memory of another one, with strides of its own
 
-Slices, transposes, expand and most reshaping give a view. Reading at a list or a mask of indices
-gives a copy; on the left of = it writes to x. Broadcasting reads an axis of size 1 as if it had n,
-by a stride of 0.
+Slices, transposes, expand and most reshaping give a view. x[list] and x[mask] give a copy; but
+x[list] = 0 and x[mask] = 0 write to x. Broadcasting reads an axis of size 1 as if it had n, by a
+stride of 0.
 
 Needs          nothing
 Checked here   types; the address formula; where view fails, reshape copies; what writing to a part
@@ -20,7 +21,8 @@ Checked here   types; the address formula; where view fails, reshape copies; wha
 TensorBoard    memory/views_1, memory/views_2, memory/copies: the address of every element, darker
                where it is larger. Copies count row by row; views skip, repeat, go by columns
 Try            in show_views, write (6, 2, 2) in the row ("x.T", x.T, (24,)): does view work now?
-Answer         Yes, strides (1, 12, 6): the 4 became 2 x 2, one stride each; (24,) would need two
+Answer         Yes: the axis of 4 became 2 x 2, each with one stride, so the strides are (1, 12, 6);
+               one axis of 24 would need two strides
 Source         PyTorch docs: "Tensor Views", Tensor.view, "Broadcasting semantics", "Tensor
                Attributes" (type promotion), "CUDA semantics" (asynchronous execution)
 """
@@ -92,15 +94,15 @@ def show_types():
     byte, half = torch.tensor([200], dtype=torch.uint8), torch.tensor([0.5], dtype=torch.half)
     double, long = torch.tensor([0.5], dtype=torch.double), torch.tensor([2])
     signed = torch.tensor([-1], dtype=torch.int8)
-    types = {}
+    types, default = {}, torch.get_default_dtype()
     for a, b, y, why in (
-        ("uint8 [200]", "the number 100", byte + 100, "a tensor decides over a number"),
-        ("uint8 [200]", "int64 2, no axes", byte + long[0], "with axes over without"),
-        ("uint8 [200]", "int64 [2]", byte + long, "both have axes: what holds both"),
-        ("uint8 [200]", "int8 [-1]", byte + signed, "what holds both: 0 to 255, -128 to 127"),
-        ("int64 [2]", "the number 0.5", long + 0.5, "but a float decides over integers"),
-        ("float16 [0.5]", "int64 [2]", half + long, "float over integers, of any size"),
-        ("float16 [0.5]", "float64 [0.5]", half + double, "what holds both"),
+        ("uint8 [200]", "the number 100", byte + 100, "the tensor's type wins over a number"),
+        ("uint8 [200]", "int64 2, no axes", byte + long[0], "a tensor with axes wins"),
+        ("uint8 [200]", "int64 [2]", byte + long, "both have axes: a type for all values of both"),
+        ("uint8 [200]", "int8 [-1]", byte + signed, "the same: for 0 to 255 and -128 to 127"),
+        ("int64 [2]", "the number 0.5", long + 0.5, f"a float wins: the default type, {default}"),
+        ("float16 [0.5]", "int64 [2]", half + long, "a float wins over integers of any size"),
+        ("float16 [0.5]", "float64 [0.5]", half + double, "a type for all values of both"),
     ):
         types[a, b] = str(y.dtype).removeprefix("torch.")
         print(f"   {a:<13}   {b:<16}   {y.item():5g}    {types[a, b]:<8}   {why}")
@@ -131,9 +133,10 @@ def addresses(x):
 
 
 def show_memory(log_dir):
-    print("3. Memory: x = torch.arange(24).view(4, 6). Who reads its memory, and who copied?")
-    print("   formula: [i, j] lies at offset + i * stride_0 + j * stride_1")
-    print("   tensor                 shape    strides   offset   [1, 1] at   all there   memory")
+    print("3. Memory: x = torch.arange(24).view(4, 6). Which results read its memory, which copy?")
+    print("   formula: [i, j] lies in memory at place offset + i * stride_0 + j * stride_1")
+    print("                                                      place of")
+    print("   tensor                 shape    strides   offset     [1, 1]   formula   memory")
     x, views, right = torch.arange(24).view(4, 6), {}, {}
     tensors = {
         "x": x,
@@ -152,8 +155,8 @@ def show_memory(log_dir):
         right[name], views[name] = torch.equal(memory[addresses(y)], y), shares_memory(x, y)
         row = f"{name:<20}   {tuple(y.shape)!s:<6}   {y.stride()!s:<7}   {y.storage_offset():6}"
         at = addresses(y)[1, 1].item()
-        found, whose = "yes" if right[name] else "NO", "of x" if views[name] else "new"
-        print(f"   {row}   {at:9}   {found:<9}   {whose}")
+        found, whose = "right" if right[name] else "WRONG", "of x" if views[name] else "new"
+        print(f"   {row}   {at:8}   {found:<7}   {whose}")
     print("   (expand reads one row 4 times; unfold takes each 3 neighbours, one step apart)")
     copies = [name for name in views if not views[name]]
     print(f"   -> {len(copies)} of {len(views) - 1} ways to rearrange x copy: {', '.join(copies)}")
@@ -198,7 +201,8 @@ def show_views():
         old = f"{tuple(y.shape)!s:<8} {y.stride()}"
         print(f"   {name:<9}   {old:<21}   {shape!s:<9}   {view}   {strides!s:<11}   {reshape}")
     agree = sum((view == "works") == (reshape == "views") for _, _, view, _, reshape in found)
-    print(f"   -> in {agree} of {len(found)} rows reshape copies where view fails, and only there")
+    print(f"   -> in {agree} of {len(found)} rows reshape copies where view fails, and only there, "
+          "as PyTorch says")  # fmt: skip
     (stride, step), rows = x.stride(), x.shape[1]
     print(f"   -> axes join if stride_0 = size_1 * stride_1: x has {stride} and {rows} * {step}, "
           f"x.T {x.T.stride(0)} and {x.T.shape[1]} * {x.T.stride(1)}")  # fmt: skip
@@ -357,7 +361,9 @@ def show_device():
     print(f"   z = y @ W.to(device)                     {z.device.type:<6}   {z.tolist()}")
     print(f"   z + torch.zeros(1, 1, device='meta')     -        {refused}")
     print("   (meta is a device on every machine; it keeps shapes and no numbers)")
-    print(f"   -> to(device) {'returned x itself, as x was there' if y is x else 'copied x there'}")
+    if refused != "nothing":
+        print("   -> tensors on two devices cannot be added: move both to one by to(device)")
+    print(f"   -> to(device) {'returned x itself, as x was there' if y is x else 'copied x'}")
     return {"device": device.type, "copied": y is not x, "z": z.item(), "refused": refused}
 
 
@@ -375,7 +381,9 @@ def cuda_times(work, repeats=10):
 
 def show_cuda(n=4096):
     if not torch.cuda.is_available():
-        print("   skipped, as there is no CUDA: there a call returns before the GPU is done, and")
+        print(
+            "   skipped: no CUDA GPU here. On one, a call returns before the GPU has finished, and"
+        )
         print("   copies from pinned memory, which the GPU reads by itself, are faster")
         return {}
     x = torch.randn(n, n)

@@ -78,6 +78,7 @@ def test_the_second_table(lesson, capsys):
     values = ["44", "202", "202", "199", "2.5", "2.5", "1"]
     for line, value, dtype in zip(out[2:9], values, types, strict=True):
         assert f" {value:>5}    {dtype:<8}   " in line
+    assert out[6].endswith("   a float wins: the default type, torch.float32")
     assert "200 + 100 is 44" in out[-1]
 
 
@@ -178,16 +179,16 @@ def test_the_third_table(lesson, tmp_path, capsys):
     assert all(measured["right"].values()) and len(measured["right"]) == 10
     out = lines(capsys)
     assert out[-1] == f"   -> 3 of 9 ways to rearrange x copy: {', '.join(COPIES)}"
-    assert out[4].split()[-9:] == ["(3,", "4)", "(6,", "1)", "8", "15", "yes", "of", "x"]
-    assert out[9].split()[-7:] == ["(1,", "1)", "0", "2", "yes", "of", "x"]
-    assert [line.split()[-2:] for line in out[10:13]] == [["yes", "new"]] * 3
+    assert out[5].split()[-9:] == ["(3,", "4)", "(6,", "1)", "8", "15", "right", "of", "x"]
+    assert out[10].split()[-7:] == ["(1,", "1)", "0", "2", "right", "of", "x"]
+    assert [line.split()[-2:] for line in out[11:14]] == [["right", "new"]] * 3
 
 
 def test_a_wrong_address_is_told(lesson, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(lesson, "addresses", lambda x: lesson.window(x.shape, x.stride(), 0))
     right = lesson.show_memory(tmp_path)["right"]
     assert [name for name, r in right.items() if not r] == ["x[1:, 2:]", "x[:, 1].view(2, 2)"]
-    assert capsys.readouterr().out.count("   NO    ") == 2
+    assert capsys.readouterr().out.count("   WRONG     of x") == 2
 
 
 def test_the_pictures_show_addresses_and_whose_memory(lesson, tmp_path, monkeypatch, events):
@@ -438,14 +439,15 @@ def test_the_device_that_is_here(lesson, capsys):
     out = lines(capsys)
     assert out[0].endswith(f"which is {measured['device']}")
     assert out[2].split()[-3:] == [measured["device"], "[[1.0,", "2.0]]"]
-    assert out[-1].endswith("copied x there" if here else "returned x itself, as x was there")
+    assert "-> tensors on two devices cannot be added" in out[-2]
+    assert out[-1].endswith("copied x" if here else "returned x itself, as x was there")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
 def test_without_cuda_one_line_says_so(lesson, capsys):
     assert lesson.show_cuda() == {}
     line = " ".join(lines(capsys))
-    assert "skipped, as there is no CUDA" in line and "return" in line and "pinned" in line
+    assert "skipped: no CUDA GPU here" in line and "return" in line and "pinned" in line
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
