@@ -1,5 +1,5 @@
-"""A shuffling DataLoader brings every item once per epoch, and with a seeded generator of its own
-it can bring the same orders again.
+"""A shuffling DataLoader without drop_last brings every item once per epoch, and with a seeded
+generator of its own it can bring the same orders again.
 
 A Dataset gives one item at a time: dataset[i] is an image and its label. A network trains on
 batches, several items stacked into one tensor. A DataLoader draws an order, reads the items and
@@ -13,8 +13,9 @@ a generator of its own, the order changes as soon as other code draws a random n
 
 A worker is a process that reads batches ahead of the loop; with num_workers=0 the loop itself reads
 them. Start with 0, and try 2 or 4 when the training step waits for data. persistent_workers=True
-starts and seeds them once: their second epoch has another order. On Windows, on macOS and, from
-Python 3.14, on Linux a script with workers must work behind `if __name__ == "__main__":`.
+starts and seeds them only once, so g draws one number less: from the second epoch on the order is
+not that of a loader without it. On Windows, on macOS and, from Python 3.14, on Linux a script with
+workers must work behind `if __name__ == "__main__":`.
 
 Needs          read_data.py, dataset_transform.py
 Checked here   a loader by hand = DataLoader in two epochs; the number of batches; which loaders
@@ -22,7 +23,8 @@ Checked here   a loader by hand = DataLoader in two epochs; the number of batche
 TensorBoard    batch/classes by step in the runs in_order and shuffled: 1 or 2 classes against all;
                batch/first by epoch: the pictures of the first batch, with place and class
 Try            in show_seeds, in the line of a and b, write seeded_loader(places, B, seed,
-               drop_last=True): does each epoch leave out the same items?
+               drop_last=True), and before the last line add  for x in ("a0", "a1"):
+               print({*places} - {*orders[x]})  on one line: are the same items left out?
 Answer         No: an epoch leaves out the 16 items at the end of its own order
 Source         torch.utils.data.DataLoader; PyTorch notes on reproducibility
 """
@@ -134,9 +136,11 @@ def seeded_loader(dataset, batch_size, seed, **options):
 
 
 def show_seeds(N, B, seed):
-    print(f"3. Which of {N} items do batches of {B} deliver, and does their order come back?")
-    print("                            numbers other                           batches,  left")
-    print("   loader, epoch            code drew      first items     batches  by formula  out")
+    print(f"3. Which of {N} items do batches of {B} bring, and does their order come back?")
+    print("                            random draws by                              batches,  left")
+    print(
+        "   loader, epoch            other code before  first items      batches  by formula  out"
+    )
     places, orders = range(N), {}  # what has a length and items is a Dataset: item i of it is i
     a, b = (seeded_loader(places, B, seed) for _ in range(2))
     c = seeded_loader(places, B, seed + 1)
@@ -152,12 +156,12 @@ def show_seeds(N, B, seed):
         batches = list(loader)
         order = orders[name[:2]] = torch.cat(batches).tolist()
         count = count_batches(N, B, loader.drop_last)
-        print(f"   {name:<23}  {draws:<13d}  {str(order[:3])[1:-1]:<16}{len(batches):7d}  "
+        print(f"   {name:<23}  {draws:<17d}  {str(order[:3])[1:-1]:<16}{len(batches):8d}  "
               f"{count:10d}  {N - len(set(order)):3d}")  # fmt: skip
         assert len(batches) == count
     same = [f"{x} = {y}" for x, y in combinations(orders, 2) if orders[x] == orders[y]]
     whole = sum(sorted(order) == [*places] for order in orders.values())
-    print(f"   -> {whole} of {len(rows)} deliver every item once; equal orders: {', '.join(same)}")
+    print(f"   -> {whole} of {len(rows)} bring every item once; equal orders: {', '.join(same)}")
     return orders
 
 
@@ -226,8 +230,8 @@ def two_epochs(loader, seed):
 
 def show_workers(N, B, seed, loaders):
     print("5. What do workers change? Each item draws a torch.rand(), as augmentation does")
-    print("                  epoch 0                  epoch 1                  all the same when")
-    print("   loader         first items    rand      first items    rand      made again")
+    print("                  epoch 0                  epoch 1                  all the same if the")
+    print("   loader         first items    1st rand  first items    1st rand  loader is made anew")
     runs, back = {}, {}
     for name, options in loaders.items():
         runs[name], again = (two_epochs(seeded_loader(Slow(range(N)), B, seed, **options), seed)
@@ -238,7 +242,9 @@ def show_workers(N, B, seed, loaders):
     zero, *others = loaders
     for name in others:
         items, draws = (runs[name] == runs[zero]).all(2).sum(0)
-        print(f"   -> {name}: the order of {zero} in {items} of 2 epochs, its numbers in {draws}")
+        words = name if name.endswith("workers") else f"{name} workers"
+        print(f"   -> with {words} the order is that of {zero} in {items} of 2 epochs, the "
+              f"random numbers in {draws} of 2")  # fmt: skip
     return runs, back
 
 
@@ -267,6 +273,7 @@ def show_speed(images_set, N, B, seed, loaders):
         alone, *times = best_epochs([seeded_loader(dataset, B, seed, **each) for each in options])
         null, some, kept = measured[name] = [seconds / alone for seconds in times]
         print(f"   {name:<15}   {null:16.2f}   {some:9.2f}   {kept:12.2f}")
+    print(f"   ({zero}, again: the same kind of loader once more; its distance from 1 is noise)")
     for name, (null, _, kept) in measured.items():
         words = "faster" if kept < null else "slower"
         words = words if abs(kept - null) > 0.15 else "neither faster nor slower"

@@ -111,7 +111,7 @@ def test_the_table_of_seeds_names_equal_orders_and_what_is_left_out(lesson, caps
         assert row[-3:] == (["4", "4", "0"] if draws < 7 else ["3", "3", "2"])
     names = ["a0: seed 4, epoch 0", "c0: seed 5, epoch 0", "f0: drop_last, in order"]
     assert [lines[i][3:26].strip() for i in (3, 7, 10)] == names
-    assert lines[11] == "   -> 7 of 8 deliver every item once; equal orders: a0 = b0, a1 = b1"
+    assert lines[11] == "   -> 7 of 8 bring every item once; equal orders: a0 = b0, a1 = b1"
 
 
 def test_other_draws_change_the_order_of_a_loader_without_a_generator_alone(lesson):
@@ -124,9 +124,12 @@ def test_other_draws_change_the_order_of_a_loader_without_a_generator_alone(less
     assert order(0, generator=generator()) == order(1, generator=generator())
 
 
-def edited(lesson, old, new):
-    """The lesson with one change in its source, as a reader makes it on a copy."""
+def edited(lesson, old, new, *more):
+    """The lesson with changes in its source, as a reader makes them on a copy."""
     source = Path(lesson.__file__).read_text(encoding="utf-8")
+    for old_text, new_text in more:
+        assert source.count(old_text) == 1
+        source = source.replace(old_text, new_text)
     assert source.count(old) == 1
     copy = ModuleType("copy")
     copy.__file__ = lesson.__file__
@@ -137,11 +140,15 @@ def edited(lesson, old, new):
 @pytest.mark.parametrize("seed", range(5))
 def test_try_drop_last_leaves_out_others_in_each_epoch(lesson, images_root, tmp_path, capsys, seed):
     line = "(seeded_loader(places, B, seed) for _ in range(2))"
-    lesson = edited(lesson, line, line.replace("seed)", "seed, drop_last=True)"))
+    lesson = edited(lesson, line, line.replace("seed)", "seed, drop_last=True)"), (
+        "    return orders\n", '    for x in ("a0", "a1"): print({*places} - {*orders[x]})\n'
+        "    return orders\n"))  # fmt: skip
     orders = lesson.main(seed, tmp_path, images_root, count=50, batch_size=16, workers=0)["orders"]
     missing = [set(range(50)) - set(order) for order in [*orders.values()][:2]]
     assert all(len(m) == 50 % 16 for m in missing) and missing[0] != missing[1]
-    assert "-> 3 of 8 deliver every item once" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "-> 3 of 8 bring every item once" in out
+    assert f"a1 = b1\n{missing[0]}\n{missing[1]}\n" in out
     seen, shuffled = set(), lesson.seeded_loader(range(50), 16, seed, drop_last=True)
     for _ in range(5):
         seen |= set(order_of(shuffled))
@@ -218,8 +225,10 @@ def test_workers_keep_the_orders_and_draw_their_own_numbers(lesson, capsys, work
         cells = [f"{x[0]:.0f}, {x[1]:.0f} {draws[0]:.3f}" for x, draws in run]
         assert " ".join(line.split()) == f"{name} {' '.join(cells)} yes"
     assert lines[6:] == [
-        f"   -> {workers} workers: the order of 0 workers in 2 of 2 epochs, its numbers in 0",
-        f"   -> {workers} persistent: the order of 0 workers in 1 of 2 epochs, its numbers in 0",
+        f"   -> with {workers} workers the order is that of 0 workers in 2 of 2 epochs, "
+        "the random numbers in 0 of 2",
+        f"   -> with {workers} persistent workers the order is that of 0 workers in 1 of 2 epochs, "
+        "the random numbers in 0 of 2",
     ]
 
 
@@ -253,8 +262,10 @@ def test_the_table_of_workers_says_what_it_finds(lesson, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[5].split() == ["3", "persistent", "2,", "1", "5.000", "1,", "2", "7.000", "no"]
     assert lines[6:] == [
-        "   -> 3 workers: the order of 0 workers in 2 of 2 epochs, its numbers in 1",
-        "   -> 3 persistent: the order of 0 workers in 0 of 2 epochs, its numbers in 1",
+        "   -> with 3 workers the order is that of 0 workers in 2 of 2 epochs, "
+        "the random numbers in 1 of 2",
+        "   -> with 3 persistent workers the order is that of 0 workers in 0 of 2 epochs, "
+        "the random numbers in 1 of 2",
     ]
 
 
@@ -298,6 +309,7 @@ def test_the_table_of_times_compares_with_the_same_loader(
         "   reading an item   0 workers, again   3 workers   3 persistent",
         f"   is fast                       1.00        2.50   {kept / 2:12.2f}",
         "   takes 3 ms                    1.10        1.20           0.25",
+        "   (0 workers, again: the same kind of loader once more; its distance from 1 is noise)",
         f"   -> where reading an item is fast, 3 persistent workers were {words} here",
         "   -> where reading an item takes 3 ms, 3 persistent workers were faster here",
     ]
@@ -429,7 +441,7 @@ def test_main_prints_and_logs_what_it_measures(
         "-> 3 batches; 4 + 4 + 2 = 10 images" in out
         and "-> the largest difference in 6 batches is 0\n" in out
     )
-    assert "-> 7 of 8 deliver every item once; equal orders: a0 = b0, a1 = b1\n" in out
+    assert "-> 7 of 8 bring every item once; equal orders: a0 = b0, a1 = b1\n" in out
     assert "drawn by chance have 8.15 on average\n" in out
     assert lines[-1].startswith("look: tensorboard")
 
