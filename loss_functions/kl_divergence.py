@@ -43,6 +43,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.distributions import Categorical, Normal
 from torch.distributions import kl_divergence as torch_kl
@@ -217,6 +218,14 @@ def fit_gaussian(order, mu, sigma=1.0, d=3.0):
     return theta[0].item(), theta[1].exp().item(), divergence().item()
 
 
+def words_above(image, words):
+    """A white strip (3, 18, W) with black words, as wide as the image (3, H, W)."""
+    strip = Image.new("L", (image.size(2), 18), "white")
+    ImageDraw.Draw(strip).text((4, 1), words, "black", ImageFont.load_default(12))
+    grey = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8)
+    return (grey.view(1, 18, -1) / 255).expand(3, -1, -1)
+
+
 def show_fits(log_dir, d=3.0):
     print("3. Which Gaussian N(mu, sigma^2) fits 0.6 N(-3, 1) + 0.4 N(3, 1) best?")
     print("   fit             mu       sigma    KL       formula: mu, sigma, KL at most")
@@ -235,7 +244,9 @@ def show_fits(log_dir, d=3.0):
         q = Normal(m, s).log_prob(x).exp()
         colour = (0.1, 0.35, 0.8) if order == "forward" else (0.85, 0.2, 0.15)
         with SummaryWriter(log_dir / "fit" / name, purge_step=0) as writer:
-            writer.add_image("fit/densities", picture(target_log_density(x).exp(), q, colour), 0)
+            words = f"{name}: the target is grey, the fit a line; x from -9 to 9, density 0 to 0.42"
+            image = picture(target_log_density(x).exp(), q, colour)
+            writer.add_image("fit/densities", torch.cat([words_above(image, words), image], 1), 0)
     wide, narrow = fits["forward"][1], max(fits[k][1] for k in fits if k != "forward")
     print(f"   -> the forward fit is {wide / narrow:.1f} times as wide as a reverse one")
     return fits

@@ -296,6 +296,14 @@ def test_a_picture_has_its_area_and_its_line_where_the_curves_are(lesson):
         assert image[:, row, column].tolist() == list(colour)
 
 
+def test_words_stand_above_a_picture_and_fit_on_it(lesson):
+    words = "reverse_right: the target is grey, the fit a line; x from -9 to 9, density 0 to 0.42"
+    strip = lesson.words_above(torch.ones(3, 240, 480), words)
+    assert strip.shape == (3, 18, 480) and strip.min() < 0.2 and strip.max() == 1
+    columns = (strip[0].amin(0) < 0.5).nonzero().flatten()
+    assert columns[0] < 10 and 300 < columns[-1] < 478
+
+
 def test_the_control_is_as_sure_of_the_label_as_the_teacher_and_knows_no_more(lesson):
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(50, 7), torch.randint(7, (50,))
@@ -324,7 +332,8 @@ def test_main_measures_what_the_formulas_say(measured, events):
     assert rows[1024][1] == pytest.approx(limit, rel=0.01)
     assert rows[512][0] / rows[1024][0] == pytest.approx(4, rel=0.01)
     for name in ("forward", "reverse_left", "reverse_right"):
-        assert len(events(log_dir / "fit" / name).Images("fit/densities")) == 1
+        (event,) = events(log_dir / "fit" / name).Images("fit/densities")
+        assert (event.height, event.width) == (258, 480)
     for column, name in enumerate(("raw", "times_T2")):
         curve = events(log_dir / "temperature" / name).Scalars("temperature/log2_gradient")
         expected = [math.log2(row[column]) for row in rows.values()]
