@@ -32,10 +32,10 @@ model_save.py model_load.py model_pretrained.py
 train.py train_gpu_1.py train_gpu_2.py Console.py
 training_engineering/optimizer_scheduler.py training_engineering/amp_training.py
 training_engineering/gradient_checkpoint.py training_engineering/distributed_training.py
-loss_functions/kl_divergence.py loss_functions/contrastive_loss.py
+loss_functions/contrastive_loss.py loss_functions/kl_divergence.py
 loss_functions/focal_loss.py loss_functions/label_smoothing.py
 model_architecture/attention_mechanism.py model_architecture/positional_encoding.py
-model_architecture/residual_connection.py model_architecture/normalization.py
+model_architecture/normalization.py model_architecture/residual_connection.py
 peft/lora_principle.py peft/adapter_layers.py
 evaluation_inference/sampling_strategies.py evaluation_inference/beam_search.py
 generative_models/vae_basics.py generative_models/diffusion_basics.py
