@@ -1,7 +1,14 @@
+import contextlib
+import importlib.util
+import io
 import math
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 F64 = torch.float64
 
@@ -90,7 +97,7 @@ def test_half_precision_is_right_far_out(lesson, dtype):
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_try_a_shift_of_all_positions_changes_no_score(lesson, interleaved):
+def test_a_shift_of_all_positions_changes_no_score(lesson, interleaved):
     torch.manual_seed(0)
     q, k = torch.randn(2, 9, 10, dtype=F64)
     positions, scores = torch.arange(9), []
@@ -140,16 +147,192 @@ def test_a_learned_table_gives_its_first_rows(lesson):
     assert table.table.weight.grad.abs().sum(1).tolist() == [4, 4, 4, 0, 0, 0]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_main_keeps_its_laws_and_reads_relative_positions(lesson, tmp_path, seed, events):
-    result = lesson.main(seed=seed, log_dir=tmp_path, lengths=(16, 48), steps=300)
-    assert result["order"]["none"] < 1e-12 and result["order"]["sinusoidal"] > 0.05
-    assert result["laws"]["mixed"] > 1 and result["laws"]["spread"] > 0.5
-    assert result["decoding"]["right"] < 1e-12 and result["decoding"]["forgotten"] > 0.1
-    table = result["table"]
-    assert all(table[kind, 16] > 0.95 for kind in ("sinusoidal", "learned", "rope"))
-    assert table["none", 16] < 0.35
-    assert table["rope", 48] > 0.85 and table["sinusoidal", 48] < 0.7
-    assert table["learned", 48] < 0.25
-    for name in ("sinusoidal", "rope", "projected"):
-        assert len(events(tmp_path / name).Images("encoding/scores")) == 1
+def test_plain_is_complete(lesson):
+    torch.manual_seed(0)
+    torch.testing.assert_close(lesson.plain_sinusoidal(9, 10), lesson.sinusoidal(9, 10))
+    x = torch.randn(9, 10)
+    torch.testing.assert_close(lesson.plain_rope(x), lesson.apply_rope(x, torch.arange(9)))
+    q, k, v = torch.randn(3, 2, 5, 6, dtype=F64)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(lesson.attend(q, k, v), theirs)
+
+
+def test_products_of_sinusoids_know_the_distance_alone(lesson):
+    PE = lesson.sinusoidal(40, 12, dtype=F64)
+    products = PE @ PE.T
+    w = 10000.0 ** (-2 * torch.arange(6, dtype=F64) / 12)
+    t = torch.arange(40)
+    distance = (t[:, None] - t).abs()
+    torch.testing.assert_close(products, (distance[..., None] * w).cos().sum(-1))
+
+
+def test_scores_of_rope_know_the_signed_offset(lesson):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 12, dtype=F64)
+    t = torch.arange(20)
+    turned_q, turned_k = (lesson.apply_rope(z.expand(20, 12), t) for z in (q, k))
+    scores = turned_q @ turned_k.T
+    for m, n in ((0, 0), (3, 11), (11, 3), (19, 0)):
+        alone = q @ lesson.apply_rope(k[None], torch.tensor([n - m]))[0]
+        torch.testing.assert_close(scores[m, n], alone)
+    assert (scores - scores.T).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["none", "sinusoidal", "learned", "rope"])
+def test_positions_go_to_the_inputs_or_to_q_and_k_but_not_to_v(lesson, kind):
+    torch.manual_seed(0)
+    model, tokens = lesson.Echo(kind, 5, 8, d=6), torch.randint(5, (3, 7))
+    x, t = model.tokens(tokens), torch.arange(7)
+    if kind == "sinusoidal":
+        x = x + lesson.sinusoidal(7, 6)
+    elif kind == "learned":
+        x = x + model.positions.table.weight[:7]
+    q, k, v = (x @ W.T + b for W, b in
+               zip(model.qkv.weight.chunk(3), model.qkv.bias.chunk(3), strict=True))  # fmt: skip
+    if kind == "rope":
+        q, k = lesson.apply_rope(q, t), lesson.apply_rope(k, t)
+    expected = model.head(torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    torch.testing.assert_close(model(tokens), expected)
+
+
+def test_a_learned_table_starts_small(lesson):
+    torch.manual_seed(0)
+    assert lesson.LearnedPositions(200, 50).table.weight.std().item() == pytest.approx(
+        0.02, rel=0.05
+    )
+
+
+class Says(torch.nn.Module):
+    """Says the token two places back up to position 5, and token 0 from there on."""
+
+    def forward(self, tokens):
+        said = tokens.roll(2, dims=1)
+        said[:, 5:] = 0
+        return torch.nn.functional.one_hot(said, 4).float()
+
+
+def test_accuracy_is_that_of_the_positions_asked_for(lesson):
+    torch.manual_seed(0)
+    accuracy = lesson.echo_accuracy
+    assert accuracy(Says(), 4, 12, 2, 0, 5) == 1
+    assert accuracy(Says(), 4, 12, 2, 5) == pytest.approx(0.25, abs=0.06)
+    assert accuracy(Says(), 4, 12, 2, 4) == pytest.approx(1 / 8 + 7 / 8 / 4, abs=0.06)
+    assert accuracy(Says(), 4, 12, 2, 0) == pytest.approx(0.3 + 0.7 / 4, abs=0.06)
+
+
+def test_what_the_picture_looks_like(lesson):
+    scores = torch.tensor([[0.0, 2.0], [1.0, 4.0]])
+    image = lesson.draw_scores(scores, "two\nlines", size=20)
+    assert image.shape == (76, 40, 3) and (image[:36] < 128).any()
+    centres = [image[y, x].tolist() for y in (46, 66) for x in (10, 30)]
+    expected = [[0, 25.5, 255], [127.5, 229.5, 127.5], [63.8, 127.5, 191.2], [255, 25.5, 0]]
+    assert np.abs(np.array(centres) - expected).max() < 1  # blue, greens, red
+
+
+def test_try_a_later_start_changes_no_row_that_must_be_0(lesson, tmp_path, capsys):
+    source = Path(lesson.__file__).read_text(encoding="utf-8")
+    before, show_laws, after = source.partition("def show_laws(")
+    old = "positions = torch.arange(T)\n"
+    assert old in after
+    new = "positions = torch.arange(T) + 1000\n"
+    copy = tmp_path / "copy.py"
+    copy.write_text(before + show_laws + after.replace(old, new, 1), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("positional_try", copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    largest, _ = module.show_laws()
+    values = list(largest.values())
+    assert len(values) == 11 and max(values[:2]) < 1e-5 and max(values[2:7]) < 1e-10
+    assert min(values[7:]) > 0.5 and "->" in capsys.readouterr().out
+
+
+SEEDS = (0, 1, 2)
+KINDS = ("none", "sinusoidal", "learned", "rope")
+
+
+@pytest.fixture(scope="module", params=SEEDS)
+def run(lesson, request, tmp_path_factory):
+    """What main returned, where it logged, and the lines that it printed."""
+    log_dir, out = tmp_path_factory.mktemp("positional"), io.StringIO()
+    with contextlib.redirect_stdout(out):
+        result = lesson.main(seed=request.param, log_dir=log_dir, lengths=(12, 36), steps=120)
+    return result, log_dir, out.getvalue().splitlines()
+
+
+def test_main_loses_and_sees_order(run):
+    result = run[0]
+    for name, (y, z) in result["everyday"].items():
+        assert torch.allclose(y, z) == (name == "no positions")
+    order = result["order"]
+    assert list(order) == ["no positions", "sinusoidal", "learned", "RoPE"]
+    assert order["no positions"] < 1e-12 and min(list(order.values())[1:]) > 0.01
+    right, forgotten = result["decoding"].values()
+    assert right < 1e-12 and forgotten > 0.1
+
+
+def test_main_keeps_its_laws(run):
+    values = list(run[0]["laws"].values())
+    assert len(values) == 11 and max(values[:2]) < 1e-5 and max(values[2:7]) < 1e-10
+    assert min(values[7:]) > 0.5
+
+
+def test_main_reads_relative_positions(run):
+    table = run[0]["table"]
+    assert all(table[kind, 12] > 0.95 for kind in ("sinusoidal", "learned", "rope"))
+    assert table["none", 12] < 0.45
+    assert table["rope", 36] > table["sinusoidal", 36] + 0.1
+    assert table["learned", 36] < 0.3 < 0.8 < table["learned", "old"]
+
+
+def test_what_main_prints(run):
+    result, log_dir, lines = run
+    found, laws, table = "\n".join(lines), result["laws"], result["table"]
+    assert [line[0] for line in lines if re.match(r"\d\. ", line)] == list("12345")
+    for words in (
+        "   -> the same numbers for both sentences with: no positions",
+        "   -> order is lost with: no positions",
+        "   -> the outputs of one pass come out with: its number in the text",
+        f"   -> along a diagonal RoPE's score changes by "
+        f"{laws['RoPE: score at (m, n) minus at (m+1, n+1)']:.0e}, that of PE behind a matrix by "
+        f"{laws['PE(m) W PE(n) minus PE(m+1) W PE(n+1), W random']:.1f}",
+        "trained on texts of 12 tokens. Accuracy at positions (a guess: 0.125)",
+        f"   {'':<12}      1-12 of 12     13-36 of 36      1-12 of 36",
+        "   learned: the 24 rows past 12 are new, never trained",
+        f"   -> in texts of 36, up to position 12 and past it: RoPE {table['rope', 'old']:.2f} and "
+        f"{table['rope', 36]:.2f}, sinusoidal {table['sinusoidal', 'old']:.2f} and "
+        f"{table['sinusoidal', 36]:.2f}",
+        f"look: tensorboard --logdir {log_dir}   http",
+    ):
+        assert words in found, words
+    for name, (y, z) in result["everyday"].items():
+        shown = ["  ".join(f"{number:5.2f}" for number in row.tolist()) for row in (y, z)]
+        assert f"   {name:<12}   {shown[0]}    {shown[1]}" in lines
+    for name, off in result["order"].items():
+        assert f"   {name:<12}   {off:.0e}" in lines
+    for name, off in result["decoding"].items():
+        assert f"   {name:<22}   {off:.0e}" in lines
+    for i, (name, value) in enumerate(laws.items()):
+        assert f"   {name:<54}   {value:18{'.0e' if i < 7 else '.2f'}}" in lines
+    for kind in KINDS:
+        row = "".join(f"{table[kind, where]:16.3f}" for where in (12, 36, "old"))
+        assert f"   {kind:<12}{row}" in lines
+
+
+def test_what_main_logs(lesson, run, events):
+    result, log_dir, _ = run
+    for kind in KINDS:
+        points = events(log_dir / "extrapolation" / kind).Scalars("val/accuracy")
+        logged = {point.step: point.value for point in points}
+        assert logged == pytest.approx({T: result["table"][kind, T] for T in (12, 36)})
+    for name, scores in result["maps"].items():
+        (event,) = events(log_dir / name).Images("encoding/scores")
+        image = Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")
+        picture = np.asarray(image).astype(int)
+        assert picture.shape == (36 + 320, 320, 3) and (picture[:36] < 128).any()
+        expected = lesson.draw_scores(scores, "", size=5)[36:]
+        assert np.array_equal(picture[36:], expected)
+        diagonals = [np.ptp(np.diagonal(picture[38::5, 2::5, 0], k)) for k in range(-50, 51)]
+        assert (max(diagonals) <= 1) == (name != "projected")
+        red = picture[38::5, 2::5, 0]
+        assert (np.abs(red - red.T).max() <= 1) == (name == "sinusoidal")
