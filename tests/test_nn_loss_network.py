@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 SMALL = {"count": 14, "few": 10, "steps": 12}
-BUGS = ["none", "pixels in 0..255, no batch norm", "last layer's weights by randn",
-        "100 outputs for 10 classes", "sum of the losses, not the mean", "nll_loss of the logits",
+BUGS = ["none", "pixels in 0..255, no batch norm", "last layer's weights of deviation 1",
+        "100 outputs for 10 classes", "sum of the losses, not the mean",
+        "nll_loss of logits, not of log_softmax",
         "softmax before cross_entropy", "all images black", "labels of other images"]  # fmt: skip
 
 
@@ -178,6 +179,21 @@ def test_another_gradient_of_the_bias_stops_it(lesson, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(3))
+def test_batch_norm_makes_gradients_longer_and_hides_raw_pixels(lesson, images_root, seed):
+    torch.manual_seed(seed)
+    x, t, _ = lesson.load_batch(images_root, 14)
+    model = lesson.Moli().double()
+    plain, norms = lesson.without_norm(model), []
+    for network in (model, plain):
+        F.cross_entropy(network(x), t).backward()
+        norms.append(list(lesson.gradient_norms(network).values()))
+    ratios = [a / b for a, b in zip(*norms, strict=True)]
+    assert min(ratios) > 5 and ratios[0] > 20
+    raw = F.cross_entropy(model(60 * x + 120), t).item()
+    assert raw == pytest.approx(math.log(10), abs=0.2)
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_main(lesson, images_root, tmp_path, seed, events, capsys):
     measured = lesson.main(seed=seed, log_dir=tmp_path, root=images_root, **SMALL)
     out = capsys.readouterr().out.splitlines()
@@ -193,7 +209,7 @@ def test_main(lesson, images_root, tmp_path, seed, events, capsys):
         assert expected == math.log(K) and loss == pytest.approx(expected, abs=0.15)
         assert f"   {K:3d}   {loss:6.3f}   {expected:6.3f}   {loss - expected:+12.3f}" in out
     off = max(abs(loss - expected) for loss, expected in rows.values())
-    assert follows[0] == f"   -> log K to {off:.2f}"
+    assert follows[0] == f"   -> each first loss is log K within {off:.2f}"
 
     # 2. the formula
     torch.manual_seed(seed)
@@ -202,6 +218,8 @@ def test_main(lesson, images_root, tmp_path, seed, events, capsys):
     expansion = measured["expansion"]
     plain = lesson.without_norm(model)
     first = next(i for i, line in enumerate(out) if line.startswith("2. ")) + 3
+    assert "Means over 14 images" in out[first - 3]
+    assert "Loss = log K + Var(z)/2 + mean(z)-z_t" in out[first - 2]
     for line, (name, row), z in zip(out[first:], expansion.items(), (
         model.train()(x), lesson.copy.deepcopy(model).eval()(x), plain(x),
         plain((x * 0.25 + 0.5) * 240),
@@ -222,16 +240,23 @@ def test_main(lesson, images_root, tmp_path, seed, events, capsys):
     assert small[1]["spread"] == pytest.approx(small[2]["spread"], rel=1e-3)  # statistics 0 and 1
     raw = expansion["no batch norm, pixels 0..255"]
     assert raw["loss"] > 2.5 and abs(raw["loss"] - raw["sum"]) > 0.02
-    assert follows[1].endswith(f"off by {abs(raw['loss'] - raw['sum']):.2f}")
+    off = max(abs(row["loss"] - row["sum"]) for row in small)
+    spread = max(row["spread"] for row in small)
+    assert follows[1] == (f"   -> small logits: Var(z)/2 is at most {spread:.3f}; the sum is the "
+                          f"loss within {off:.0e}")  # fmt: skip
+    assert follows[2].endswith(f"raw pixels: the sum is off by {abs(raw['loss'] - raw['sum']):.2f}")
 
     # 3. the bugs
     first = next(i for i, line in enumerate(out) if line.startswith("3. "))
-    assert out[first].endswith("log 10 = 2.303") and "12 steps on the same 10" in out[first + 1]
+    assert out[first].endswith("log 10 = 2.303") and out[first + 1] == (
+        "   If it is: does it fall to 0 in 12 steps on the same 10 images?")  # fmt: skip
     bugs = measured["bugs"]
     assert list(bugs["losses"]) == BUGS
     assert bugs["rows"] == ([1, 2, 3, 4, 5], [6, 7], [0, 8])
-    assert follows[2].endswith("wrong in rows 1, 2, 3, 4, 5; the last one in rows 6, 7")
-    assert "right in rows 0, 8" in follows[3]
+    assert follows[3:5] == ["   -> the first loss is more than 0.2 off in rows 1, 2, 3, 4, 5",
+                            "   -> the last loss is above 0.5 in rows 6, 7"]  # fmt: skip
+    assert follows[5].startswith("   -> both look right in rows 0, 8: look at some images")
+    assert " ".join(out[first + 2].split()) == "bug first loss last loss least possible"
     least = bugs["least"]
     few = t[:10].bincount() / 10
     entropy = -sum(p * math.log(p) for p in few.tolist() if p)
@@ -252,28 +277,35 @@ def test_main(lesson, images_root, tmp_path, seed, events, capsys):
     # 4. the first backward
     backward = measured["backward"]
     assert backward["fall"] == pytest.approx(backward["theory"], rel=0.05) and backward["fall"] > 0
-    norms = backward["norms"]
-    assert next(iter(norms["with_norm"])) == "features.0.0" and len(norms["with_norm"]) == 5
-    ratios = [a / b for a, b in zip(*(run.values() for run in norms.values()), strict=True)]
-    assert min(ratios) > 5 and ratios[0] > 20
-    for (name, a), ratio in zip(norms["with_norm"].items(), ratios, strict=True):
-        (line,) = (line for line in out if line.startswith(f"   {name} "))
-        shown = f"{a:.4f}", f"{norms['without_norm'][name]:.4f}", f"{ratio:.1f}"
-        assert tuple(line.split()[1:]) == shown
-    assert f"first layer is {ratios[0]:.0f} times as long, of the last {ratios[4]:.0f}" in out[-2]
+    ratio = backward["fall"] / backward["theory"]
+    assert follows[7].endswith(
+        f"loss by {backward['fall']:.2e}, which is {ratio:.2f} times lr |g|^2"
+    )
+    norms, zeroed = backward["norms"], backward["zeroed"]
+    titles = [line for line in out if line[:2] == "4." or line.startswith("   layer ")]
+    assert titles[0].startswith(
+        "4. Is the first backward() right, too? With batch norm in train mode"
+    )
+    words = " ".join(titles[1].split())
+    assert words == "layer name length of its gradient with last weights 0"
+    assert zeroed == pytest.approx(math.log(10), abs=0.1)
+    assert follows[8].endswith(f"loss is {zeroed:.3f}, but 4 of 5 layers get no gradient")
+    assert [norm == 0 for norm in norms["zero_last"].values()] == [True] * 4 + [False]
+    layers = ["convolution 1", "convolution 2", "convolution 3", "linear 1", "linear 2"]
+    for layer, (name, a) in zip(layers, norms["fresh"].items(), strict=True):
+        kind = nn.Conv2d if "convolution" in layer else nn.Linear
+        assert isinstance(model.get_submodule(name), kind)
+        (line,) = (line for line in out if line.startswith(f"   {layer} "))
+        assert line.split()[2:] == [name, f"{a:.4f}", f"{norms['zero_last'][name]:.4f}"]
     model.zero_grad()
-    for run, network in (("with_norm", model.train()), ("without_norm", plain)):
-        z = network(x)
-        F.cross_entropy(z, t).backward()
-        theirs = [network.get_parameter(f"{name}.weight").grad.norm().item() for name in norms[run]]
-        assert list(norms[run].values()) == pytest.approx(theirs)
+    F.cross_entropy(model.train()(x), t).backward()
+    theirs = [model.get_parameter(f"{name}.weight").grad.norm().item() for name in norms["fresh"]]
+    assert list(norms["fresh"].values()) == pytest.approx(theirs) and min(theirs) > 0
+    for run, lengths in norms.items():
         curve = events(tmp_path / run).Scalars("grad/norm")
-        assert [e.value for e in curve] == pytest.approx(theirs)
-        assert [e.step for e in curve] == [0, 1, 2, 3, 4]
-        (histogram,) = events(tmp_path / run).Histograms("logits/fresh")
-        shown = histogram.histogram_value
-        assert (shown.min, shown.max) == pytest.approx((z.min().item(), z.max().item()))
-        assert shown.num == 140
+        assert [(e.step, e.value) for e in curve] == [
+            (i, pytest.approx(length)) for i, length in enumerate(lengths.values())
+        ]
     squares = sum(p.grad.square().sum().item() for p in model.parameters())
     assert backward["theory"] == pytest.approx(1e-4 * squares)
     bias, error = (
@@ -282,3 +314,4 @@ def test_main(lesson, images_root, tmp_path, seed, events, capsys):
     assert bias == error and len(bias) == 5
     gradient = model.classifier[-1].bias.grad[:5].tolist()
     assert [float(word) for word in bias] == pytest.approx(gradient, abs=6e-5)
+    assert float(follows[6].split()[-1]) < 1e-12 and follows[6].startswith("   -> the two differ")
