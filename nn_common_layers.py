@@ -1,8 +1,8 @@
 """Of six common layers only BatchNorm2d and Dropout compute something else in eval mode.
 
-net.train() and net.eval() switch them. In train mode BatchNorm2d uses mean and variance of the
-batch, so an image gets another answer beside other images. In eval mode it uses running averages
-of what it met in training; after few batches these are still near their start.
+Call net.eval() before you predict and net.train() before you train on. In train mode BatchNorm2d
+uses mean and variance of the batch, so an image gets another answer beside other images. In eval
+mode it uses running averages of what it met in training, which start at mean 0 and variance 1.
 
     BatchNorm2d(C)   y = (x - mean) / sqrt(var + eps) * weight + bias, for each channel by itself
                      train: mean and var of the batch, over its images, rows and columns
@@ -11,17 +11,17 @@ of what it met in training; after few batches these are still near their start.
     AvgPool2d(k)     the mean of each window of k by k pixels
     AdaptiveAvgPool2d(n)   n by n means, whatever the size of the image
     Flatten          (B, C, H, W) -> (B, C H W)
-    Embedding(V, D)  a table of V rows of D numbers: token i, a whole number, becomes row i
+    Embedding(V, D)  a table of V rows of D numbers; token i, the number of a word, becomes row i
 
     m  momentum, here 0.1     eps  1e-5     weight, bias  learned; at the start 1 and 0
-    The running mean starts at 0, the running var at 1. The var in y is the sum of the n squared
-    deviations of a channel divided by n; the running var takes that sum divided by n - 1.
+    var  the sum of (number - mean)^2 over the N numbers of a channel, divided by N; but what a
+         batch gives to the running var is divided by N - 1
 
 Needs          nn_conv2d.py, nn_maxpool.py
-Checked here   each layer = by hand; both modes of each; how far the running averages are behind
+Checked here   by hand: both modes of BatchNorm2d, Dropout's mean and variance, pooling, Embedding
 TensorBoard    batchnorm/running_mean and eval_minus_train by batch, in the runs momentum_0.1, 0.5:
-               one goes to 5, the other to 0; dropout/mean and share_kept by number of masks, in
-               the runs p_0.2, 0.5, 0.8: all means go to 1, the shares to 1 - p
+               one goes to 5, the other near 0; dropout/mean and share_kept by number of
+               masks, in the runs p_0.2, 0.5, 0.8: all means go to 1, the shares to 1 - p
 Try            in show_dropout, put nn.Sequential(nn.Dropout(p), nn.Dropout(p)) for nn.Dropout(p):
                which mean and variance do the rows of the layer show?
 Answer         Mean 1 as before; at p = 0.5 variance 3, not 1, as 1 of 4 is left, 4 times as large
@@ -55,7 +55,7 @@ def show_everyday():
     x = torch.tensor([[1.0, 1.0], [3.0, 3.0]]).view(1, 1, 2, 2)  # one image, one channel, 2 x 2
     tokens = torch.tensor([2, 0])
     print("1. What do six layers make of the pixels 1 1 / 3 3 (Embedding: of the tokens 2 and 0)?")
-    print("   layer                after .train()            after .eval()             difference")
+    print("   layer                after .train()            after .eval()      largest difference")
     modes = {}
     for layer in (nn.BatchNorm2d(1), nn.Dropout(0.5), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1),
                   nn.Flatten(), nn.Embedding(3, 2)):  # fmt: skip
@@ -64,9 +64,10 @@ def show_everyday():
         name = type(layer).__name__
         modes[name] = (trained - evaluated).abs().max().item()
         print(f"   {name:<18}   {in_columns(trained):<23}   {in_columns(evaluated):<23}   "
-              f"{modes[name]:10.2f}")  # fmt: skip
+              f"{modes[name]:11.2f}")  # fmt: skip
     switched = [name for name, difference in modes.items() if difference]
-    print(f"   -> train() and eval() matter to {' and '.join(switched)}")
+    print(f"   -> train() and eval() matter to {' and '.join(switched)}: before you predict,")
+    print("      call net.eval(). (BatchNorm2d has met one batch: its averages lag, section 4)")
     return modes
 
 
@@ -93,8 +94,9 @@ def show_network():
         count = sum(p.numel() for p in layer.parameters())
         print(f"   {type(layer).__name__:<18}  {tuple(x.shape)!s:<15}  {count:10}")
     y = nn.Embedding(6, 4)(torch.tensor([[1, 5, 1], [0, 2, 2]]))  # the first layer for text
-    print(f"   Embedding, of tokens (2, 3): {tuple(y.shape)}")
-    print(f"   -> images of 32 x 32 pixels give {sizes[0]}, of 20 x 50 pixels {sizes[1]}")
+    print(f"   Embedding(6, 4), the first layer for text: tokens (2, 3) -> {tuple(y.shape)}")
+    print(f"   -> images of 32 x 32 pixels give {sizes[0]}, of 20 x 50 {sizes[1]}, as "
+          "AdaptiveAvgPool2d(1)\n      leaves one number per channel")  # fmt: skip
     return sizes
 
 
@@ -125,9 +127,9 @@ def show_batch_norm(x):
         company[mode] = (norm(x[:half]) - norm(x)[:half]).abs().max().item()
     running = batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
     off = max((y - hand).abs().max().item(), (norm(x) - running).abs().max().item())
-    change = f"by {company['train']:.2f} in train, {company['eval']:.2g} in eval mode"
-    print(f"   -> by hand the same within {off:.1g} in both modes; without half of its batch an")
-    print(f"      image changes {change}")
+    print(f"   -> by hand the same within {off:.1g} in both modes. Without half of the batch")
+    print(f"      an image's outputs change by up to {company['train']:.2f} in train mode, "
+          f"{company['eval']:.2g} in eval mode")  # fmt: skip
     assert off < 1e-4
     return company
 
@@ -147,7 +149,7 @@ def running_statistic(start, batch, momentum, t):
 
 def show_running(x, batches, log_dir):
     print("4. How far is eval mode behind after t times the same batch? Channel 0")
-    print("   momentum    t   running mean   by the law   eval minus train, largest")
+    print("   momentum    t   running mean   (1 - (1 - m)^t) mean   largest |eval - train|")
     behind, off, mean = {}, 0, x.mean((0, 2, 3))
     for momentum in (0.1, 0.5):
         norm, behind[momentum] = nn.BatchNorm2d(3, momentum=momentum), []
@@ -156,16 +158,15 @@ def show_running(x, batches, log_dir):
                 y = norm.train()(x)
                 law = running_statistic(0, mean, momentum, t)
                 off = max(off, (norm.running_mean - law).abs().max().item())
-                behind[momentum].append((norm.eval()(x) - y).abs().max().item())
+                behind[momentum].append((norm.eval()(x) - y)[:, 0].abs().max().item())
                 writer.add_scalar("batchnorm/running_mean", norm.running_mean[0], t)
                 writer.add_scalar("batchnorm/eval_minus_train", behind[momentum][-1], t)
                 if t in (1, batches // 4, batches):
-                    print(f"   {momentum:<8} {t:4}   {norm.running_mean[0]:12.3f}   {law[0]:10.3f}"
-                          f"   {behind[momentum][-1]:25.3f}")  # fmt: skip
+                    print(f"   {momentum:<8} {t:4}   {norm.running_mean[0]:12.3f}   {law[0]:20.3f}"
+                          f"   {behind[momentum][-1]:22.3f}")  # fmt: skip
     t, slow = batches // 4, behind[0.1][batches // 4 - 1]
-    print(f"   -> after {t} batches (momentum 0.1) eval mode's outputs are still off by "
-          f"{slow:.2f};")  # fmt: skip
-    print(f"      the law holds within {off:.1g}")
+    print(f"   -> after {t} batches (momentum 0.1) outputs in eval mode are off by {slow:.2f}.")
+    print(f"      The formula holds within {off:.1g}")
     assert off < 1e-4
     return behind
 
@@ -181,7 +182,7 @@ def dropout(x, p):
 
 def show_dropout(masks, log_dir):
     print(f"5. What does Dropout(p) make of a 1, drawn {masks:,} times?")
-    print("   p               values          mean   variance   p / (1 - p)")
+    print("   p               values          mean   variance   its formula p / (1 - p)")
     ones, dropped = torch.ones(masks), {}
     for p in (0.2, 0.5, 0.8):
         layer = nn.Dropout(p)
@@ -190,16 +191,16 @@ def show_dropout(masks, log_dir):
             values = " and ".join(f"{value:g}" for value in y.unique().tolist())
             dropped[p, name] = y.mean().item(), y.var().item()
             print(f"   {p}   {name:<9} {values:<12} {y.mean():7.3f}   {y.var():8.3f}   "
-                  f"{p / (1 - p):11.3f}")  # fmt: skip
+                  f"{p / (1 - p):23.3f}")  # fmt: skip
         with SummaryWriter(log_dir / f"p_{p}", purge_step=0) as writer:
             for n in range(20, 2001, 20):
                 first = drawn["layer"][:n]
                 writer.add_scalar("dropout/mean", first.mean(), n)
                 writer.add_scalar("dropout/share_kept", (first != 0).float().mean(), n)
     off = max(abs(mean - 1) for mean, _ in dropped.values())
-    zeros = (y == 0).float().mean()
-    print(f"   -> each mean is 1 within {off:.3f}, though at p = 0.8 {zeros:.0%} of the ones "
-          "become 0")  # fmt: skip
+    chance, zeros = (p / (1 - p) / masks) ** 0.5, (y == 0).float().mean()
+    print(f"   -> each mean is 1 within {off:.3f} (at p = 0.8 its deviation is {chance:.3f}),")
+    print(f"      though {zeros:.0%} of the ones become 0 there")
     return dropped
 
 
@@ -233,20 +234,19 @@ def adaptive_average_pool(x, n):
 
 def show_pooling():
     print("6. Which windows do two pooling layers take of a row 0 1 2 3 4?")
-    print("   layer                    windows       means                by hand")
+    print("   layer                  windows       means                by hand")
     x, means = torch.arange(5.0).expand(1, 1, 3, 5), {}  # an image of three such rows
     shown = " ".join(f"{a}-{b - 1}" for a, b in windows(5, 3))
     for name, layer, hand, where in (
-        ("AvgPool2d(3, stride=2)", nn.AvgPool2d(3, stride=2), average_pool(x, 3, 2), "0-2 2-4"),
+        ("AvgPool2d(2)", nn.AvgPool2d(2), average_pool(x, 2, 2), "0-1 2-3"),
         ("AdaptiveAvgPool2d(3)", nn.AdaptiveAvgPool2d(3), adaptive_average_pool(x, 3), shown),
     ):
         y, row = layer(x)[0, 0, 0], hand[0, 0, 0]
         means[name] = y.tolist(), row.tolist()
-        print(f"   {name:<24} {where:<12} {in_columns(y):<17}   {in_columns(row)}")
+        print(f"   {name:<22} {where:<12} {in_columns(y):<17}   {in_columns(row)}")
     off = max(abs(a - b) for pair in means.values() for a, b in zip(*pair, strict=True))
-    held = sum(b - a for a, b in windows(5, 3))
-    print(f"   -> by hand the same within {off:.1g}; the windows of AdaptiveAvgPool2d(3) overlap: "
-          f"they hold\n      {held} numbers of a row of 5")  # fmt: skip
+    print("   -> AvgPool2d(2) leaves out the 4, as 2 does not divide 5; adaptive windows leave out")
+    print(f"      nothing, they overlap. By hand the same within {off:.1g}")
     assert off < 1e-5
     return means
 
@@ -275,8 +275,8 @@ def show_embedding(tokens):
     for name, row in rows.items():
         print(f"   {name:<38}" + "".join(f"{number:4}" for number in row))
     frozen = [token for token in tokens.unique().tolist() if not row[token]]
-    print(f"   -> with padding_idx=5 row {frozen} gets gradient 0 though its token is there; y is")
-    print(f"      one_hot(tokens) @ weight within {off:.1g}")
+    print(f"   -> padding_idx=5 is for a token that fills up short texts: gradient 0 for {frozen}")
+    print(f"      The output is one_hot(tokens) @ weight within {off:.1g}")
     assert off < 1e-6
     return rows
 
