@@ -153,11 +153,11 @@ def test_the_gradient_through_a_chain_is_the_product_of_its_slopes(lesson):
 
 def test_the_norm_is_taken_for_each_image_and_its_matrix_is_transposed(lesson):
     torch.manual_seed(0)
-    W, x = torch.randn(5, 5).double(), torch.randn(3, 5).double()
+    W, x = torch.randn(6, 5).double(), torch.randn(3, 5).double()
     torch.manual_seed(1)
     norms = lesson.gradient_norms(torch.tanh, [W], x)
     torch.manual_seed(1)
-    upstream = torch.randn(3, 5, dtype=torch.float64)
+    upstream = torch.randn(3, 6, dtype=torch.float64)
     back = (upstream * (1 - torch.tanh(x @ W.T) ** 2)) @ W
     torch.testing.assert_close(norms[1], back.norm(dim=1) / upstream.norm(dim=1))
 
