@@ -1,27 +1,27 @@
 """A clock that does not wait for the GPU measures how fast Python hands out work, not the work.
 
-model.cuda() and x.cuda() are all that an NVIDIA GPU asks of a script; the loop, its optimizer and
-its evaluation are those of train.py. But a call on CUDA tensors returns as soon as its work stands
-in the queue of the GPU. time.perf_counter() then stops too early, and what is measured looks faster
-than the chip can be. The first batch is slower than all others: it loads and chooses what they use.
+An NVIDIA GPU works through a queue. A call on tensors that lie on it, such as a @ b, returns as
+soon as its work stands in that queue. A clock that is read right then stops too early, and the
+speed that comes out is higher than the GPU can reach. The loop is that of train.py; nearly all
+that is new is that the model and each batch are moved:
 
-    model.cuda()                 moves parameters and buffers to the GPU, in the model itself
-    x = x.cuda()                 a copy of x on the GPU: each batch needs it
-    torch.cuda.synchronize()     waits until the queue is empty: before each reading of a clock
-    TFLOP/s = 2 n^3 k / s / 1e12
+    model.cuda()                moves the parameters and buffers of the model itself to the GPU
+    x = x.cuda()                makes a copy of x on the GPU; each batch needs it
+    y.tolist()                  brings numbers back to Python, and waits until y is computed
+    torch.cuda.synchronize()    waits until the queue is empty: before each reading of a clock
 
-    n  rows and columns of a square matrix    k  products of two of them    s  seconds for all k
+In the first step of a training the GPU's programs (kernels) are loaded and chosen: it takes longer
+than the others, and is timed apart from them.
 
-Needs CUDA
-
-Needs          train.py (the loop); a machine without CUDA gets one line and status 1
-Checked here   the clock against CUDA's own events; the first loss on the GPU = the CPU's within
-               0.01; validation accuracy after each epoch, the first batch timed apart
-TensorBoard    train/loss by step, val/accuracy and perf/images_per_second after each epoch, in a
-               run named by its time
+Needs          CUDA
+               and train.py (the loop). Without a CUDA GPU it ends with one line and status 1
+Checked here   the clock against marks in the GPU's queue (events); the first loss on the GPU = the
+               CPU's within 0.01; validation accuracy after each epoch
+TensorBoard    in a run named by its time: val/accuracy rises with the steps, train/loss falls;
+               perf/images_per_second tells how many a second, without the first step
 Try            in show_everyday, leave out model.cuda(): what happens?
-Answer         A RuntimeError that names both devices, as nothing is copied without being told: the
-               weights lie on the CPU, and x_there on the GPU
+Answer         It ends with RuntimeError: Expected all tensors to be on the same device. Nothing is
+               copied without being told: the weights lie on the CPU, and x_there on the GPU
 Source         PyTorch notes, "CUDA semantics": asynchronous execution
 """
 
@@ -108,15 +108,17 @@ def show_clocks(size, k=20):
     times = {
         "without waiting": seconds(products, wait=False),
         "after torch.cuda.synchronize()": seconds(products),
-        "torch.cuda.Event, the twin": event_seconds(products),
+        "torch.cuda.Event, in the queue": event_seconds(products),
     }
     print(f"2. Which clock is right? {k} products of {size} x {size} matrices")
-    print("   clock                            milliseconds   TFLOP/s that it claims")
+    print("   A product takes size^3 multiplications and as many additions. TFLOP/s: how many")
+    print("   million million of both there would be in a second, were the clock right")
+    print("   clock                            milliseconds   TFLOP/s by this clock")
     for words, took in times.items():
-        print(f"   {words:<32} {1000 * took:12.3f}   {2 * size**3 * k / took / 1e12:22.1f}")
+        print(f"   {words:<32} {1000 * took:12.3f}   {2 * size**3 * k / took / 1e12:21.1f}")
     queued, done, by_event = times.values()
-    print(f"   -> without waiting the clock tells {queued / done:.0%} of the time; with it,")
-    print(f"      {done / by_event:.0%} of what the events tell")
+    print(f"   -> without waiting the clock shows {queued / done:.0%} of the time that it shows")
+    print(f"      with waiting, which is {done / by_event:.0%} of what the events show")
     return {"queued": queued / done, "done": done / by_event}
 
 
@@ -168,8 +170,10 @@ def show_training(log_dir, model, loader, val_loader, epochs, batch_size, lr):
     if steps < 2:
         raise DataError("the first batch is timed apart, and there is no other: a larger limit?")
     optimizer, scheduler = make_optimizer(model, lr, epochs * steps)
-    print("4. How fast does it train? Batches are made on the CPU; milliseconds for a batch")
+    print("4. How fast does it train? Batches are made on the CPU. first, ms: milliseconds of the")
+    print("   epoch's first batch; others, ms: of each other batch; images/s: of the others")
     print("   epoch   train loss   val loss   val accuracy   first, ms   others, ms   images/s")
+    ratios = []  # how many times the others' time the first batch took, by epoch
     run = f"{datetime.now():%Y%m%d-%H%M%S}"
     with SummaryWriter(log_dir / run, purge_step=0) as writer:
         for epoch in range(1, epochs + 1):
@@ -178,6 +182,7 @@ def show_training(log_dir, model, loader, val_loader, epochs, batch_size, lr):
             val_loss, accuracy, _ = evaluate(model, val_loader, "cuda")
             check_finite(val_loss, epoch * steps, "validation ")
             later = rest / (steps - 1)
+            ratios.append(first / later)
             for step, loss in enumerate(losses, start=(epoch - 1) * steps + 1):
                 writer.add_scalar("train/loss", loss, step)
             writer.add_scalar("val/accuracy", accuracy, epoch * steps)
@@ -185,17 +190,20 @@ def show_training(log_dir, model, loader, val_loader, epochs, batch_size, lr):
             print(f"   {epoch:5}   {losses.mean():10.3f}   {val_loss:8.3f}   {accuracy:12.3f}   "
                   f"{1000 * first:9.1f}   {1000 * later:10.1f}   "
                   f"{batch_size / later:8,.0f}")  # fmt: skip
-    ratio = first / later
-    print(f"   -> in epoch {epochs} the first batch took {ratio:.1f} times the others' time;")
+    last = f", in epoch {epochs} {ratios[-1]:.1f} times" if epochs > 1 else ""
+    print(f"   -> in epoch 1 the first batch took {ratios[0]:.1f} times as long as another{last};")
     print(f"      {accuracy:.1%} of the validation images are right")
-    return accuracy
+    return {"val_accuracy": accuracy, "first_to_others": ratios}
 
 
 def main(
     seed=0, log_dir=LOG_DIR, root=DATASET2, epochs=2, batch_size=64, lr=0.1, limit=None, size=2048
 ):
     if not torch.cuda.is_available():
-        raise DataError("no CUDA GPU: train_gpu_2.py runs on any device, train.py on the CPU")
+        raise DataError(
+            "no CUDA GPU: one would show how far a clock that does not wait for it is wrong; "
+            "train_gpu_2.py runs on any device"
+        )
     torch.manual_seed(seed)
     splits, train_set = load_splits(root, limit, seed)
     print(source_line(train_set))
@@ -205,8 +213,7 @@ def main(
     model = Moli().to(memory_format=torch.channels_last)
     measured = {"everyday": show_everyday(), **show_clocks(size)}
     measured |= show_same_loss(model, *next(iter(val_loader)))
-    measured["val_accuracy"] = show_training(
-        log_dir, model, loader, val_loader, epochs, batch_size, lr)  # fmt: skip
+    measured |= show_training(log_dir, model, loader, val_loader, epochs, batch_size, lr)
     print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return measured
 

@@ -1,6 +1,4 @@
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -54,12 +52,16 @@ def pretended_cuda(monkeypatch, lesson):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
-def test_without_cuda_one_line_and_status_1():
-    done = subprocess.run(
-        [sys.executable, TOP / "train_gpu_1.py"], capture_output=True, encoding="utf-8"
+def test_without_cuda_one_line_and_status_1(lesson, capsys):
+    with pytest.raises(DataError) as stop:  # guard makes it one line and status 1
+        lesson.main()
+    assert str(stop.value) == (
+        "no CUDA GPU: one would show how far a clock that does not wait for it is wrong; "
+        "train_gpu_2.py runs on any device"
     )
-    assert done.returncode == 1 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and "no CUDA GPU" in done.stderr
+    assert capsys.readouterr().out == ""
+    tail = (TOP / "train_gpu_1.py").read_text(encoding="utf-8").splitlines()[-2:]
+    assert tail == ['if __name__ == "__main__":', "    guard(main)"]
 
 
 def test_waiting_brackets_the_clock(lesson, monkeypatch):
@@ -118,17 +120,17 @@ def test_the_table_of_clocks(lesson, pretended_cuda, monkeypatch, capsys):
     assert waits == [True, False, True] and products == [(50, 50)] * 20
     out = capsys.readouterr().out
     assert "2. Which clock is right? 5 products of 50 x 50 matrices\n" in out
-    rows = [line.split()[-2:] for line in out.splitlines()[2:5]]
+    rows = [line.split()[-2:] for line in out.splitlines()[4:7]]
     assert rows == [["1.000", "0.0"], ["20.000", "0.0"], ["25.000", "0.0"]]
-    assert "-> without waiting the clock tells 5% of the time; with it,\n" in out
-    assert "      80% of what the events tell\n" in out
+    assert "-> without waiting the clock shows 5% of the time that it shows\n" in out
+    assert "      with waiting, which is 80% of what the events show\n" in out
 
 
 def test_teraflops_are_2_n_cubed_for_a_product(lesson, pretended_cuda, monkeypatch, capsys):
     monkeypatch.setattr(lesson, "seconds", lambda work, wait=True: 1e-6)
     monkeypatch.setattr(lesson, "event_seconds", lambda work: 2e-6)
     lesson.show_clocks(200, k=3)
-    rows = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:5]]
+    rows = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[4:7]]
     assert rows == ["48.0", "48.0", "24.0"]  # 2 * 200^3 * 3 / 1e-6 / 1e12
 
 
@@ -196,35 +198,38 @@ def test_main_takes_the_same_path_on_a_pretended_gpu(
     assert rows[1][3] == f"{measured['val_accuracy']:.3f}"
     assert f"      {measured['val_accuracy']:.1%} of the validation images are right\n" in out
     for head in (
-        "   clock                            milliseconds   TFLOP/s that it claims\n",
+        "   clock                            milliseconds   TFLOP/s by this clock\n",
         "3. Is the loss of 20 images the same on both?\n   on the CPU   on the GPU   difference\n",
-        "4. How fast does it train? Batches are made on the CPU; milliseconds for a batch\n",
+        "4. How fast does it train? Batches are made on the CPU. first, ms: milliseconds of the\n",
     ):
         assert head in out
     assert f"   {measured['on_cpu']:10.4f}   {measured['on_cuda']:10.4f}       0.0000\n" in out
     assert "-> they are 0.0000 apart;" in out and measured["everyday"] == [[3.0], [7.0]]
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
 def test_the_first_batch_is_timed_apart_and_images_are_those_of_the_others(
-    lesson, pretended_cuda, images_root, tmp_path, monkeypatch, events, capsys
+    lesson, pretended_cuda, images_root, tmp_path, monkeypatch, events, capsys, epochs
 ):
     def slow(work, wait=True):
         work()
         return next(took)
 
-    took = iter([1.0, 1.0, 2.0, 7.0, 0.5] + [1.0] * 9)  # warm-up, queued, done, first batch, rest
+    took = iter([1.0, 1.0, 2.0, 7.0, 0.5, 2.0, 4.0])  # warm-up, queued, done; first, rest; again
     monkeypatch.setattr(lesson, "seconds", slow)
     monkeypatch.setattr(lesson, "event_seconds", lambda work: 4.0)
-    small = {"limit": 200, "batch_size": 32, "size": 64, "epochs": 1}
+    small = {"limit": 200, "batch_size": 32, "size": 64, "epochs": epochs}
     measured = lesson.main(log_dir=tmp_path, root=images_root, **small)
     assert measured["queued"] == measured["done"] == 0.5
+    assert measured["first_to_others"] == [56.0, 2.0][:epochs]
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if line.startswith("       1   "))
     assert row.split()[-3:] == ["7000.0", "125.0", "256"]  # 4 * 32 / 0.5
     assert "   epoch   train loss   val loss   val accuracy   first, ms   others, ms" in out
-    assert "-> in epoch 1 the first batch took 56.0 times the others' time;\n" in out
-    (event,) = events(next(tmp_path.iterdir())).Scalars("perf/images_per_second")
-    assert event.value == 256
+    last = ", in epoch 2 2.0 times" if epochs == 2 else ""
+    assert f"-> in epoch 1 the first batch took 56.0 times as long as another{last};\n" in out
+    found = events(next(tmp_path.iterdir())).Scalars("perf/images_per_second")
+    assert [event.value for event in found] == [256, 32][:epochs]
 
 
 def test_it_validates_on_images_it_does_not_train_on(
@@ -268,7 +273,7 @@ def test_too_few_images_are_one_line(lesson, pretended_cuda, images_root, tmp_pa
 @cuda
 def test_try_a_batch_on_the_gpu_and_a_model_on_the_cpu_is_an_error(lesson, monkeypatch):
     monkeypatch.setattr(torch.nn.Linear, "cuda", lambda self: self)  # as if left out
-    with pytest.raises(RuntimeError, match="device"):
+    with pytest.raises(RuntimeError, match=r"^Expected all tensors to be on the same device"):
         lesson.show_everyday()
 
 
@@ -281,4 +286,4 @@ def test_weights_and_inputs_on_two_devices_are_an_error_anywhere():
 def test_main_on_a_gpu(lesson, images_root, tmp_path):
     measured = lesson.main(log_dir=tmp_path, root=images_root)
     assert abs(measured["on_cpu"] - measured["on_cuda"]) < 1e-2 and measured["queued"] < 0.9
-    assert 0.5 < measured["done"] < 2
+    assert 0.5 < measured["done"] < 2 and measured["first_to_others"][0] > 1
