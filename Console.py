@@ -1,25 +1,25 @@
-"""An installed package need not import, a dtype that exists need not multiply: only doing it tells.
+"""An installed package may fail to import, and a GPU may stand unused: only a trial tells.
 
-When a lesson stops at an import, or does not use the GPU, ask this file first: it tries each part
-of the installation by itself, and says what to type. A broken installation mostly breaks in one
-place and is reported from another. So each package is imported in a Python of its own, after those
-that it needs, and no failure hides another. It also shows what a name of PyTorch is:
+When a lesson stops at an import, or does not use the GPU, ask this file first. It tries each part
+of the installation by itself, and says what is wrong and what to type. Each package is imported in
+a Python of its own, after those that it needs, so that no failure hides another:
 
     python Console.py                       what works here; status 1 if something is wrong
     python Console.py --json                the same for programs
     python Console.py torch.nn.Linear       signature, first line of help and members of a name
 
-    exact   (64, 8) @ (8, 64) of zeros and ones: no sum exceeds 8, which every dtype here can hold
-    speed   2 n^3 / seconds / 1e9   GFLOP/s of an (n, n) product, n doubled until four take 10 ms
+A dtype is a type of numbers, such as float32; not each of them has a matrix product on each device.
+A wheel is the file that pip installs; that of torch is built for one version of CUDA. A driver for
+CUDA 12.2 runs a wheel built for 12.8, as both begin with 12, but none for 13.0. A file random.py
+beside the lessons hides Python's own random from all of them.
 
-A dtype is a type of numbers, as float32. A wheel is the file that pip installs; that of torch is
-built for a version of CUDA. A driver runs wheels up to its own major version: CUDA 12.2 runs 12.8,
-but not 13.0. A file called random.py beside the lessons hides Python's random from all of them.
+    small whole numbers   (64, 8) @ (8, 64) of zeros and ones: no sum exceeds 8
+    GFLOP/s               thousand million multiplications and additions a second, of (n, n)
+                          products; n is doubled until four of them take 10 ms
 
 Needs          nothing: it says what is missing
 Checked here   versions against the lowest ones and each other; every import; files that hide a
-               module; the wheel's CUDA against the driver's; memory, exact products and their
-               speed on each device
+               module; the wheel's CUDA against the driver's; memory and products on each device
 TensorBoard    nothing of its own: whether it imports
 Try            make an empty file numpy.py beside this one: what does section 2 say of numpy?
 Answer         "hidden by numpy.py", and what needs numpy waits for it; section 5 says: rename it
@@ -48,50 +48,6 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-PYTHON = "3.11"
-LOWEST = {
-    "torch": "2.7", "torchvision": "0.22", "tensorboard": "2.21", "numpy": "2.0",
-    "pillow": "10.1", "tqdm": "4.66", "pytest": "8.2",
-}  # fmt: skip
-IMPORTS = {  # the part that can break, where the bare name loads less
-    "pillow": "PIL.Image",
-    "tensorboard": "tensorboard.summary.writer.event_file_writer",
-    "torchvision": "torchvision.transforms.v2",
-}
-TOPS = {IMPORTS.get(name, name).partition(".")[0] for name in LOWEST}
-WHEELS = {(13, 0): "cu130", (12, 8): "cu128", (12, 0): "cu126", (11, 0): "cu118"}  # by driver
-DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "int64", "int8", "uint16")
-NEW_PYTHON = "install a newer Python: https://www.python.org/downloads"
-NEW_DRIVER = "restart; if that is no help, install the driver: https://www.nvidia.com/drivers"
-NEW_BUILD = "free its memory, or choose a build for it: https://pytorch.org/get-started/locally"
-ALONE = """
-import importlib, sys
-try:
-    importlib.import_module(sys.argv[1])
-except Exception as error:
-    sys.exit(": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]))
-print("imported")
-"""
-
-
-def attempt(work, *args):
-    """(what work returns, None), or (None, what went wrong in one line)."""
-    try:
-        return work(*args), None
-    except Exception as error:  # a broken package may raise anything: that is the finding
-        return None, ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-
-
-def table(head, rows):
-    """Lines of a table under its head: words to the left, numbers to the right, None as "-"."""
-    cells = [[f"{value:,.1f}" if isinstance(value, float) else "-" if value is None else str(value)
-              for value in row] for row in rows]  # fmt: skip
-    columns = []
-    for j, column in enumerate(zip(head, *cells, strict=True)):
-        width, values = max(map(len, column)), [row[j] for row in rows]
-        right = all(value is None or isinstance(value, (int, float)) for value in values)
-        columns.append([text.rjust(width) if right else text.ljust(width) for text in column])
-    yield from (f"   {'   '.join(line)}".rstrip() for line in zip(*columns, strict=True))
 
 
 # --- 1. in everyday code ---------------------------------------------------------------------
@@ -108,14 +64,37 @@ def everyday():
     }
 
 
-def report_calls(calls):
-    yield "1. What do the plain calls say? None of them imports torch"
-    yield from table(["call", "answer"], [(call, str(answer)) for call, answer in calls.items()])
+def show_calls(calls):
+    print("1. What do the plain calls say? None of them imports torch")
+    print_table(["call", "answer"], [(call, str(answer)) for call, answer in calls.items()])
     torch = calls['importlib.metadata.version("torch")']
-    yield f"   -> torch {torch} is installed" if torch else "   -> torch is not installed"
+    driver = "there" if calls['shutil.which("nvidia-smi")'] else "not on the PATH"
+    first = f"torch {torch} is installed" if torch else "torch is not installed"
+    print(f"   -> {first}; nvidia-smi is {driver}")
 
 
 # --- 2. packages -----------------------------------------------------------------------------
+
+PYTHON = "3.11"
+LOWEST = {
+    "torch": "2.7", "torchvision": "0.22", "tensorboard": "2.21", "numpy": "2.0",
+    "pillow": "10.1", "tqdm": "4.66", "pytest": "8.2",
+}  # fmt: skip
+IMPORTS = {  # the part that can break, where the bare name loads less
+    "pillow": "PIL.Image",
+    "tensorboard": "tensorboard.summary.writer.event_file_writer",
+    "torchvision": "torchvision.transforms.v2",
+}
+TOPS = {IMPORTS.get(name, name).partition(".")[0] for name in LOWEST}
+NEW_PYTHON = "install a newer Python: https://www.python.org/downloads"
+ALONE = """
+import importlib, sys
+try:
+    importlib.import_module(sys.argv[1])
+except Exception as error:
+    sys.exit(": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]))
+print("imported")
+"""
 
 
 def numbers(version):
@@ -234,18 +213,21 @@ def inspect_packages():
     return rows
 
 
-def report_packages(packages):
-    yield "2. Is each package new enough, and does it import in a Python of its own?"
+def show_packages(packages):
+    print("2. Is each package new enough, and does it import in a Python of its own?")
     rows = []
     for name, row in packages.items():
         works = "works" if row.get("imports") else row.get("at")
         rows.append((name, row.get("lowest"), row.get("version"), row.get("error", works)))
-    yield from table(["package", "lowest", "here", "import, or what is wrong"], rows)
+    print_table(["package", "lowest", "here", "import, or what is wrong"], rows)
     working = sum("imports" in row for row in packages.values())
-    yield f"   -> {working} of {len(LOWEST)} packages can be used"
+    print(f"   -> {working} of {len(LOWEST)} packages can be used")
 
 
 # --- 3. CUDA ---------------------------------------------------------------------------------
+
+WHEELS = {(13, 0): "cu130", (12, 8): "cu128", (12, 0): "cu126", (11, 0): "cu118"}  # by driver
+NEW_DRIVER = "restart; if that is no help, install the driver: https://www.nvidia.com/drivers"
 
 
 def ask_driver():
@@ -275,9 +257,14 @@ def unused_gpu(wheel, runs, error):
         return "built without CUDA, but there is a driver", other
     if runs and numbers(wheel)[0] > numbers(runs)[0]:
         return f"built for CUDA {wheel}, but the driver runs up to {runs}", other
-    if hidden is not None:
-        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides the GPU", "unset CUDA_VISIBLE_DEVICES"
-    return error, NEW_DRIVER
+    if hidden is None:
+        return error, NEW_DRIVER
+    unset = "unset CUDA_VISIBLE_DEVICES"
+    if os.name == "nt":
+        unset = 'set "CUDA_VISIBLE_DEVICES=" (in PowerShell: Remove-Item Env:CUDA_VISIBLE_DEVICES)'
+    if hidden.strip() in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides the GPU", unset
+    return f"{error}; CUDA_VISIBLE_DEVICES={hidden!r} is set", f"{unset}; then {NEW_DRIVER}"
 
 
 def inspect_cuda(with_torch):
@@ -298,23 +285,26 @@ def inspect_cuda(with_torch):
     return rows
 
 
-def report_cuda(cuda):
-    yield "3. Do the NVIDIA driver and the wheel of torch go together?"
+def show_cuda(cuda):
+    print("3. Do the NVIDIA driver and the wheel of torch go together?")
     driver, wheel = cuda["driver"], cuda.get("wheel", {"error": "torch cannot be asked"})
     fact = "nvidia-smi is not on the PATH" if "nvidia-smi" in driver else None
     rows = [("driver", driver, fact), ("torch", wheel, None)]
     rows = [(label, *map(row.get, ("version", "cuda", "rocm")), row.get("error", fact))
             for label, row, fact in rows]  # fmt: skip
-    yield from table(["what", "version", "CUDA", "ROCm", "what is wrong, or a fact"], rows)
+    print_table(["what", "version", "CUDA", "ROCm (AMD)", "what is wrong, or a fact"], rows)
     if "error" in driver or "error" in wheel:
-        yield "   -> not yet: see section 5"
+        print("   -> not yet: see section 5")
     elif "nvidia-smi" in driver:
-        yield "   -> no NVIDIA driver here; without an NVIDIA GPU that is as it should be"
+        print("   -> no NVIDIA driver here; without an NVIDIA GPU that is as it should be")
     else:
-        yield f"   -> CUDA {wheel['cuda']} starts on a driver that runs up to {driver['cuda']}"
+        print(f"   -> CUDA {wheel['cuda']} starts on a driver that runs up to {driver['cuda']}")
 
 
 # --- 4. devices ------------------------------------------------------------------------------
+
+DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "int64", "int8", "uint16")
+NEW_BUILD = "free its memory, or choose a build for it: https://pytorch.org/get-started/locally"
 
 
 def inspect_memory(device):
@@ -402,23 +392,24 @@ def inspect_devices(seed):
     return rows
 
 
-def report_devices(devices):
-    yield "4. How much memory has each device, and which dtypes does it multiply, how fast?"
+def show_devices(devices):
+    print("4. How much memory has each device, and which dtypes does it multiply, how fast?")
     labels = [label for label in devices if " " not in label and "error" not in devices[label]]
     keys = ("name", "threads", "GiB", "free GiB")
     rows = [(label, *(devices[label].get(key) for key in keys)) for label in labels]
-    yield from table(["device", "name", "threads", "memory, GiB", "free, GiB"], rows)
+    print_table(["device", "name", "threads", "memory, GiB", "free, GiB"], rows)
     products = {label: row for label, row in devices.items() if " " in label}
     rows = [(*label.split(" "), "exact" if row.get("exact") else row.get("error", "none"),
              row.get("GFLOP/s")) for label, row in products.items()]  # fmt: skip
-    yield from table(["device", "dtype", "product", "GFLOP/s"], rows)
+    print_table(["device", "dtype", "product", "GFLOP/s"], rows)
     for label in labels:
         here = {name: products.get(f"{label} {name}", {}) for name in DTYPES}
         exact = [name for name, row in here.items() if row.get("exact")]
         none = ", ".join(name for name, row in here.items() if "not supported" in row)
-        yield f"   -> {label} multiplies {len(exact)} of {len(here)} dtypes exactly"
+        count = f"{len(exact)} of {len(here)} dtypes"
+        print(f"   -> on {label} {count} multiply small whole numbers exactly")
         if none:
-            yield f"      none: PyTorch has no product of {none} there, which is no fault of yours"
+            print(f"      none: PyTorch has no product of {none} there, which is no fault of yours")
 
 
 # --- 5. what is wrong, and what to type ------------------------------------------------------
@@ -442,19 +433,14 @@ def inspect_machine(seed):
     return facts
 
 
-def report(facts):
-    """All sections, line by line."""
-    yield from report_calls(facts["calls"])
-    yield from report_packages(facts["packages"])
-    yield from report_cuda(facts["cuda"])
-    yield from report_devices(facts["devices"])
-    yield "5. What is wrong, and what to type?"
-    for problem in facts["problems"]:
-        yield f"   {problem['wrong']}"
-        yield f"      {problem['type']}"
-    n = len(facts["problems"])
+def show_problems(problems):
+    print("5. What is wrong, and what to type?")
+    for problem in problems:
+        print(f"   {problem['wrong']}")
+        print(f"      {problem['type']}")
+    n = len(problems)
     many = f"{n} things are wrong: begin with the first, as others may come from it"
-    yield f"   -> {'nothing is wrong' if n == 0 else 'one thing is wrong' if n == 1 else many}"
+    print(f"   -> {'nothing is wrong' if n == 0 else 'one thing is wrong' if n == 1 else many}")
 
 
 # --- a name of the API -----------------------------------------------------------------------
@@ -487,20 +473,57 @@ def look_up(name):
 
 
 def show_name(found):
-    """A name that was looked up, line by line, its members four a line."""
-    yield f"{found['name']}   {found['kind']}"
-    yield from (f"   {key:<9}   {found[key]}" for key in ("signature", "help") if found[key])
+    """Print a name that was looked up, its members four a line."""
+    print(f"{found['name']}   {found['kind']}")
+    for key in ("signature", "help"):
+        if found[key]:
+            print(f"   {key:<9}   {found[key]}")
     for i in range(0, len(found["members"]), 4):
         four = "".join(f"{name:<23} " for name in found["members"][i : i + 4])
-        yield f"   {'members' if i == 0 else '':<9}   {four}".rstrip()
+        print(f"   {'members' if i == 0 else '':<9}   {four}".rstrip())
+
+
+# --- lines and tables ------------------------------------------------------------------------
+
+
+def attempt(work, *args):
+    """(what work returns, None), or (None, what went wrong in one line)."""
+    try:
+        return work(*args), None
+    except Exception as error:  # a broken package may raise anything: that is the finding
+        return None, ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+def print_table(head, rows):
+    """Print a table under its head: words to the left, numbers to the right, None as "-"."""
+    cells = [[f"{value:,.1f}" if isinstance(value, float) else "-" if value is None else str(value)
+              for value in row] for row in rows]  # fmt: skip
+    columns = []
+    for j, column in enumerate(zip(head, *cells, strict=True)):
+        width, values = max(map(len, column)), [row[j] for row in rows]
+        right = all(value is None or isinstance(value, (int, float)) for value in values)
+        columns.append([text.rjust(width) if right else text.ljust(width) for text in column])
+    for line in zip(*columns, strict=True):
+        print(f"   {'   '.join(line)}".rstrip())
+
+
+# --- all of it ------------------------------------------------------------------------------
 
 
 def main(seed=0, name="", as_json=False):
     """Inspect the machine, or look up a name. Prints and returns what was found."""
     with contextlib.redirect_stdout(sys.stderr):  # what packages print when they are imported
         found = look_up(name) if name else inspect_machine(seed)
-    lines = show_name(found) if name else report(found)
-    print(json.dumps(found, indent=2) if as_json else "\n".join(lines))
+    if as_json:
+        print(json.dumps(found, indent=2))
+    elif name:
+        show_name(found)
+    else:
+        show_calls(found["calls"])
+        show_packages(found["packages"])
+        show_cuda(found["cuda"])
+        show_devices(found["devices"])
+        show_problems(found["problems"])
     return found
 
 

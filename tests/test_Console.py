@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import os
 import re
@@ -42,6 +44,13 @@ def installed(monkeypatch, versions=(), requires=()):
 
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(metadata, "requires", lambda n: requires.get(n) or true_requires(n))
+
+
+def printed(show, *args):
+    """What show(*args) prints, line by line."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        show(*args)
+    return out.getvalue().splitlines()
 
 
 def run(*arguments, script=ROOT / "Console.py", **environment):
@@ -191,10 +200,23 @@ def test_a_gpu_that_torch_does_not_use_is_explained(lesson, monkeypatch, wheel, 
     assert wrong in row["error"] and fix in row["type"]
 
 
-def test_a_hidden_gpu_is_named_as_such(lesson, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+@pytest.mark.parametrize("value", ["", "-1", " -1"])
+def test_a_hidden_gpu_is_named_as_such(lesson, monkeypatch, value):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     wrong, fix = lesson.unused_gpu("13.0", "13.1", "no GPU")
-    assert "CUDA_VISIBLE_DEVICES='-1' hides" in wrong and fix == "unset CUDA_VISIBLE_DEVICES"
+    assert wrong == f"CUDA_VISIBLE_DEVICES={value!r} hides the GPU"
+    assert fix.startswith("set" if os.name == "nt" else "unset CUDA_VISIBLE_DEVICES")
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        fix = lesson.unused_gpu("13.0", "13.1", "no GPU")[1]
+    assert fix.startswith('set "CUDA_VISIBLE_DEVICES=" ') and "Remove-Item Env:CUDA_VIS" in fix
+
+
+def test_a_gpu_that_is_chosen_but_does_not_start_is_not_called_hidden(lesson, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    wrong, fix = lesson.unused_gpu("13.0", "13.1", "no GPU")
+    assert wrong == "no GPU; CUDA_VISIBLE_DEVICES='0' is set"
+    assert "CUDA_VISIBLE_DEVICES" in fix and fix.endswith(f"; then {lesson.NEW_DRIVER}")
 
 
 def test_what_to_type_names_the_python_that_was_asked(lesson, monkeypatch):
@@ -471,7 +493,7 @@ def test_on_the_command_line_a_wrong_name_is_status_2_and_a_right_one_json():
 
 def test_a_table_has_words_to_the_left_and_numbers_to_the_right(lesson):
     rows = [("a", 7, 1234.56, None, 3), ("bcd", None, 0.04, "x", None)]
-    assert list(lesson.table(["name", "n", "GFLOP/s", "fact", "free, GiB"], rows)) == [
+    assert printed(lesson.print_table, ["name", "n", "GFLOP/s", "fact", "free, GiB"], rows) == [
         "   name   n   GFLOP/s   fact   free, GiB",
         "   a      7   1,234.6   -              3",
         "   bcd    -       0.0   x              -",
@@ -484,9 +506,13 @@ def test_the_plain_calls_answer_without_torch(lesson, monkeypatch):
     assert calls["platform.python_version()"] == lesson.platform.python_version()
     assert calls['importlib.metadata.version("torch")'] == metadata.version("torch")
     assert calls['shutil.which("nvidia-smi")'] == "/bin/nvidia-smi"
-    assert "-> torch 2" in list(lesson.report_calls(calls))[-1]
+    told = f"   -> torch {metadata.version('torch')} is installed; nvidia-smi is there"
+    assert printed(lesson.show_calls, calls)[-1] == told
+    calls['shutil.which("nvidia-smi")'] = None
+    assert printed(lesson.show_calls, calls)[-1].endswith("; nvidia-smi is not on the PATH")
     installed(monkeypatch, {"torch": None})
-    assert list(lesson.report_calls(lesson.everyday()))[-1] == "   -> torch is not installed"
+    told = "   -> torch is not installed; nvidia-smi is there"
+    assert printed(lesson.show_calls, lesson.everyday())[-1] == told
 
 
 @pytest.mark.parametrize(
@@ -509,13 +535,14 @@ def test_the_plain_calls_answer_without_torch(lesson, monkeypatch):
     ],
 )  # fmt: skip
 def test_what_section_3_tells(lesson, driver, wheel, row, follows):
-    lines = list(lesson.report_cuda({"driver": driver} | ({"wheel": wheel} if wheel else {})))
+    lines = printed(lesson.show_cuda, {"driver": driver} | ({"wheel": wheel} if wheel else {}))
     assert lines[0] == "3. Do the NVIDIA driver and the wheel of torch go together?"
     assert lines[1].split() == [
         "what",
         "version",
         "CUDA",
         "ROCm",
+        "(AMD)",
         "what",
         "is",
         "wrong,",
@@ -537,7 +564,7 @@ def test_what_section_4_tells_of_each_device(lesson):
         "cuda:0 int64": {"not supported": "no"},
         "cuda:0 uint16": {"not supported": "no"},
     }
-    lines = [" ".join(line.split()) for line in lesson.report_devices(devices)]
+    lines = [" ".join(line.split()) for line in printed(lesson.show_devices, devices)]
     assert lines[1:] == [
         "device name threads memory, GiB free, GiB",
         "cpu AVX2 2 16.0 -",
@@ -548,17 +575,16 @@ def test_what_section_4_tells_of_each_device(lesson):
         "cuda:0 float32 a wrong product -",
         "cuda:0 int64 none -",
         "cuda:0 uint16 none -",
-        "-> cpu multiplies 1 of 8 dtypes exactly",
+        "-> on cpu 1 of 8 dtypes multiply small whole numbers exactly",
         "none: PyTorch has no product of uint16 there, which is no fault of yours",
-        "-> cuda:0 multiplies 0 of 8 dtypes exactly",
+        "-> on cuda:0 0 of 8 dtypes multiply small whole numbers exactly",
         "none: PyTorch has no product of int64, uint16 there, which is no fault of yours",
     ]
 
 
-def test_several_things_wrong_are_told_with_what_to_type(lesson, fast):
-    facts = fast.inspect_machine(seed=0)
-    facts["problems"] = [{"wrong": "a: no", "type": "do a"}, {"wrong": "b: no", "type": "do b"}]
-    assert list(lesson.report(facts))[-6:] == [
+def test_several_things_wrong_are_told_with_what_to_type(lesson):
+    problems = [{"wrong": "a: no", "type": "do a"}, {"wrong": "b: no", "type": "do b"}]
+    assert printed(lesson.show_problems, problems) == [
         "5. What is wrong, and what to type?",
         "   a: no", "      do a", "   b: no", "      do b",
         "   -> 2 things are wrong: begin with the first, as others may come from it",
@@ -575,7 +601,7 @@ def test_main_finds_nothing_wrong_and_tells_the_same_in_both_ways(fast, capsys, 
     assert exact | {"float8_e4m3fn"} == set(fast.DTYPES) - {"uint16"}
     fast.main(seed=seed, as_json=True)
     assert json.loads(capsys.readouterr().out) == facts
-    assert f"-> cpu multiplies {len(exact)} of 8 dtypes exactly\n" in told
+    assert f"-> on cpu {len(exact)} of 8 dtypes multiply small whole numbers exactly\n" in told
     assert "   -> 7 of 7 packages can be used\n" in told
     for name in fast.LOWEST:
         assert re.search(rf"\n   {name} +{fast.LOWEST[name]} +{metadata.version(name)}", told)
