@@ -224,6 +224,21 @@ def test_loss_of_batch_takes_the_negatives_that_it_names(lesson):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_drawn_shapes_have_their_areas(lesson):
+    torch.manual_seed(0)
+    images, labels = lesson.draw_shapes(4000)
+    drawn = ((images - images[:, :, :1, :1]).abs() > 0.25).all(1)  # a corner shows the ground
+    areas = drawn.sum(dim=(1, 2)).double()
+    s2 = (5.5**3 - 4**3) / 4.5  # mean of s^2, for s from 4 to 5.5
+    expected = {
+        "disc": math.pi, "ring": 0.64 * math.pi, "square": 1.7**2, "frame": 4 * 0.64,
+        "diamond": 2 * 1.2**2, "plus": 2 * 1.4 - 0.7**2, "bar": 1.4,
+        "cross": 2 * (4 - 1.58**2) - 2 * 0.42**2,
+    }  # fmt: skip
+    for i, name in enumerate(lesson.SHAPES):
+        assert areas[labels == i].mean().item() == pytest.approx(s2 * expected[name], rel=0.08)
+
+
 def test_views_are_mirrored_recoloured_inverted_and_shifted(lesson):
     torch.manual_seed(0)
     ramp = torch.linspace(0, 1, 16)
@@ -348,10 +363,23 @@ def test_main_shows_at_most_the_information_there_is(measured, events):
     result, log_dir, out = measured
     bounds, truth = result["bound"]
     assert result["twins"] < 1e-12
+    for head in (
+        "second views k           InfoNCE   NT-Xent   triplet",
+        "temperature t    share of the gradient",
+        "loss      plain      with checks",
+        "N   I =  0.575   I =  3.321",
+        "trained by   negatives   accuracy   last loss   distance   evenness",
+    ):
+        assert out.count(head) == 1
+    assert len(out.splitlines()) == 47  # each row of each table
+    for i in range(1, 6):
+        assert sum(line.startswith(f"{i}. ") for line in out.splitlines()) == 1
     for N, values in bounds.items():
         for rho, bound in values.items():
             assert bound <= math.log(N) and bound < truth[rho] + 0.1
         assert values[0.999] > math.log(N) - 0.05  # I = 12.4: all hold log N
+        shown = "   ".join(f"{bound:10.3f}" for bound in values.values())
+        assert f"   {N:3}   {shown}   {math.log(N):5.3f}\n" in out
         logged = [e.value for e in events(log_dir / "bound" / f"N_{N}").Scalars("bound/nats")]
         assert logged == pytest.approx(list(values.values()), rel=1e-5)
     assert bounds[256][0.5] == pytest.approx(truth[0.5], abs=0.1)

@@ -334,6 +334,20 @@ def test_main_measures_what_the_formulas_say(measured, events):
     for name in ("forward", "reverse_left", "reverse_right"):
         (event,) = events(log_dir / "fit" / name).Images("fit/densities")
         assert (event.height, event.width) == (258, 480)
+    for head in (
+        "what           F.kl_div   kl_plain   by head",
+        "from scratch   torch    smallest",
+        "call                                            value   what it is",
+        "fit             mu       sigma    KL ",
+        "d   from -d: mu    sigma       KL   from 0",
+        "T   without T^2   with T^2",
+        "network    learns from ",
+        "outputs of  ",
+    ):
+        assert out.count(head) == 1
+    assert len(out.splitlines()) == 60  # each row of each table
+    for i in range(1, 6):
+        assert sum(line.startswith(f"{i}. ") for line in out.splitlines()) == 1
     for column, name in enumerate(("raw", "times_T2")):
         curve = events(log_dir / "temperature" / name).Scalars("temperature/log2_gradient")
         expected = [math.log2(row[column]) for row in rows.values()]
