@@ -4,16 +4,16 @@ A state dict is a dict that holds every weight and bias of a network under its n
 such as BatchNorm's running means. It is what you save, and what you load into a new network with
 the same layers. torch.save(net, path) would save the whole network, but that can be loaded only
 while its class is found where it was. A training has more to remember: Adam keeps two running
-averages per weight, and the learning rate often depends on the epoch. If they are lost, the
-training goes on in another way, and no error tells.
+averages per weight and a count of its steps, and the learning rate often depends on the epoch. If
+these are lost, the training goes on in another way, and no error tells.
 
     torch.save(net.state_dict(), path)                          the weights of net, to a file
-    new.load_state_dict(torch.load(path, weights_only=True))    from the file, into a network new
+    new.load_state_dict(torch.load(path, weights_only=True))    from the file, into the network new
     lr = 0.05 (1 + cos(pi epoch / total)) / 2                   the learning rate in section 3
 
     epoch  how many epochs are done, of total in all            pi  3.14159...
 
-Needs          nn_module.py, nn_optim.py
+Needs          nn_module.py, nn_optim.py, nn_common_layers.py (BatchNorm)
 Checked here   loaded outputs = saved outputs; what is left of the best epoch; a resumed fit = a fit
                that was never stopped, but not without the optimizer or the epoch; which changes of
                a class the two kinds of file survive; what is left when a save fails
@@ -76,7 +76,7 @@ def show_everyday(folder):
     for name, output in (("saved", saved), ("new, before loading", before), ("new, after", after)):
         print(f"   {name:<20} {output:21.4f}")
     same = [output == saved for output in (before, after)]
-    print(f"   -> is it the saved output? Before loading {same[0]}, after it {same[1]}")
+    print(f"   -> the output is the saved one: before loading {same[0]}, after it {same[1]}")
     return same
 
 
@@ -102,10 +102,10 @@ def make_net():
 def fit_best(net, x, y, x_val, y_val, epochs, folder):
     """Fit net(x) to y by Adam(net.parameters(), lr=0.05), one step an epoch on the mean square.
 
-    After each step comes the validation loss, the mean squared error of net(x_val) and y_val. When
-    it is lower than ever, `save` writes the state dict to folder/best.pth; after the last epoch, to
-    folder/last.pth. Returns the lowest validation loss, and of its epoch net.state_dict() and a
-    deep copy of it. Exercise.
+    After each step comes the validation loss, the mean squared error of net(x_val) and y_val, which
+    it does not learn from. When it is lower than ever, `save` writes the state dict to
+    folder/best.pth; after the last epoch, to folder/last.pth. Returns the lowest validation loss,
+    and of its epoch net.state_dict() and a deep copy of it. Exercise.
     """
     optimizer, best = torch.optim.Adam(net.parameters(), lr=0.05), math.inf
     for _ in range(epochs):
@@ -127,7 +127,7 @@ def show_best(folder, epochs):
     x, x_val = torch.linspace(-1, 1, 16)[:, None], torch.linspace(-1, 1, 101)[:, None]  # (N, 1)
     y, y_val = torch.sin(3 * x) + torch.randn(16, 1) / 2, torch.sin(3 * x_val)
     best, kept, copied = fit_best(make_net(), x, y, x_val, y_val, epochs, folder)
-    print(f"2. How do you keep the best epoch? Its validation loss, the lowest, is {best:.4f}")
+    print("2. How do you keep the best epoch? Validation loss: on points that are not trained on")
     print(f"   what is loaded after {epochs} epochs           validation loss")
     states = {"last.pth": torch.load(folder / "last.pth", weights_only=True),
               "best.pth": torch.load(folder / "best.pth", weights_only=True),
@@ -139,8 +139,9 @@ def show_best(folder, epochs):
         net.load_state_dict(state)
         losses[name] = F.mse_loss(net(x_val), y_val).item()
         print(f"   {name:<40} {losses[name]:15.4f}")
-    print(f"   -> these are the best epoch: {', '.join(n for n in losses if losses[n] == best)}")
-    print("      (net.state_dict() shares memory with the weights, and changes with them)")
+    print(f"   -> the lowest loss of all epochs is {best:.4f}; it is kept by")
+    print(f"      {' and '.join(name for name in losses if losses[name] == best)};")
+    print("      net.state_dict() alone shares memory with the weights, and changes with them")
     return {"best": best, "kept": losses}
 
 
@@ -200,22 +201,22 @@ def show_resume(log_dir, folder, total):
     losses["never_stopped"] += fit(net, optimizer, x, y, range(half, total), total)
     goal = nn.utils.parameters_to_vector(net.parameters()).detach()  # all weights in one row
 
-    print(f"3. How does a training go on? {total} epochs, saved after {half}, then loaded")
-    print("                       lr at       loss               a weight at the end minus")
-    print("   run                 the start   at first   largest   never_stopped's, largest")
+    print(f"3. Does a training go on as if never stopped? {total} epochs, loaded after {half}")
+    print("                       lr in its     loss in its   largest   largest weight difference")
+    print("   run                 first epoch   first epoch   loss      from never_stopped at end")
     distance = {}
     for run in ("resumed", "without_optimizer", "without_epoch"):
         net, optimizer, epoch = resume(path, forget=run.removeprefix("without_"))
         losses[run] = fit(net, optimizer, x, y, range(epoch, epoch + total - half), total)
         end = nn.utils.parameters_to_vector(net.parameters()).detach()
         distance[run] = (end - goal).abs().max().item()
-        print(f"   {run:<18}  {learning_rate(epoch, total):9.3f}   {losses[run][0]:8.4f}"
-              f"   {max(losses[run]):7.4f}   {distance[run]:24.2f}")  # fmt: skip
-    whole = [run for run, off in distance.items() if off == 0]
-    print(
-        f"   -> as if never stopped: {', '.join(whole)}. Save the optimizer's state_dict() and the"
-    )
-    print("      epoch, too; a scheduler has a state_dict() of its own (shuffling: see train.py)")
+        print(f"   {run:<18}  {learning_rate(epoch, total):11.3f}   {losses[run][0]:11.4f}   "
+              f"{max(losses[run]):7.4f}   {distance[run]:25.2f}")  # fmt: skip
+    whole = ", ".join(run for run, off in distance.items() if off == 0)
+    first = ", ".join({f"{losses[run][0]:.4f}": run for run in distance})  # each number once
+    print(f"   -> all begin at loss {first}: their weights are right. But only {whole}")
+    print("      ends as the run without a break, never_stopped: save the optimizer's state_dict()")
+    print("      and the epoch, too; a scheduler has a state_dict() of its own")
     for run, values in losses.items():
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
             for step, value in enumerate(values, total - len(values)):
@@ -281,7 +282,7 @@ def show_whole(folder):
         y = net(x)
         save(net, whole)
         save(net.state_dict(), state)
-    print("4. torch.save(net) or torch.save(net.state_dict())? Loaded after net.py was changed")
+    print("4. torch.save(net) or torch.save(net.state_dict())? Used after a change of net.py")
     print("   what changed            whole network             state dict")
     outcomes = {}
     for change, (name, old, new) in CHANGES.items():
@@ -311,7 +312,7 @@ def show_failed_save(folder):
             way({"weights": torch.ones(1000), "schedule": lambda epoch: 0.1}, path)
         left[name] = path.read_bytes()
         print(f"   {name:<20}  {len(old):12,}   {len(left[name]):10,}")
-    print(f"   -> unharmed by: {', '.join(name for name in left if left[name] == old)}")
+    print(f"   -> the old file is whole after: {', '.join(n for n in left if left[n] == old)}")
     return {name: data == old for name, data in left.items()}
 
 

@@ -259,7 +259,7 @@ def test_main_resumes_bit_for_bit_and_only_with_optimizer_and_epoch(
     measured = lesson.main(seed=seed, log_dir=runs, checkpoint_dir=files)
     out = capsys.readouterr().out
     assert measured["same"] == [False, True]
-    assert "-> is it the saved output? Before loading False, after it True" in out
+    assert "-> the output is the saved one: before loading False, after it True\n" in out
     state = torch.load(files / "linear.pth", weights_only=True)
     w1, w2, bias = *state["weight"][0].tolist(), state["bias"].item()
     assert f"   weight               (1, 2)    {w1:.4f}, {w2:.4f}\n" in out
@@ -270,8 +270,9 @@ def test_main_resumes_bit_for_bit_and_only_with_optimizer_and_epoch(
     kept, best = measured["kept"], measured["best"]
     assert kept["best.pth"] == kept["best = copy.deepcopy(net.state_dict())"] == best
     assert kept["last.pth"] == kept["best = net.state_dict()"] > 1.1 * best
-    assert f"lowest, is {best:.4f}" in out and f"{kept['last.pth']:15.4f}\n" in out
-    assert "-> these are the best epoch: best.pth, best = copy.deepcopy(net.state_dict())" in out
+    assert f"{kept['last.pth']:15.4f}\n" in out
+    ways = "best.pth and best = copy.deepcopy(net.state_dict())"
+    assert f"-> the lowest loss of all epochs is {best:.4f}; it is kept by\n      {ways};\n" in out
 
     losses, distance = measured["losses"], measured["distance"]
     assert losses["resumed"] == losses["never_stopped"][100:]
@@ -280,7 +281,8 @@ def test_main_resumes_bit_for_bit_and_only_with_optimizer_and_epoch(
     assert losses["without_optimizer"][0] == losses["without_epoch"][0] == losses["resumed"][0]
     assert max(losses["without_optimizer"]) > 1.5 * max(losses["resumed"])
     assert losses["never_stopped"][-1] < 0.05 < losses["never_stopped"][0]
-    assert "-> as if never stopped: resumed. Save" in out
+    begin = f"-> all begin at loss {losses['resumed'][0]:.4f}: their weights are right."
+    assert f"{begin} But only resumed\n" in out
     for run, rate in {
         "resumed": "0.025",
         "without_optimizer": "0.025",
@@ -296,15 +298,16 @@ def test_main_resumes_bit_for_bit_and_only_with_optimizer_and_epoch(
 
     for head in (
         "1. In everyday code: is the loaded network the saved one?",
-        "3. How does a training go on? 200 epochs, saved after 100, then loaded",
-        "4. torch.save(net) or torch.save(net.state_dict())? Loaded after net.py was changed",
+        "2. How do you keep the best epoch? Validation loss: on points that are not trained on",
+        "3. Does a training go on as if never stopped? 200 epochs, loaded after 100",
+        "4. torch.save(net) or torch.save(net.state_dict())? Used after a change of net.py",
         "5. What is left of the old file if a save over it fails? (A lambda cannot be saved)",
         "   in the file          shape     values",
         "   network              output for x = (1, 2)",
         "   what is loaded after 400 epochs           validation loss",
-        "      (net.state_dict() shares memory with the weights, and changes with them)",
-        "                       lr at       loss               a weight at the end minus",
-        "   run                 the start   at first   largest   never_stopped's, largest",
+        "      net.state_dict() alone shares memory with the weights, and changes with them",
+        "                       lr in its     loss in its   largest   largest weight difference",
+        "   run                 first epoch   first epoch   loss      from never_stopped at end",
         "   what changed            whole network             state dict",
         "   saved by              bytes before   bytes left",
     ):
@@ -312,7 +315,7 @@ def test_main_resumes_bit_for_bit_and_only_with_optimizer_and_epoch(
     assert "-> the whole network survives 0 of 4 changes, the state dict 2;" in out
     assert '"tanh is now relu" goes unnoticed' in out
     assert measured["unharmed"] == {"torch.save": False, "save (section 2)": True}
-    assert "-> unharmed by: save (section 2)\n" in out
+    assert "-> the old file is whole after: save (section 2)\n" in out
     assert all(path.suffix == ".pth" for path in files.iterdir())
 
 
