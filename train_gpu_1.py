@@ -10,15 +10,15 @@ that is new is that the model and each batch are moved:
     y.tolist()                  brings numbers back to Python, and waits until y is computed
     torch.cuda.synchronize()    waits until the queue is empty: before each reading of a clock
 
-In the first step of a training the GPU's programs (kernels) are loaded and chosen: it takes longer
-than the others, and is timed apart from them.
+In the first step of a training the GPU's programs (kernels) are loaded and chosen. The first batch
+of each epoch is therefore timed apart from the others.
 
 Needs          CUDA
                and train.py (the loop). Without a CUDA GPU it ends with one line and status 1
 Checked here   the clock against marks in the GPU's queue (events); the first loss on the GPU = the
                CPU's within 0.01; validation accuracy after each epoch
-TensorBoard    in a run named by its time: val/accuracy rises with the steps, train/loss falls;
-               perf/images_per_second tells how many a second, without the first step
+TensorBoard    in a run named by its time: train/loss falls with the steps; after each epoch one
+               point of val/accuracy and of perf/images_per_second, without its first step
 Try            in show_everyday, leave out model.cuda(): what happens?
 Answer         It ends with RuntimeError: Expected all tensors to be on the same device. Nothing is
                copied without being told: the weights lie on the CPU, and x_there on the GPU

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from support import data
-from support.drawings import Shapes10
+from support.drawings import Shapes10, write_shapes10
 from support.files import DataError
 from support.options import pick_device
 
@@ -18,9 +18,16 @@ def lesson(load):
     return load("train_gpu_2.py")
 
 
+@pytest.fixture(scope="module")
+def few_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("few")
+    write_shapes10(root / "shapes10.npz", train=100, test=40)
+    return root
+
+
 @pytest.fixture
-def small(images_root, tmp_path):
-    return {"log_dir": tmp_path, "root": images_root, "batch_size": 24, "limit": 120, "timed": 24}
+def small(few_root, tmp_path):
+    return {"log_dir": tmp_path, "root": few_root, "batch_size": 24, "timed": 24}
 
 
 def test_an_epoch_is_every_image_once_with_its_label_shuffled_and_augmented(lesson, monkeypatch):
@@ -155,7 +162,7 @@ def test_the_plain_loop_makes_each_image_by_itself_as_augment_does(lesson, image
 
 
 @pytest.fixture
-def tricks(lesson, images_root, monkeypatch):
+def tricks(lesson, images_root, few_root, monkeypatch):
     """show_tricks on the CPU with speeds 10, 20 ..., the second reading 5 lower; what it timed."""
     given = []
 
@@ -174,19 +181,20 @@ def tricks(lesson, images_root, monkeypatch):
     splits, _ = data.load_splits(images_root, 300, 0)
     stats = data.channel_stats(splits["train"][0])
 
-    def tricks(compile=False, batch_size=100, plain=False):
-        if not plain:
+    def tricks(compile=False, batch_size=100, whole=False):
+        if not whole:  # but what is asked is told by fewer images
             batch = torch.randn(64, 3, 32, 32), torch.zeros(64, dtype=torch.int64)
             monkeypatch.setattr(lesson, "plain_loader", lambda *args: [batch])
         tricks.compile = compile
         torch.manual_seed(1)
-        return lesson.show_tricks(images_root, splits, stats, CPU, batch_size, compile, 99), given
+        root = images_root if whole else few_root
+        return lesson.show_tricks(root, splits, stats, CPU, batch_size, compile, 99), given
 
     return tricks
 
 
 def test_each_row_has_one_trick_more_and_the_same_weights(lesson, tricks, capsys):
-    measured, given = tricks(plain=True)
+    measured, given = tricks(whole=True)
     assert measured["speeds"] == [10.0, 20.0, 30.0, 40.0, 50.0]
     assert measured["spreads"] == pytest.approx([0.5, 0.25, 1 / 6, 0.125, 0.1])
     losses, offs = list(measured["losses"].values()), list(measured["logits_off"].values())
@@ -241,7 +249,7 @@ def test_compile_has_a_row_and_small_sets_have_two_batches(lesson, tricks, monke
     assert "   batches of 135   " in out
 
 
-def test_off_the_cpu_the_set_on_the_device_has_a_row(lesson, images_root, monkeypatch, capsys):
+def test_off_the_cpu_the_set_on_the_device_has_a_row(lesson, few_root, monkeypatch, capsys):
     class Elsewhere:
         type = "elsewhere"
 
@@ -254,9 +262,9 @@ def test_off_the_cpu_the_set_on_the_device_has_a_row(lesson, images_root, monkey
         monkeypatch.setattr(owner, "to", to)
     monkeypatch.setattr(lesson, "speed", lambda *args: 1.0)
     monkeypatch.setattr(lesson, "Autocast", lambda model, device: model)
-    splits, _ = data.load_splits(images_root, 300, 0)
+    splits, _ = data.load_splits(few_root)
     stats = data.channel_stats(splits["train"][0])
-    measured = lesson.show_tricks(images_root, splits, stats, Elsewhere(), 100, False, 99)
+    measured = lesson.show_tricks(few_root, splits, stats, Elsewhere(), 100, False, 99)
     assert len(measured["speeds"]) == 6 and "on the device" in measured["losses"]
     assert "lie on the CPU already" not in capsys.readouterr().out
 
@@ -267,7 +275,7 @@ def test_try_without_float_the_loss_is_a_multiple_of_001(lesson, tricks, monkeyp
             return self.model(x)
 
     monkeypatch.setattr(lesson.Autocast, "forward", forward)
-    losses = tricks()[0]["losses"]
+    losses = tricks(whole=True)[0]["losses"]
     assert losses["autocast"] * 100 == pytest.approx(round(losses["autocast"] * 100), abs=1e-6)
     first = losses["plain loop, batches of 64"] * 100
     assert abs(first - round(first)) > 1e-3
@@ -320,8 +328,8 @@ def test_compile_that_cannot_work_is_one_line_else_it_is_used(lesson, small, mon
     monkeypatch.setattr(torch, "compile", Compiled)
     monkeypatch.setattr(lesson, "speed", lambda *args: 1.0)
     lesson.main(**small, compile=True, epochs=1, device="cpu")
-    assert used[-5:] == [2] + [24] * 4  # the trial, then every step
-    assert used.count(2) == 2 and used.count(200) == 1  # section 2 tried it, too
+    assert used[-4:] == [2] + [24] * 3  # the trial, then every step
+    assert used.count(2) == 2 and used.count(100) == 1  # section 2 tried it, too
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -336,7 +344,7 @@ def test_main_trains_on_whatever_is_there(
     measured = lesson.main(seed=seed, **small, epochs=2)
     out = capsys.readouterr().out
     accuracy = measured["test_accuracy"]
-    assert f"-> of 120 test images, seen once, {accuracy:.1%} are named rightly\n" in out
+    assert f"-> of 40 test images, seen once, {accuracy:.1%} are named rightly\n" in out
     auto = "on" if lesson.pays_autocast(DEVICE) else "off (--autocast turns it on)"
     title = f"3. How well does it learn? On {DEVICE}, batches of 24, autocast {auto}\n"
     assert title + "   epoch   train loss   val loss   val accuracy   images/s\n" in out
@@ -348,11 +356,11 @@ def test_main_trains_on_whatever_is_there(
     found = [(e.step, e.value) for e in logged.Scalars("tricks/images_per_second")]
     assert found == [(i, pytest.approx(v)) for i, v in enumerate(measured["speeds"], start=1)]
     found = [(e.step, e.value) for e in logged.Scalars("val/accuracy")]
-    assert [step for step, _ in found] == [4, 8]
+    assert [step for step, _ in found] == [3, 6]
     assert found[-1][1] == pytest.approx(measured["val_accuracy"])
     assert measured["images_per_second"] > 0 and 0 <= measured["test_accuracy"] <= 1
     losses = events(next(tmp_path.glob(f"*-{DEVICE.type}"))).Scalars("train/loss")
-    assert [e.step for e in losses] == list(range(1, 9)) and losses[0].value < 5
+    assert [e.step for e in losses] == list(range(1, 7)) and losses[0].value < 5
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -365,7 +373,7 @@ def test_autocast_is_used_where_it_is_asked_for(lesson, small, without_tricks, c
     hook.remove()
     wanted = torch.bfloat16 if asked else torch.float32
     convolutions = [dtype for name, dtype in inside if name == "Conv2d"]
-    assert convolutions[:12] == [wanted] * 12 and convolutions[-1] == torch.float32  # the test
+    assert convolutions[:9] == [wanted] * 9 and convolutions[-1] == torch.float32  # the test
     told = "on" if asked else "off (--autocast turns it on)"
     assert f"autocast {told}\n" in capsys.readouterr().out
 
@@ -413,8 +421,8 @@ def test_it_trains_validates_and_tests_on_three_sets(lesson, small, monkeypatch,
     real = lesson.evaluate
     monkeypatch.setattr(lesson, "evaluate", watch)
     measured = lesson.main(**small, epochs=2)
-    splits, _ = data.load_splits(small["root"], 120, 0)
-    assert [len(y) for y in judged] == [12, 12, 120]
+    splits, _ = data.load_splits(small["root"])
+    assert [len(y) for y in judged] == [10, 10, 40]
     assert torch.equal(judged[0], splits["val"][1]) and torch.equal(judged[-1], splits["test"][1])
     stats = data.channel_stats(splits["train"][0])
     x, y = data.normalize(splits["test"][0], *stats), splits["test"][1]
@@ -448,9 +456,9 @@ def test_the_clock_waits_before_and_after_and_the_first_epoch_is_left_out(
     monkeypatch.setattr(lesson.time, "perf_counter", lambda: order.append("clock") or next(ticks))
     measured = lesson.main(**small, epochs=3)
     assert order == ["wait", "clock", "train", "wait", "clock"] * 3
-    assert measured["images_per_second"] == 4 * 24
+    assert measured["images_per_second"] == 3 * 24
     logged = events(next(tmp_path.iterdir())).Scalars("perf/images_per_second")
-    assert [e.value for e in logged] == [12, 96, 96]
+    assert [e.value for e in logged] == [9, 72, 72]
 
 
 def test_a_test_loss_that_is_not_finite_stops_it_too(lesson, small, monkeypatch, without_tricks):
@@ -462,7 +470,7 @@ def test_a_test_loss_that_is_not_finite_stops_it_too(lesson, small, monkeypatch,
         return loss * (float("inf") if len(calls) == 3 else 1.0), *rest
 
     monkeypatch.setattr(lesson, "evaluate", poison)
-    with pytest.raises(DataError, match="the test loss is inf at step 8: begin anew"):
+    with pytest.raises(DataError, match="the test loss is inf at step 6: begin anew"):
         lesson.main(**small, epochs=2)
 
 
