@@ -345,6 +345,8 @@ def test_main_measures_what_the_formulas_say(measured, events):
         "outputs of  ",
     ):
         assert out.count(head) == 1
+    assert "   reverse_left  -2.9877   1.0187   0.5074   -3.0000 1.0000   -log w = 0.5108\n" in out
+    assert "   forward       -0.6000   3.1048   0.4637   -0.6000 3.1048   -\n" in out
     assert len(out.splitlines()) == 60  # each row of each table
     for i in range(1, 6):
         assert sum(line.startswith(f"{i}. ") for line in out.splitlines()) == 1
