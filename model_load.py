@@ -1,11 +1,12 @@
-"""To load a network, build it, fill it and call eval(): in train() BatchNorm changes its answers.
+"""To load a network, build it, fill it, call eval(): else other images change its answers.
 
 A file of weights holds tensors under names. You build a network with the same layers, and
 load_state_dict copies each tensor to its place. In train() mode BatchNorm normalises by the batch
 that it sees, so that an image alone gets another answer than among others; eval() ends that. Three
 more things can go wrong. Names may differ, and strict=False hides it. A file may hold code, since
 its format, the pickle, may name any function and have it called; weights_only=True refuses every
-name but the few that tensors and containers need. A file from a GPU needs map_location elsewhere.
+name but the few that tensors, lists and dicts need. On a machine without a GPU, a file saved from
+one needs map_location="cpu".
 
     net = Moli(3)                                                a network with 3 classes, to fill
     net.load_state_dict(torch.load(path, weights_only=True))     fill it from a file
@@ -76,7 +77,7 @@ def tinted(n):
 
 
 def make_moli(steps):
-    """A Moli(3) that has learned the three colours, and all of whose tensors have moved."""
+    """A Moli(3) that has learned the three colours; no tensor is as it was when it was new."""
     moli = Moli(3)
     optimizer = torch.optim.SGD(moli.parameters(), lr=0.05)
     for _ in range(steps):
@@ -115,7 +116,9 @@ def show_eval(path, x, y):
     moved = equal(state, net.state_dict()).count(False)
     print(f"   -> other images change its probability by {swing['eval()']:.3f} in eval(), by "
           f"{swing['train()']:.3f} in train();")  # fmt: skip
-    print(f"      and predicting in train() overwrote {moved} of {len(state)} tensors: BatchNorm's")
+    print(
+        f"      predicting in train() overwrote {moved} of {len(state)} tensors, all in BatchNorm"
+    )
     return {"p": p, "swing": swing, "moved": moved}
 
 
@@ -151,8 +154,13 @@ def load_into(net, given, strict):
 
 
 def show_names(log_dir, state):
-    print("3. What if names differ? Each state dict is loaded into new networks, in two ways")
-    print("   state dict   keys absent   strict=True    strict=False                 then as saved")
+    print("3. What if names differ? Each state dict is loaded with strict=True, then strict=False")
+    print(
+        '   headless: no classifier; prefixed: all names with "module."; mended: without it again'
+    )
+    print(
+        "   state dict   absent names  strict=True    strict=False                tensors as saved"
+    )
     loaded = {}
     for run, given in variants(state).items():
         absent, net = len(state.keys() - given.keys()), Moli(3)
@@ -162,17 +170,16 @@ def show_names(log_dir, state):
         first, second = (out if isinstance(out, str) else "loaded" for out in told)
         if second == "loaded":
             second = "{:2d} missing, {:2d} unexpected".format(*told[1])
-        row = f"{absent:11d}   {first:<12}   {second:<25}   {sum(as_saved):2d} of {len(state)}"
+        row = f"{absent:12d}  {first:<12}   {second:<25}  {sum(as_saved):2d} of {len(state)}"
         print(f"   {run:<10}   {row}")
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
             for place, number in enumerate(accumulate(as_saved), 1):
                 writer.add_scalar("load/as_saved", number, place)
     absent, _, (missing, _), number = loaded["prefixed"]
-    print(
-        f"   -> strict=False loaded {number} tensors of prefixed without an error: print its answer"
-    )
-    told = f"{missing} of {absent} absent keys are called missing"
-    print(f"      ({told}: BatchNorm's counters may be absent)")
+    print(f"   -> strict=False loaded {number} tensors of prefixed without an error: so print what")
+    told = f"{missing} of {absent} absent names are called missing"
+    print(f"      load_state_dict returns ({told}: in a plain dict,")
+    print("      no state_dict() itself, BatchNorm's counters may be absent)")
     return loaded
 
 
@@ -191,7 +198,7 @@ def device_after(path, map_location):
 def show_devices(state, path):
     with mock.patch("torch.serialization.location_tag", return_value="cuda:0"):
         torch.save(state, path)  # tensors of the CPU, with the tag that a GPU's get
-    print('4. Where do the tensors of a file go that says "cuda:0"?')
+    print('4. Where do tensors go from a file that says "cuda:0"? (Made here, tagged as by a GPU)')
     print("   map_location   the tensors are then on")
     here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     devices = {str(to): device_after(path, to) for to in (None, "cpu", here)}
@@ -219,6 +226,10 @@ def moli_allowed(path):
         return torch.load(path, weights_only=True)  # the file may name these classes, too
 
 
+def weights_only(path):
+    return torch.load(path, weights_only=True)  # the default since PyTorch 2.6
+
+
 def unguarded(path):
     return torch.load(path, weights_only=False)  # here to be seen; never on a file from elsewhere
 
@@ -241,7 +252,7 @@ def attempt(load, path, state, marker):
 
 def show_code(paths, state, marker):
     loaders = {
-        "weights_only=True": torch.load,  # the default since PyTorch 2.6
+        "weights_only=True": weights_only,
         "True, Moli allowed": moli_allowed,
         "weights_only=False": unguarded,
     }
@@ -258,7 +269,7 @@ def show_code(paths, state, marker):
                 ran.append(name)
             row += f"{outcome:<25}"
         print(row.rstrip())
-    print(f"   -> code from a file ran with: {', '.join(ran)}. That is for your own files only")
+    print(f"   -> code from a file ran with: {', '.join(ran)}. Use that for your own files only")
     return outcomes
 
 
@@ -305,7 +316,7 @@ def read_state(path):
 
 
 def show_reader(paths, state):
-    print("6. How does weights_only=True refuse? A reader with a table of 4 names")
+    print(f"6. How can a reader refuse code? Our own one, with a table of {len(ALLOWED)} names")
     print("   file              outcome")
     outcomes = {}
     for kind, path in paths.items():

@@ -169,7 +169,7 @@ def test_try_strict_false_does_not_forgive_a_shape(
     monkeypatch.setattr(lesson, "variants", with_wide)
     measured = lesson.main(log_dir=tmp_path, steps=1)
     assert measured["names"]["wide"] == (0, "RuntimeError", "RuntimeError", 21)
-    row = r"   wide +0   RuntimeError   RuntimeError +21 of 22\n"
+    row = r"   wide +0  RuntimeError   RuntimeError +21 of 22\n"
     assert re.search(row, capsys.readouterr().out)
     assert events(tmp_path / "wide").Scalars("load/as_saved")[-1].value == 21
     with pytest.raises(RuntimeError, match=r"size mismatch for classifier\.3\.bias"):
@@ -240,7 +240,14 @@ def test_each_row_and_loader_is_asked_anew_whether_code_has_run(
         False
     ] * 3
     out = capsys.readouterr().out
-    assert out.count("and code ran") == 1 and "ran with: weights_only=False. That" in out
+    assert out.count("and code ran") == 1 and "ran with: weights_only=False. Use" in out
+
+
+def test_the_column_true_is_true_whatever_the_environment_says(lesson, tmp_path, monkeypatch):
+    torch.save(print, tmp_path / "print.pth")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(pickle.UnpicklingError):
+        lesson.weights_only(tmp_path / "print.pth")
 
 
 def test_a_list_of_safe_globals_lets_nothing_else_in(lesson, tmp_path):
@@ -299,7 +306,7 @@ def test_main_loads_bit_for_bit_and_refuses_the_surprise(lesson, tmp_path, event
     assert evaluated["p"]["train()"][0] < 0.6 < evaluated["p"]["eval()"][0]
     swing = evaluated["swing"]["train()"]
     assert f"by 0.000 in eval(), by {swing:.3f} in train();" in out
-    assert "overwrote 9 of 22 tensors" in out
+    assert "overwrote 9 of 22 tensors, all in BatchNorm\n" in out
 
     assert measured["names"] == {
         "complete": (0, [0, 0], [0, 0], 22),
@@ -308,25 +315,26 @@ def test_main_loads_bit_for_bit_and_refuses_the_surprise(lesson, tmp_path, event
         "mended": (0, [0, 0], [0, 0], 22),
     }
     assert (
-        "   prefixed              22   RuntimeError   19 missing, 22 unexpected    0 of 22\n" in out
+        "   prefixed               22  RuntimeError   19 missing, 22 unexpected   0 of 22\n" in out
     )
-    assert "-> strict=False loaded 0 tensors of prefixed without an error" in out
+    assert "-> strict=False loaded 0 tensors of prefixed without an error: so print what\n" in out
     for head in (
         "1. In everyday code: load a network that knows three colours, and predict one image",
         "2. What if eval() is forgotten? One image, red, alone and among others",
-        "3. What if names differ? Each state dict is loaded into new networks, in two ways",
-        '4. Where do the tensors of a file go that says "cuda:0"?',
+        "3. What if names differ? Each state dict is loaded with strict=True, then strict=False",
+        '   headless: no classifier; prefixed: all names with "module."; mended: without it again',
+        '4. Where do tensors go from a file that says "cuda:0"? (Made here, tagged as by a GPU)',
         "5. What may a file do? How many of its 22 tensors torch.load gives back",
-        "6. How does weights_only=True refuse? A reader with a table of 4 names",
+        "6. How can a reader refuse code? Our own one, with a table of 4 names",
         "   class    mean of that colour in the image   probability",
         "   mode      predicted together with   probability of its class",
-        "   state dict   keys absent   strict=True    strict=False                 then as saved",
+        "   state dict   absent names  strict=True    strict=False                tensors as saved",
         "   map_location   the tensors are then on",
         "   file              weights_only=True        True, Moli allowed       weights_only=False",
         "   file              outcome",
     ):
         assert f"{head}\n" in out
-    assert "(19 of 22 absent keys are called missing: " in out
+    assert "returns (19 of 22 absent names are called missing: in a plain dict,\n" in out
     rises = {
         "complete": range(1, 23),
         "headless": [*range(1, 19), *[18] * 4],  # the classifier's four tensors come last
@@ -339,11 +347,12 @@ def test_main_loads_bit_for_bit_and_refuses_the_surprise(lesson, tmp_path, event
         assert [event.step for event in logged] == list(range(1, 23))
 
     assert measured["devices"]["cpu"] == "cpu"
+    assert lesson.ALLOWED.keys() >= {"collections.OrderedDict"} and len(lesson.ALLOWED) == 4
     refused, whole = ("UnpicklingError", False), (22, False)
     assert [list(row.values()) for row in measured["code"].values()] == [
         [whole, whole, whole], [refused, whole, whole], [refused, refused, (22, True)],
     ]  # fmt: skip
-    assert "-> code from a file ran with: weights_only=False. That" in out
+    assert "-> code from a file ran with: weights_only=False. Use" in out
     assert list(measured["code"]) == ["state dict", "whole network", "with code in it"]
     assert list(measured["code"]["state dict"]) == [
         "weights_only=True", "True, Moli allowed", "weights_only=False",
