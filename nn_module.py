@@ -1,14 +1,15 @@
 """A module finds the layers that are assigned to it; those in a plain list it does not find.
 
 Write a network as a class on nn.Module: __init__ makes the layers, forward computes the output from
-them. What is assigned to self is entered in tables (dicts), so that the optimizer, the saved file
-and the GPU get it. A layer in a Python list is in no table. The forward pass still uses it, and
-autograd still computes its gradient. But it is neither trained nor saved, and nothing warns you.
+them. A parameter or a layer that is assigned to self is entered in a table (a dict), so that the
+optimizer, the saved file and the GPU get it. A layer in a Python list is in no table. The forward
+pass still uses it, and autograd still computes its gradient, but nothing warns you.
 
     self.weight = nn.Parameter(t)       entered in self._parameters     trained, saved, moved
-    self.layer = nn.Linear(4, 3)        entered in self._modules        its parameters likewise
+    self.layer = nn.Linear(4, 3)        entered in self._modules        its parameters: all three
     self.register_buffer("mean", t)     entered in self._buffers        saved, moved
-    self.layers = [nn.Linear(4, 3)]     not entered                     none of the three
+    self.layers = [nn.Linear(4, 3)]     not entered                     not trained, saved or moved
+    self.mean = t                       not entered                     not trained, saved or moved
 
     t        a tensor                   nn.Linear(I, O)  a layer: I numbers in, O numbers out
     trained  parameters() has it        saved            state_dict() has it
@@ -18,7 +19,7 @@ train() and eval() set one flag, `training`, in each module that is entered. The
 reads it: in train mode it sets numbers to 0 at random, in eval mode it returns what it gets.
 
 Needs          02_autograd_basics.py (the loop), 04_hooks.py (hooks)
-Checked here   which attributes are found; a class of ours finds the same; what a list loses
+Checked here   which attributes are found, also by a class of ours; what a list loses
 TensorBoard    train/loss and hidden/moved by step in the runs plain_list and module_list: the two
                losses start as one and part; hidden/moved of the list stays at 0
 Try            in fit, put nn.ModuleList([net.first, *net.hidden, net.last]).parameters() for
@@ -66,12 +67,13 @@ def show_everyday():
         print(f"   {name:<20} {tuple(parameter.shape)!s:<6} {parameter.numel():9}")
         nn.init.ones_(parameter)  # sets every number in it to 1
     count = sum(parameter.numel() for parameter in net.parameters())
-    y = net(torch.tensor([[1.0, 2.0]])).item()  # not net.forward(...), which leaves out hooks
-    hidden = 1 * 1 + 1 * 2 + 1
-    print(f"   -> {count} numbers to learn. With all of them 1, y = net([[1, 2]]) = {y:g};")
-    print(f"      by hand, 3 hidden numbers are 1*1 + 1*2 + 1 = {hidden}, and y = 3*{hidden} + 1")
-    assert y == 3 * hidden + 1
-    return count, y
+    y = net(torch.tensor([[1.0, 2.0], [1, -4]]))  # not net.forward(...), which leaves out hooks
+    hidden = 1 + 2 + 1, 1 - 4 + 1  # by hand, each of the 3 hidden numbers before relu
+    print(f"   -> {count} numbers to learn. All set to 1, they make {y[0].item():g} of [1, 2] and "
+          f"{y[1].item():g} of [1, -4];\n      by hand 3 * {hidden[0]} + 1 and, as relu makes "
+          f"{hidden[1]} a 0, 3 * 0 + 1")  # fmt: skip
+    assert y.flatten().tolist() == [3 * hidden[0] + 1, 1]
+    return count, y.flatten().tolist()
 
 
 # --- 2. what is found --------------------------------------------------------------------------
@@ -88,7 +90,7 @@ class OurModule:
         """Enter an nn.Parameter in self._parameters, a module in self._modules, by its name.
 
         Modules are those of this class and nn.Module. Whatever it is, it becomes an attribute as
-        well, by super().__setattr__(name, value). Exercise.
+        well, by super().__setattr__(name, value); nn.Module keeps it in the table only. Exercise.
         """
         if isinstance(value, nn.Parameter):
             self._parameters[name] = value
@@ -151,11 +153,11 @@ def zoo(base):
 
 
 def seen_by(module, name):
-    """Whether parameters(), state_dict() and double(), called before, see the attribute `name`.
+    """Whether parameters(), state_dict() and double() see the attribute `name`: three bools.
 
-    Three bools: is there a name in named_parameters() that begins with it, before a dot; in
-    state_dict(); is its tensor float64 (of a layer its weight, of a list of layers the first
-    one's)? Exercise.
+    Is there a name in named_parameters() that is `name` up to its first dot; is there one in
+    state_dict(); is the tensor float64, as module.double() was called before (of a layer its
+    weight, of a list of layers the first one's)? Exercise.
     """
     value = getattr(module, name)
     layer = value[0] if isinstance(value, (list, nn.ModuleList)) else value
@@ -166,8 +168,8 @@ def seen_by(module, name):
 
 
 def show_found():
-    print("2. Which attributes does a module find? One of every kind")
-    print("   self.         parameters()   state_dict()   double()   found by OurModule in")
+    print("2. Which attributes does each call find? OurModule is our own class, without nn.Module")
+    print("   self.         parameters()   state_dict()   double()   entered by OurModule in")
     module, ours = zoo(nn.Module), zoo(OurModule)
     theirs = [*dict(module.named_parameters()), *dict(module.named_buffers())]
     found = [*walk(ours, "_parameters"), *walk(ours, "_buffers")]
@@ -179,8 +181,8 @@ def show_found():
         tables = [t for t in ("_parameters", "_buffers", "_modules") if name in getattr(ours, t)]
         print(f"   {name:<13} {a:<14} {b:<14} {c:<10} {tables[0] if tables else 'no table'}")
     lost = [name for name, cells in seen.items() if not any(cells)]
-    print(f"   -> nothing finds {' and '.join(lost)}; of the {len(theirs)} names of tensors that")
-    print(f"      nn.Module finds, OurModule with its tables finds {sum(map(found.count, theirs))}")
+    print(f"   -> nothing finds {' and '.join(lost)}. Of {len(theirs)} tensors in nn.Module")
+    print(f"      OurModule has {sum(map(found.count, theirs))}: {', '.join(theirs)}")
     assert found == theirs
     return {"seen": seen, "found": found}
 
@@ -224,8 +226,8 @@ def fit(net, x, y, steps, lr, writer):
 
 def show_plain_list(seed, log_dir, steps, lr):
     print(f"3. What does a list lose? Two equal networks learn y = sin(3 x), {steps} steps of SGD")
-    print("   hidden      numbers    loss:            weights of hidden   a reloaded copy minus")
-    print("   layers in   to learn   first     last   layers moved by     net, largest")
+    print("   hidden      numbers    loss at          weights of hidden   outputs of a reloaded")
+    print("   layers in   to learn   start      end   layers moved by     copy differ by up to")
     x = torch.linspace(-1, 1, 128)[:, None]  # (128, 1)
     y, nets = torch.sin(3 * x), {}
     for run, container in (("plain_list", list), ("module_list", nn.ModuleList)):
@@ -240,11 +242,9 @@ def show_plain_list(seed, log_dir, steps, lr):
         nets[run] = {"parameters": count, "losses": losses, "moved": moved, "off": off}
         print(f"   {container.__name__:<10}  {count:8,}   {losses[0]:.4f}  {losses[-1]:.4f}   "
               f"{moved[-1]:17.2f}   {off:21.2f}")  # fmt: skip
-        if container is list:
-            shown = " and ".join(name for name, _ in net.named_children())
-    moved = nets["plain_list"]["moved"][-1]
-    print(f"   -> of the net with the list, print(net) shows {shown} alone; the others moved by")
-    print(f"      {moved:.2f}: look for each of your layers in print(net)")
+    shown = " and ".join(name for name, _ in Net(list).named_children())
+    print(f"   -> with the list, print(net) shows only the layers {shown}, and the hidden layers")
+    print(f"      moved by {nets['plain_list']['moved'][-1]:.2f}: look for yours in print(net)")
     return nets
 
 

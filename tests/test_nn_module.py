@@ -33,14 +33,14 @@ def rows_of(out, start):
 
 
 def test_the_everyday_network_is_counted_and_called_by_hand(lesson, capsys):
-    assert lesson.show_everyday() == (13, 13.0)
+    assert lesson.show_everyday() == (13, [13, 1])
     out = capsys.readouterr().out
     assert "print(net) shows TwoLayers(\n     (hidden): Linear(in_features=2, out_f" in out
     assert rows_of(out, "hidden.") == [["hidden.weight", "(3,", "2)", "6"],
                                        ["hidden.bias", "(3,)", "3"]]  # fmt: skip
     assert rows_of(out, "last.") == [["last.weight", "(1,", "3)", "3"], ["last.bias", "(1,)", "1"]]
-    assert "-> 13 numbers to learn. With all of them 1, y = net([[1, 2]]) = 13;" in out
-    assert "1*1 + 1*2 + 1 = 4, and y = 3*4 + 1\n" in out
+    assert "-> 13 numbers to learn. All set to 1, they make 13 of [1, 2] and 1 of [1, -4];\n" in out
+    assert "\n      by hand 3 * 4 + 1 and, as relu makes -2 a 0, 3 * 0 + 1\n" in out
 
 
 def test_two_layers_with_a_relu_between_them(lesson):
@@ -236,7 +236,7 @@ def test_try_the_lists_parameters_are_trained_but_still_not_saved(lesson, tmp_pa
 @pytest.mark.parametrize("seed", range(3))
 def test_main_shows_what_the_plain_list_loses(lesson, events, tmp_path, capsys, seed):
     measured = lesson.main(seed=seed, log_dir=tmp_path)
-    assert measured["everyday"] == (13, 13)
+    assert measured["everyday"] == (13, [13, 1])
     assert measured["seen"] == {
         "parameter": (True, True, True), "buffer": (False, True, True),
         "tensor": (False, False, False), "layer": (True, True, True),
@@ -267,27 +267,28 @@ def test_main_shows_what_the_plain_list_loses(lesson, events, tmp_path, capsys, 
     assert rows_of(out, "buffer") == [["buffer", "no", "yes", "yes", "_buffers"]]
     assert rows_of(out, "layer ") == [["layer", "yes", "yes", "yes", "_modules"]]
     assert rows_of(out, "parameter ") == [["parameter", *["yes"] * 3, "_parameters"]]
-    assert "-> nothing finds tensor and plain_list; of the 6 names" in out
+    assert "-> nothing finds tensor and plain_list. Of 6 tensors in nn.Module\n" in out
+    assert f"\n      OurModule has 6: {', '.join(measured['found'])}\n" in out
     for head in (
         "1. How do I write a network,",
         "   named_parameters()   shape    numbers\n",
-        "2. Which attributes does a module find?",
-        "   self.         parameters()   state_dict()   double()   found by OurModule in\n",
+        "2. Which attributes does each call find? OurModule is our own class, without nn.Module\n",
+        "   self.         parameters()   state_dict()   double()   entered by OurModule in\n",
         "3. What does a list lose? Two equal networks learn y = sin(3 x), 300 steps",
-        "   hidden      numbers    loss:            weights of hidden   a reloaded copy minus\n",
-        "   layers in   to learn   first     last   layers moved by     net, largest\n",
+        "   hidden      numbers    loss at          weights of hidden   outputs of a reloaded\n",
+        "   layers in   to learn   start      end   layers moved by     copy differ by up to\n",
         "4. What does eval() switch?",
         "   mode      Dropout in the ModuleList   Dropout in the list\n",
         "look: tensorboard --logdir ",
     ):
         assert head in out
-    assert "OurModule with its tables finds 6\n" in out
     for run, start in (("plain_list", "list"), ("module_list", "ModuleList")):
         net = measured["nets"][run]
         numbers = net["losses"][0], net["losses"][-1], net["moved"][-1], net["off"]
         forms = (f"{n:.{d}f}" for n, d in zip(numbers, (4, 4, 2, 2), strict=True))
         assert rows_of(out, start) == [[start, f"{net['parameters']:,}", *forms]]
-    assert "shows first and last alone; the others moved by\n      0.00: look" in out
+    assert "shows only the layers first and last, and the hidden layers\n" in out
+    assert "\n      moved by 0.00: look for yours in print(net)\n" in out
     assert rows_of(out, "train()") == [["train()", f"{on:.0%}", f"{listed_on:.0%}"]]
     assert rows_of(out, "eval()") == [["eval()", "0%", f"{listed_off:.0%}"]]
     assert f"-> after eval() the list's Dropout still sets {listed_off:.0%} to 0\n" in out
