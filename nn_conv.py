@@ -2,25 +2,25 @@
 
 Read this to see what nn.Conv2d does inside, and to know the size of an output before you run it: a
 Linear layer behind it needs that number, and stops with an error at any other. The stride is how
-many pixels the window moves; padding puts a frame of zeros around the image; dilation leaves pixels
-out between those that a window takes. Taken literally, F.conv2d is no convolution: section 5.
+many pixels the window moves; padding puts a frame of zeros around the image; with dilation 2 a
+window takes every second pixel. Taken literally, F.conv2d is no convolution: section 5.
 
-    y[r, s] = sum over u, v of w[u, v] * x[r stride + u dilation - padding,
-                                           s stride + v dilation - padding]
-    size = floor((H + 2 padding - dilation (k - 1) - 1) / stride) + 1
+    y[r, s] = sum over u, v of w[u, v] * x[r * stride + u * dilation - padding,
+                                           s * stride + v * dilation - padding]
+    size = floor((H + 2 * padding - dilation * (k - 1) - 1) / stride) + 1
 
-    x  image of H rows (or columns), 0 outside     w  kernel: the k x k weights of one channel
+    x  image of H rows (or columns), 0 outside     w  kernel: a filter's k x k weights of a channel
     y  output, at row r and column s               u, v  row and column in the window, 0 to k - 1
-    With C channels the C sums are added, then a bias; with groups, only the C / groups sums of
-    the channels in one group.
+    With C channels the C sums are added, then a bias. With groups, the channels are split into
+    equal parts, and an output channel sums over one part only.
 
 Needs          nn_conv2d.py
 Checked here   one window by numbers; the size over a sweep; a loop and a matrix product = F.conv2d;
                what moves with the image; the turned kernel = a convolution by Fourier transform
-TensorBoard    conv/sizes: what stride, padding and dilation make of a letter; 1 pixel, 1 square
+TensorBoard    conv/sizes: what stride, padding and dilation make of a letter; a pixel is a square
 Try            in main, put show_moved(stride=2) for show_moved(stride=1): does the output still
                move with the image?
-Answer         Only if the image moves by 2 or 4 pixels, the output then moves by 1 or 2 places
+Answer         Only if the image moves by 2 or 4 pixels; the output then moves by 1 or 2 places
 Source         Dumoulin & Visin 2016, arXiv:1603.07285; torch.nn.Conv2d
 """
 
@@ -41,7 +41,7 @@ from support.pictures import caption_row
 LOG_DIR = Path(__file__).resolve().parent / "runs" / "nn_conv"
 LETTER = torch.tensor(
     [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]
-).float()  # an F: half a turn shows
+).float()  # an F: turned by half it looks different
 
 
 # --- 1. in everyday code -----------------------------------------------------------------------
@@ -94,23 +94,25 @@ def measured_size(size, kernel, *options):
 
 
 def show_sizes():
-    print("2. Which size comes out, by which windows over pixels 0 1 2 ...? . is a zero of padding")
-    print("   pixels  kernel  stride  padding  dilation   formula  F.conv2d   unseen   windows")
-    same = []
+    print("2. Which size comes out, by which windows over pixels 0 1 2 ...? (point: a zero)")
+    print("   pixels  kernel  stride  padding  dilation   formula  F.conv2d  left out   windows")
+    same, lost = [], []
     for options in ((7, 3, 1, 0, 1), (7, 3, 1, 1, 1), (7, 5, 1, 2, 1), (7, 3, 2, 0, 1),
                     (8, 3, 2, 0, 1), (8, 3, 2, 1, 1), (7, 3, 1, 0, 2)):  # fmt: skip
         size, kernel, stride, padding, dilation = options
         theory, measured = output_size(*options), measured_size(*options)
         windows = drawn_windows(*options)
-        unseen = "".join(pixel for pixel in "0123456789"[:size] if pixel not in windows) or "-"
-        same += [f"{padding} for kernel {kernel}"] if measured == size else []
+        unseen = "".join(pixel for pixel in "0123456789"[:size] if pixel not in windows)
+        same += [f"{padding} for kernel {kernel}"] if measured == size and stride == 1 else []
+        lost += [f"pixel {pixel} with stride {stride}" for pixel in unseen]
         print(f"   {size:6d}  {kernel:6d}  {stride:6d}  {padding:7d}  {dilation:8d}   "
-              f"{theory:7d}  {measured:8d}   {unseen:>6}   {windows}")  # fmt: skip
+              f"{theory:7d}  {measured:8d}  {unseen or '-':>8}   {windows}")  # fmt: skip
     sweep = list(product(range(1, 13), range(1, 6), range(1, 4), range(3), range(1, 4)))
     equal = sum(output_size(*options) == measured_size(*options) for options in sweep)
     refused = sum(output_size(*options) < 1 and not measured_size(*options) for options in sweep)
-    print(f"   -> padding keeps the size: {', '.join(same)}. The formula holds for {equal:,}")
-    print(f"      shapes of a sweep; F.conv2d refuses {refused} more, where the formula is below 1")
+    print(f"   -> padding keeps the size at stride 1: {', '.join(same)};\n      no window has "
+          f"{', '.join(lost)}. The formula holds for {equal:,} shapes\n      of a sweep; "
+          f"F.conv2d refuses {refused} more, where it is below 1")  # fmt: skip
     assert equal + refused == len(sweep)
     return equal, refused
 
@@ -161,13 +163,13 @@ def conv2d_unfold(x, weight, bias, stride=1, padding=0, dilation=1, groups=1):
 
 def show_from_scratch():
     x, bias = torch.randn(2, 4, 11, 9, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
-    print("3. Are a loop over windows, and one matrix product of all windows, F.conv2d?")
-    print(f"   x {tuple(x.shape)}, 6 filters of 3 x 2              minus F.conv2d, largest")
-    print("   options      weights   output              loop   matrix product")
+    print("3. Do a loop over windows, and one matrix product, give what F.conv2d gives?")
+    print(f"   x {tuple(x.shape)}                             largest difference from F.conv2d")
+    print("   options      weights        output              loop   matrix product")
     cases = {"none": {}, "stride 2": {"stride": 2}, "padding 1": {"padding": 1},
              "dilation 2": {"dilation": 2}, "groups 2": {"groups": 2},
              "all four": {"stride": 2, "padding": 1, "dilation": 2, "groups": 2}}  # fmt: skip
-    shapes, weights, off = {}, {}, []
+    shapes, off = {}, []
     for name, options in cases.items():
         weight = torch.randn(6, 4 // options.get("groups", 1), 3, 2, dtype=torch.float64)
         theirs = F.conv2d(x, weight, bias, **options)
@@ -176,11 +178,10 @@ def show_from_scratch():
             y = ours(x, weight, bias, **options)
             torch.testing.assert_close(y, theirs)
             off.append((y - theirs).abs().max().item())
-        weights[name] = weight.numel()
-        numbers = f"{weights[name]:7d}   {shapes[name]!s:<14}   {off[-2]:7.0g}   {off[-1]:14.0g}"
-        print(f"   {name:<10}   {numbers}")
-    share = weights["groups 2"] / weights["none"]
-    print(f"   -> both are, to {max(off):.0e}; two groups have {share:g} times the weights of one")
+        shape = tuple(weight.shape)
+        print(f"   {name:<10}   {shape}   {shapes[name]!s:<14}   {off[-2]:7.0g}   {off[-1]:14.0g}")
+    print(f"   -> both do, to {max(off):.0e}; in two groups a filter sees {weight.shape[1]} of the "
+          f"{x.shape[1]} channels")  # fmt: skip
     return shapes, off
 
 
@@ -192,13 +193,15 @@ def show_moved(stride):
     x[..., 5:11, 5:11] = torch.randn(6, 6)  # far from the border: nothing leaves the image
     y = F.conv2d(x, weight, stride=stride)
     print(f"4. If the image moves to the right, does the output? Stride {stride}")
-    print("   image moved by   output moved by   new output minus moved output, largest")
+    print("   image moved by   y moved by, at best   largest difference   and with y not moved")
     for pixels in (1, 2, 3, 4):
-        after, places = F.conv2d(x.roll(pixels, 3), weight, stride=stride), pixels // stride
-        off[pixels] = (after - y.roll(places, 3)).abs().max().item()
-        print(f"   {pixels:14d}   {places:15d}   {off[pixels]:38.4f}")
+        after = F.conv2d(x.roll(pixels, 3), weight, stride=stride)
+        differences = [(after - y.roll(places, 3)).abs().max().item() for places in range(5)]
+        off[pixels] = min(differences)
+        print(f"   {pixels:14d}   {differences.index(off[pixels]):19d}   {off[pixels]:18.4f}   "
+              f"{differences[0]:20.4f}")  # fmt: skip
     moved = [str(pixels) for pixels in off if off[pixels] < 1e-5]
-    print(f"   -> the output moves with the image if that moves by {', '.join(moved)} pixels")
+    print(f"   -> the output moves with the image if the image moves by {', '.join(moved)} pixels")
     return off
 
 
@@ -208,8 +211,7 @@ def show_moved(stride):
 def convolve(x, kernel):
     """The full convolution (H + h - 1, W + w - 1) of x (H, W) with kernel (h, w), by F.conv2d.
 
-    F.conv2d does not flip the kernel and takes (B, C, H, W); "full" needs a padding of (h - 1, w -
-    1). Exercise.
+    F.conv2d does not flip the kernel, takes (B, C, H, W) and must pad by (h - 1, w - 1). Exercise.
     """
     h, w = kernel.shape
     return F.conv2d(x[None, None], kernel.flip(0, 1)[None, None], padding=(h - 1, w - 1))[0, 0]
@@ -227,16 +229,15 @@ def fourier_convolve(x, kernel):
 def show_convolution():
     print("5. Second reading: is it a convolution? That has x[r - u] where F.conv2d has x[r + u]")
     point, w = torch.tensor([[0.0, 0, 1, 0, 0]]), torch.tensor([[1.0, 2, 3]])
-    answer, full = F.conv2d(point[None], w[None, None])[0], fourier_convolve(point, w)  # (1, 3|7)
+    answer, full = F.conv2d(point[None], w[None, None])[0], fourier_convolve(point, w)
     rows = {"x": point, "w": w, "F.conv2d": answer, "convolution": full[:, 2:-2]}
     rows = {name: row[0].round().int().tolist() for name, row in rows.items()}
     for name, row in rows.items():
         print(f"   {name:<11}   {row}")
     x, w = torch.randn(32, 32, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64)
-    truth = fourier_convolve(x, w)
-    off = [(convolve(x, k) - truth).abs().max().item() for k in (w, w.flip(0, 1))]
-    print("   -> noise, minus the convolution by Fourier transform: F.conv2d differs by at most")
-    print(f"      {off[0]:.0e} if w is turned by half first, by {off[1]:.0f} if it is not")
+    off = [(convolve(x, k) - fourier_convolve(x, w)).abs().max().item() for k in (w, w.flip(0, 1))]
+    print("   -> on noise F.conv2d is the convolution (by Fourier transform) if w is first turned")
+    print(f"      by half, to {off[0]:.0e}; if w is not turned, they differ by up to {off[1]:.0f}")
     return rows, off
 
 

@@ -135,8 +135,10 @@ def test_try_stride_2_follows_moves_by_2_and_4_pixels_only(lesson, tmp_path, cap
     assert max(off[2], off[4]) < 1e-6 < 0.1 < min(off[1], off[3])
     out = capsys.readouterr().out
     assert "4. If the image moves to the right, does the output? Stride 2\n" in out
-    assert f"\n{4:17d}   {2:15d}   {0:38.4f}\n" in out and f"\n{3:17d}   {1:15d}   " in out
-    assert "   -> the output moves with the image if that moves by 2, 4 pixels\n" in out
+    rows = [line.split() for line in out.partition("\n4. ")[2].splitlines()[2:6]]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4"] and rows[1][1:3] == ["1", "0.0000"]
+    assert rows[3][1:3] == ["2", "0.0000"] and rows[0][2] == f"{off[1]:.4f}"
+    assert "   -> the output moves with the image if the image moves by 2, 4 pixels\n" in out
 
 
 # --- true convolution --------------------------------------------------------------------------
@@ -209,8 +211,9 @@ def test_main_prints_what_it_measures(lesson, tmp_path, capsys, seed):
     assert [row[5] for row in rows] == ["5", "7", "7", "3", "3", "4", "3"]
     assert [row[7] for row in rows] == ["-", "-", "-", "-", "7", "-", "-"]
     assert lines[13].split() == ["8", "3", "2", "0", "1", "3", "3", "7", "012", "234", "456"]
-    assert "-> padding keeps the size: 1 for kernel 3, 2 for kernel 5. The formula holds" in out
-    assert "holds for 1,266\n      shapes of a sweep; F.conv2d refuses 354 more, where" in out
+    assert "   -> padding keeps the size at stride 1: 1 for kernel 3, 2 for kernel 5;\n" in out
+    assert "   no window has pixel 7 with stride 2. The formula holds for 1,266 shapes\n" in out
+    assert "   of a sweep; F.conv2d refuses 354 more, where it is below 1\n" in out
 
     x, sizes = torch.empty(2, 4, 11, 9), {}
     for name in ("none", "stride 2", "padding 1", "dilation 2", "groups 2", "all four"):
@@ -221,13 +224,17 @@ def test_main_prints_what_it_measures(lesson, tmp_path, capsys, seed):
         sizes[name] = tuple(nn.Conv2d(4, 6, (3, 2), **options)(x).shape)
     assert measured["shapes"] == sizes and len(measured["off"]) == 12
     assert max(measured["off"]) < 1e-12
-    weights = {"none": 144, "padding 1": 144, "groups 2": 72, "all four": 72}
-    for name, number in weights.items():
-        assert f"   {name:<10}   {number:7d}   {measured['shapes'][name]}" in out
-    assert f"-> both are, to {max(measured['off']):.0e}; two groups have 0.5 times the" in out
+    for name, shape in measured["shapes"].items():
+        weight = (6, 2 if name in ("groups 2", "all four") else 4, 3, 2)
+        assert f"   {name:<10}   {weight}   {shape}" in out
+    most = max(measured["off"])
+    assert f"-> both do, to {most:.0e}; in two groups a filter sees 2 of the 4 channels\n" in out
 
     assert max(measured["moved"].values()) < 1e-6
-    assert "-> the output moves with the image if that moves by 1, 2, 3, 4 pixels\n" in out
+    rows = [line.split() for line in out.partition("\n4. ")[2].splitlines()[2:6]]
+    assert [row[:3] for row in rows] == [[n, n, "0.0000"] for n in "1234"]
+    assert min(float(row[3]) for row in rows) > 0.5
+    assert "-> the output moves with the image if the image moves by 1, 2, 3, 4 pixels\n" in out
 
     assert measured["points"] == {
         "x": [0, 0, 1, 0, 0], "w": [1, 2, 3], "F.conv2d": [3, 2, 1], "convolution": [1, 2, 3]
@@ -235,8 +242,9 @@ def test_main_prints_what_it_measures(lesson, tmp_path, capsys, seed):
     assert "   F.conv2d      [3, 2, 1]\n   convolution   [1, 2, 3]\n" in out
     turned, as_it_is = measured["fourier"]
     assert turned < 1e-12 < 5 < as_it_is
-    said = f"{turned:.0e} if w is turned by half first, by {as_it_is:.0f} if it is not\n"
-    assert f"      {said}" in out
+    assert "is the convolution (by Fourier transform) if w is first turned\n" in out
+    said = f"by half, to {turned:.0e}; if w is not turned, they differ by up to {as_it_is:.0f}"
+    assert f"      {said}\n" in out
     assert lines[-1].startswith(f"look: tensorboard --logdir {tmp_path}   http://localhost:6006/?")
 
 
