@@ -1,5 +1,5 @@
-"""Normalize, Resize, crops, flips and ColorJitter are each a small formula on pixels, and what they
-draw at random comes back with its seed.
+"""Normalize, Resize, crops, flips and ColorJitter are each a small formula on pixels, and the same
+seed gives the same random result.
 
 Transforms stand between a picture, opened by the library PIL, and the network. Resize and crops
 give all pictures one size. Normalize, told the mean and standard deviation (std) of a data set,
@@ -14,9 +14,9 @@ its numbers are below 0 and are shown as 0.
     Resize((h, w))      exactly h by w pixels
     RandomCrop((h, w))  the window x[:, i:i+h, j:j+w]; every place (i, j) is equally likely
     flip, horizontal    x.flip(-1), with probability p
-    ColorJitter         f * x + (1 - f) * other, cut to [0, 1]; f is drawn evenly from 1 - b to
-                        1 + b; other is black (brightness=b), the mean grey (contrast=b), or x in
-                        grey (saturation=b)
+    ColorJitter         f * x + (1 - f) * other, cut to [0, 1]; f is drawn evenly from 1 - b (never
+                        below 0) to 1 + b; other is black (brightness=b), the mean grey
+                        (contrast=b), or x in grey (saturation=b); several come in random order
 
 Needs          test_Tf.py
 Checked here   the formulas against torchvision; where in x a crop lies; that its seed repeats it;
@@ -161,7 +161,8 @@ def show_resize(writer, x, s=64):
         print(f"   {name:<17}   {height:6}   {width:5}   {width / height:16.3f}")
     assert made[f"Resize({s})"][0].shape[1:] == short_side_size(*x.shape[1:], s)
     exact, long = s * max(aspects["x"], 1 / aspects["x"]), max(made[f"Resize({s})"][0].shape)
-    print(f"   -> Resize({s}) keeps them, up to a part of a pixel: {long} for {exact:.2f}")
+    keeps = "keeps" if abs(long - exact) < 1 else "does not keep"
+    print(f"   -> Resize({s}) {keeps} them, up to a part of a pixel: {long} for {exact:.2f}")
     log_row(writer, "resize", "two ways to resize, and a crop", row)
     return aspects
 
@@ -212,7 +213,7 @@ def blend(x, other, f):
 
 
 def show_colours(writer, x, seed):
-    print("5. Are flips and ColorJitter the formulas? Its f is given, as brightness=(f, f)")
+    print("5. Are flips and ColorJitter the formulas? f is fixed by brightness=(f, f)")
     print("   transform             formula                         largest difference")
     weights = torch.tensor([0.2989, 0.587, 0.114])  # how bright red, green and blue look
     grey = (weights[:, None, None] * x).sum(0, keepdim=True).expand_as(x)  # (3, H, W)
@@ -245,24 +246,26 @@ def show_colours(writer, x, seed):
 
 
 def show_order(x):
-    print("6. May a transform T stand behind Normalize as well as before it?")
-    print("   T                            largest |Normalize(T(x)) - T(Normalize(x))|")
+    print("6. Does a transform T give the same after Normalize as before it?")
+    print(f"   {'T':<39}   largest |Normalize(T(x)) - T(Normalize(x))|")
     norm, gaps = v2.Normalize([0.5, 0.4, 0.3], [0.2, 0.25, 0.3]), {}
     z = norm(x)
+    bright = tv.adjust_brightness
     for name, before, behind in (
         ("Resize(64)", v2.Resize(64)(x), v2.Resize(64)(z)),
         ("CenterCrop(64)", v2.CenterCrop(64)(x), v2.CenterCrop(64)(z)),
         ("RandomHorizontalFlip(1)", v2.RandomHorizontalFlip(1)(x), v2.RandomHorizontalFlip(1)(z)),
-        ("brightness, f = 0.7", tv.adjust_brightness(x, 0.7), tv.adjust_brightness(z, 0.7)),
-        ("brightness, f = 1: the cut", tv.adjust_brightness(x, 1), tv.adjust_brightness(z, 1)),
-        ("0.7 * x without the cut", 0.7 * x, 0.7 * z),
+        ("brightness, f = 0.7", bright(x, 0.7), bright(z, 0.7)),
+        ("brightness, f = 1 (only cuts to [0, 1])", bright(x, 1), bright(z, 1)),
+        ("0.7 * x, not cut", 0.7 * x, 0.7 * z),
     ):
         gaps[name] = (norm(before) - behind).abs().max().item()
-        print(f"   {name:<26}   {gaps[name]:43.1e}")
+        print(f"   {name:<39}   {gaps[name]:43.1e}")
     _, cut, scaled = list(gaps.values())[-3:]
-    print(f"   -> yes: {', '.join(name for name, gap in gaps.items() if gap < 1e-4)}")
-    print("   -> ColorJitter stands before Normalize: behind it, it would cut to [0, 1]")
-    print(f"      ({cut:.2f}), and take 0, which is then the mean colour, for black ({scaled:.2f})")
+    print(f"   -> the same: {', '.join(name for name, gap in gaps.items() if gap < 1e-4)}")
+    print("      (Resize takes averages of pixels, with weights that sum to 1)")
+    print("   -> put ColorJitter before Normalize. After Normalize it would cut numbers to [0, 1]")
+    print(f"      (error {cut:.2f}) and take 0, now the mean colour, as black (error {scaled:.2f})")
     return gaps
 
 

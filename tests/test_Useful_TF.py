@@ -212,11 +212,12 @@ def test_what_moves_or_averages_pixels_may_stand_behind_normalize(lesson, x, cap
     assert scaled == pytest.approx((0.3 * mean / std).max().item(), abs=1e-5)
     out = lines(capsys)
     assert [line.split()[-1] for line in out[2:8]] == [f"{gap:.1e}" for gap in gaps.values()]
-    assert [line[3:29].strip() for line in out[2:8]] == list(gaps)
+    assert [line[3:42].strip() for line in out[2:8]] == list(gaps)
     assert out[8:] == [
-        "   -> yes: Resize(64), CenterCrop(64), RandomHorizontalFlip(1)",
-        "   -> ColorJitter stands before Normalize: behind it, it would cut to [0, 1]",
-        f"      ({one:.2f}), and take 0, which is then the mean colour, for black ({scaled:.2f})",
+        "   -> the same: Resize(64), CenterCrop(64), RandomHorizontalFlip(1)",
+        "      (Resize takes averages of pixels, with weights that sum to 1)",
+        "   -> put ColorJitter before Normalize. After Normalize it would cut numbers to [0, 1]",
+        f"      (error {one:.2f}) and take 0, now the mean colour, as black (error {scaled:.2f})",
     ]
 
 
@@ -314,7 +315,7 @@ def test_main(lesson, insects_root, tmp_path, events, capsys, seed):
     assert measured["kinds"] == 4
     assert measured["normalize"]["error"] < 1e-6
     assert measured["aspects"]["x"] == pytest.approx(measured["aspects"]["Resize(64)"], abs=0.02)
-    assert measured["order"]["brightness, f = 1: the cut"] > 0.3
+    assert measured["order"]["brightness, f = 1 (only cuts to [0, 1])"] > 0.3
     corners, repeats = measured["crops"]
     assert list(corners) == list(range(seed, seed + 4)) and all(repeats.values())
     assert all(len(where) == 1 for where in corners.values())
