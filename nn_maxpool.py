@@ -1,13 +1,13 @@
-"""nn.MaxPool2d keeps the largest number of each window, and only its pixel gets a gradient.
+"""nn.MaxPool2d keeps the largest number of each window; only its own pixel gets a gradient.
 
 Use it between convolutions: MaxPool2d(2) halves height and width, so that the next convolution
-costs a quarter. It has no parameters. Two things surprise: pixels that fill no whole window are
-dropped without a word, unless ceil_mode=True; and of the k x k pixels of a window a single one gets
-a gradient, where nn.AvgPool2d, which takes their mean, gives all of them one.
+costs a quarter. It has no parameters. Two things surprise: pixels at the right and lower end that
+fill no whole window are dropped without a word, unless ceil_mode=True; and one pixel of a window
+gets a gradient, where nn.AvgPool2d, which takes the mean of the window, gives one to all.
 
-    y[r, s] = max over u, v of x[r stride + u dilation - padding,
-                                 s stride + v dilation - padding]
-    size = floor((H + 2 padding - dilation (k - 1) - 1) / stride) + 1
+    y[r, s] = max over u, v of x[r * stride + u * dilation - padding,
+                                 s * stride + v * dilation - padding]
+    size = floor((H + 2 * padding - dilation * (k - 1) - 1) / stride) + 1
     with ceil_mode: ceil instead of floor, but no window may begin in the padding on the right
 
     x  one channel of H rows (or columns), minus infinity outside     y  output, row r, column s
@@ -18,9 +18,9 @@ Needs          nn_conv.py
 Checked here   the size over a sweep, both ceil modes; pooling by unfold = the layer; the gradient
                by hand = autograd's, and 1 / k^2 of the pixels get one; what pooling forgets
 TensorBoard    by kernel k (step), in the runs max and average: pool/mean, pool/output and
-               pool/gradient: the images, black where in a colour no gradient comes
+               pool/gradient: the images; a number that gets no gradient is 0, black
 Try            in show_gradient, put 5.0 for 4.0: the first window of x has two maxima. Which of
-               them gets the gradient?
+               them, 5 and 5, gets the gradient?
 Answer         The one that comes first, row by row: the rows of MaxPool2d(2) stay as they are
 Source         torch.nn.MaxPool2d, torch.nn.AvgPool2d
 """
@@ -63,7 +63,8 @@ def show_everyday():
     images = nn.MaxPool2d(2)(torch.rand(4, 6, 32, 32))  # (4, 6, 16, 16)
     print("1. What does pooling make of 4 x 4 numbers x?")
     print_matrices({"x": x[0, 0], "MaxPool2d(2)": largest[0, 0], "AvgPool2d(2)": mean[0, 0]})
-    print(f"   -> images (4, 6, 32, 32) become {tuple(images.shape)}, each channel by itself")
+    print(f"   -> {largest[0, 0, 0, 0]:g} is the largest of the first 2 x 2, {mean[0, 0, 0, 0]:g} "
+          f"their mean; images (4, 6, 32, 32) become {tuple(images.shape)}")  # fmt: skip
     return largest[0, 0].tolist(), mean[0, 0].tolist(), tuple(images.shape)
 
 
@@ -97,17 +98,17 @@ def measured_size(size, kernel, stride, padding, dilation, ceil_mode):
 def show_sizes():
     print("2. Which size comes out? Windows over a row of pixels 0 1 2 ...; . is padding")
     print("   pixels   kernel   stride   padding   ceil_mode   formula   layer   windows")
-    rows, more = ((6, 3, 3, 0), (5, 3, 3, 0), (8, 3, 2, 0), (5, 2, 2, 1)), 0
+    rows, lost = ((6, 3, 3, 0), (5, 3, 3, 0), (8, 3, 2, 0), (5, 2, 2, 1)), []
     for size, kernel, stride, padding in rows:
-        row, sizes = "." * padding + "0123456789"[:size] + "." * padding, []
+        row = "." * padding + "0123456789"[:size] + "." * padding
         for ceil_mode in (False, True):
             options = size, kernel, stride, padding, 1, ceil_mode
             theory, measured = output_size(*options), measured_size(*options)
             windows = " ".join(row[r * stride : r * stride + kernel] for r in range(theory))
             print(f"   {size:6d}   {kernel:6d}   {stride:6d}   {padding:7d}   {ceil_mode!s:<9}   "
                   f"{theory:7d}   {measured:5d}   {windows}")  # fmt: skip
-            sizes.append(measured)
-        more += sizes[1] > sizes[0]
+            if not ceil_mode:
+                lost += [f"{pixel} of {size}" for pixel in row.strip(".") if pixel not in windows]
     sweep = product(range(1, 13), range(1, 6), range(1, 5), range(3), (1, 2), (False, True))
     equal = refused = 0
     for options in sweep:
@@ -116,7 +117,7 @@ def show_sizes():
             assert theory == measured or (theory < 1 and measured is None)
             equal += theory == measured
             refused += measured is None
-    print(f"   -> ceil_mode adds a window to {more} of {len(rows)} shapes; else pixels are lost")
+    print(f"   -> without ceil_mode no window has pixels {', '.join(lost)}; with it one has")
     print(f"      {equal:,} shapes of a sweep are as the formula says, {refused} more are refused")
     return equal, refused
 
@@ -144,18 +145,18 @@ def max_pool(x, kernel, stride, padding=0, dilation=1, ceil_mode=False):
 
 def show_from_scratch(x):
     print(f"3. Is it the maximum of each window? MaxPool2d(3, ...), {len(x)} images in [-1, 1]")
-    print("   options                           output             minus by hand, largest")
+    print("   options                           output             largest difference from by hand")
     off = []
     for options in ({"stride": 2}, {"stride": 2, "padding": 1}, {"stride": 2, "ceil_mode": True},
                     {"stride": 2, "padding": 1, "dilation": 2}):  # fmt: skip
         y = nn.MaxPool2d(3, **options)(x)
         off.append((y - max_pool(x, 3, **options)).abs().max().item())
         text = ", ".join(f"{name} {value}" for name, value in options.items())
-        print(f"   {text:<31}   {tuple(y.shape)!s:<16}   {off[-1]:22g}")
+        print(f"   {text:<31}   {tuple(y.shape)!s:<16}   {off[-1]:31g}")
     zeros = nn.MaxPool2d(3, 2)(F.pad(x, (1, 1, 1, 1))) - nn.MaxPool2d(3, 2, padding=1)(x)
     off.append(zeros.abs().max().item())
     print(f"   -> the largest difference is {max(off[:-1]):g}; with a frame of zeros, not of minus")
-    print(f"      infinity, it would be {off[-1]:.2f}: zero is more than what is dark here")
+    print(f"      infinity, it would be {off[-1]:.2f}: 0 is more than a dark pixel, near -1")
     return off
 
 
@@ -191,8 +192,8 @@ def show_gradient(log_dir, images):
     print("4. Which pixels get a gradient? d sum(y) / dx of the two layers of section 1")
     print_matrices({"x": x[0, 0], "MaxPool2d(2)": gradient(nn.MaxPool2d(2), x, ones)[0, 0],
                     "AvgPool2d(2)": gradient(nn.AvgPool2d(2), x, ones)[0, 0]})  # fmt: skip
-    print(f"   {len(images)} images in [0, 1], windows of k x k pixels, a random gradient of y")
-    print("   layer           k   pixels with a gradient   1/k^2, or 1   mean of y")
+    print(f"   {len(images)} images, windows of k x k; formula: MaxPool2d 1/k^2, AvgPool2d all")
+    print("   layer           k   pixels with a gradient       formula   mean of y")
     results = {}
     for run, Pool in {"max": nn.MaxPool2d, "average": nn.AvgPool2d}.items():
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
@@ -212,7 +213,7 @@ def show_gradient(log_dir, images):
     first, last = results["max", 1][2], results["max", 8][2]
     print(f"   -> with k = 4 MaxPool2d gives {few:.2%} of the pixels a gradient, AvgPool2d "
           f"{all_of_them:.0%};")  # fmt: skip
-    print(f"      from k = 1 to k = 8 the mean of MaxPool2d goes from {first:.2f} to {last:.2f}")
+    print(f"      from k = 1 to 8 MaxPool2d's mean goes from {first:.2f} to {last:.2f}: lighter")
     return results
 
 
@@ -236,7 +237,7 @@ def show_forgotten(images):
         changes[name] = (layer(turned) - layer(images)).abs().max().item()
         print(f"   {name:<25}   {changes[name]:28.3f}")
     blind = [name for name, change in changes.items() if change < 1e-12]
-    print(f"   -> where in its window a number lay is forgotten by {' and '.join(blind)}")
+    print(f"   -> {' and '.join(blind)} notice nothing: they forget where in a window a number lay")
     return changes
 
 

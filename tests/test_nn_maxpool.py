@@ -86,7 +86,7 @@ def test_a_frame_of_zeros_shows_where_an_image_is_negative(lesson, capsys):
     x[..., 4, 4] = 5  # far from the frame: here it makes no difference
     off = lesson.show_from_scratch(x)
     assert off == [0, 0, 0, 0, 0.75]
-    assert "infinity, it would be 0.75: zero is more" in capsys.readouterr().out
+    assert "infinity, it would be 0.75: 0 is more than" in capsys.readouterr().out
 
 
 def test_a_pool_by_hand_that_is_wrong_is_seen(lesson, monkeypatch, capsys):
@@ -182,7 +182,8 @@ def test_main_prints_what_it_measures(lesson, images_root, events, tmp_path, cap
     assert [" ".join(line.split()) for line in lines[2:7]] == [
         "row x MaxPool2d(2) AvgPool2d(2)", "0 1 3 2 0 5 2 3.25 1", "1 5 4 1 1 2 8 1.25 6",
         "2 0 2 7 6", "3 1 2 8 3"]  # fmt: skip
-    assert "-> images (4, 6, 32, 32) become (4, 6, 16, 16), each channel by itself" in out
+    said = "-> 5 is the largest of the first 2 x 2, 3.25 their mean; images (4, 6, 32, 32) become"
+    assert f"   {said} (4, 6, 16, 16)\n" in out
 
     assert measured["sweep"] == (1783, 329)
     rows = [line.split() for line in lines[10:18]]
@@ -190,12 +191,17 @@ def test_main_prints_what_it_measures(lesson, images_root, events, tmp_path, cap
     assert [row[5] for row in rows] == ["2", "2", "1", "2", "3", "4", "3", "3"]
     assert rows[3][4:] == ["True", "2", "2", "012", "34"]
     assert rows[5][7:] == ["012", "234", "456", "67"] and rows[7][7:] == [".0", "12", "34"]
-    assert "-> ceil_mode adds a window to 2 of 4 shapes; else pixels are lost\n" in out
+    assert (
+        "-> without ceil_mode no window has pixels 3 of 5, 4 of 5, 7 of 8; with it one has\n" in out
+    )
     assert "1,783 shapes of a sweep are as the formula says, 329 more are refused\n" in out
 
     assert measured["off"][:4] == [0] * 4 and measured["off"][4] > 0.5
-    assert "   stride 2, padding 1, dilation 2   (16, 3, 15, 15)                         0\n" in out
-    assert f"      infinity, it would be {measured['off'][4]:.2f}: zero" in out
+    assert (
+        "   stride 2, padding 1, dilation 2   (16, 3, 15, 15)                                  0\n"
+        in out
+    )
+    assert f"      infinity, it would be {measured['off'][4]:.2f}: 0 is more than a dark" in out
 
     table = out.partition("\n4. ")[2].splitlines()
     assert [" ".join(line.split()) for line in table[2:6]] == [
@@ -216,14 +222,13 @@ def test_main_prints_what_it_measures(lesson, images_root, events, tmp_path, cap
     assert first + 0.03 < rising[0] < rising[1] - 0.03 < rising[2] - 0.06
     assert means["average"] == pytest.approx([first] * 4)
     assert "-> with k = 4 MaxPool2d gives 6.25% of the pixels a gradient, AvgPool2d 100%;\n" in out
-    assert (
-        f"from k = 1 to k = 8 the mean of MaxPool2d goes from {first:.2f} to {rising[2]:.2f}" in out
-    )
+    said = f"from k = 1 to 8 MaxPool2d's mean goes from {first:.2f} to {rising[2]:.2f}"
+    assert f"      {said}: lighter\n" in out
 
     largest, mean, convolved = measured["changes"].values()
     assert largest == 0 and mean < 1e-12 < 0.05 < convolved
     assert f"   Conv2d(3, 3, 2, stride=2)   {convolved:28.3f}\n" in out
-    assert "is forgotten by MaxPool2d(2) and AvgPool2d(2)\n" in out
+    assert "-> MaxPool2d(2) and AvgPool2d(2) notice nothing: they forget where in a w" in out
     assert lines[-1].startswith(f"look: tensorboard --logdir {tmp_path}   http://localhost:6006/?")
 
     for run, logged in means.items():
