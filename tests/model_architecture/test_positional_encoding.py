@@ -290,6 +290,8 @@ def test_what_main_prints(run):
     found, laws, table = "\n".join(lines), result["laws"], result["table"]
     assert [line[0] for line in lines if re.match(r"\d\. ", line)] == list("12345")
     for words in (
+        "   no positions    1.00   0.58   1.00   0.58     1.00   0.58   1.00   0.58",
+        "   RoPE            1.00   0.83   1.00   0.83     1.00   0.48   1.00   0.48",
         "   -> the same numbers for both sentences with: no positions",
         "   -> order is lost with: no positions",
         "   -> the outputs of one pass come out with: its number in the text",
@@ -336,3 +338,22 @@ def test_what_main_logs(lesson, run, events):
         assert (max(diagonals) <= 1) == (name != "projected")
         red = picture[38::5, 2::5, 0]
         assert (np.abs(red - red.T).max() <= 1) == (name == "sinusoidal")
+
+
+def test_the_pairings_are_compared_by_their_difference(lesson):
+    torch.manual_seed(5)
+    largest, _ = lesson.show_laws(T=8, d=4)
+    torch.manual_seed(5)
+    torch.randn(2, 4, dtype=F64)  # q and k are drawn before x
+    x, t = torch.randn(8, 4, dtype=F64), torch.arange(8)
+    pair = [lesson.apply_rope(x, t, interleaved=interleaved) for interleaved in (False, True)]
+    found = largest["RoPE: half-split minus neighbours, not permuted"]
+    assert found == pytest.approx((pair[0] - pair[1]).abs().max().item())
+
+
+def test_the_table_of_lengths_hangs_on_its_seed_alone(lesson, tmp_path):
+    tables = []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        tables.append(lesson.show_extrapolation(0, tmp_path / str(before), (8, 16), 2))
+    assert tables[0] == tables[1]
