@@ -1,27 +1,29 @@
 """Label files belong to images by name; a script can write the missing ones and leave every other
 file as it was.
 
-A data set may come as images to learn from (train/) and to be judged on (val/), and as label files,
-one text file per image: where a label says more than the name of a folder, or is corrected by hand.
-What goes wrong may make no noise: a correction is overwritten, an image has no label, a label has
-no image, or a.jpg and a.png share one label.
+A data set has images to train on (train/) and images to test on (val/). It may also have one text
+file per image, the label file. You need label files if a label says more than a folder's name can,
+or if people correct labels by hand. Some mistakes raise no error: a correction is overwritten, an
+image has no label, a label has no image, or a.jpg and a.png share one label.
 
     train/ants/0013035.jpg   ->   train/ants_label/0013035.txt, which says "ants"
 
-    ants       the class, named by the folder of its images     ants_label  the folder of its labels
-    0013035    the stem: a file's name without its ending, the same for an image and its label
+    ants          the class, named by the folder of its images
+    ants_label    the folder of its labels
+    0013035       the stem: a file's name without its ending, the same for an image and its label
 
-This script writes into the data set's own folders. Torchvision's ImageFolder takes each folder in
-train/ for a class: from then on ImageFolder("train") raises an error, as two of its four folders
-hold no image. Section 4 says what to do.
+This script writes the label folders into train/ and val/, where read_data.py looks for them. But
+torchvision's ImageFolder takes each folder in train/ for a class. Once the script has run,
+ImageFolder("train") raises an error, as two of the four folders hold no image: see section 4.
 
 Needs          nothing
 Checked here   only missing labels are written, and a second run writes none; no file that was there
-               is changed; what has no partner stops the script; what ImageFolder makes of labels
+               is changed; a label without an image, or two images for one label, stops the script;
+               what ImageFolder makes of label folders
 TensorBoard    nothing to log: read_data.py shows what these labels lead to
 Try            in show_labels, in corrected.write_text("bees", ...), write "" for "bees": is a label
                that says nothing written anew?
-Answer         No: the file is there and is kept, and section 4 names it, as "" is not "ants"
+Answer         No. The file exists, so it is kept; section 4 prints it, because '' is not 'ants'
 Source         hymenoptera_data, from PyTorch's transfer learning tutorial
 """
 
@@ -201,7 +203,7 @@ def show_unmatched(copy):
 
 def show_image_folder(copy):
     print("4. Does ImageFolder need label files? In the copy they are in train/, with the images")
-    print("   call                                     classes   number of class bees")
+    print("   call                                     classes   bees has the number")
     train, other = copy / "train", {}
     try:
         refused = f"no error, {len(ImageFolder(train).classes)} classes"
@@ -222,9 +224,11 @@ def show_image_folder(copy):
     for name, (text, class_name) in other.items():
         print(f"   {name}: its label file says {text!r}, ImageFolder says {class_name!r}")
     same = len(two) - len(other)
-    print(f"   -> ImageFolder reads no label file; {same} of {len(two)} say the same as it does")
+    print("   -> ImageFolder reads no label file; "
+          f"{same} of {len(two)} label files say the same as the folder")  # fmt: skip
     print(f"   -> with allow_empty=True, bees is class {bees[0]}, not {bees[1]}, without an error:")
-    print("      keep label folders outside train/, or skip them: TwoClasses in read_data.py")
+    print("      keep label folders of your own data outside train/. These stay in train/, and")
+    print("      TwoClasses in read_data.py skips them")
     return refused, every, two, other
 
 

@@ -213,10 +213,14 @@ def test_image_folder_counts_label_folders_as_classes(lesson, folder, capsys):
     assert two.class_to_idx == {"ants": 0, "bees": 1}
     assert two.targets == [0, 0, 0, 1, 1, 1] and len(two) == len(every) == 6 and other == {}
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and lines[0].startswith("4. Does ImageFolder need")
+    assert len(lines) == 9 and lines[0].startswith("4. Does ImageFolder need")
     assert lines[2].endswith(refused)
     assert [line.split()[-2:] for line in lines[3:5]] == [["4", "2"], ["2", "1"]]
-    assert lines[5] == "   -> ImageFolder reads no label file; 6 of 6 say the same as it does"
+    assert lines[1].endswith("classes   bees has the number")
+    assert (
+        lines[5]
+        == "   -> ImageFolder reads no label file; 6 of 6 label files say the same as the folder"
+    )
     assert "bees is class 2, not 1, without an error:" in lines[6]
 
 
@@ -227,7 +231,7 @@ def test_a_corrected_label_is_not_the_folders(lesson, folder, capsys):
     assert other == {"ants_001.jpg": ("bees", "ants")}
     out = capsys.readouterr().out
     assert "   ants_001.jpg: its label file says 'bees', ImageFolder says 'ants'\n" in out
-    assert "no label file; 5 of 6 say the same" in out
+    assert "no label file; 5 of 6 label files say the same as the folder" in out
 
 
 def test_label_folders_are_moved_outside_train(lesson, folder):
