@@ -1,19 +1,20 @@
-"""ToDtype and Normalize give the training set mean 0 and standard deviation 1 in each colour, and
-every pixel can be computed back.
+"""ToDtype and Normalize give training images that are not augmented mean 0 and standard deviation 1
+in each colour, and every pixel can be computed back.
 
 A pipeline is the list of steps from a picture to the tensor that a network gets. A Dataset with
 transform=pipeline calls it for each picture that it reads. Augmentation (a random crop, a flip)
 shows a training picture in a version drawn anew each time; test pictures get none. A step that is
 left out, done twice or in a wrong place may pass without an error: section 5.
 
-    c  a pixel's colour: red, green or blue     mean, std  (3,), over x of all training images
+    c  a pixel's colour: red, green or blue
+    mean, std  (3,), the mean and standard deviation of each colour over all training images, as x
 
     ToImage      a PIL picture becomes a uint8 tensor (3, H, W), the same numbers in 0..255
     ToDtype      x = number / 255, with scale=True: float32 in [0, 1]
     Normalize    z = (x - mean[c]) / std[c]      undone by x = z * std[c] + mean[c]
 
-Called on a batch, each random transform of section 4 draws once for all its images, GaussianNoise
-excepted. So augment image by image, as a Dataset does.
+Called on a batch, each random transform of section 4 except GaussianNoise draws once for all its
+images. So augment image by image, as a Dataset does.
 
 Needs          read_data.py, Useful_TF.py
 Checked here   mean 0 and std 1 over the set, and how a padded crop shifts them; by hand = v2; every
@@ -59,8 +60,12 @@ def show_everyday(root):
     ])  # fmt: skip
     dataset = open_images(root, transform=pipeline)  # or torchvision.datasets.CIFAR10(...)
     x, label = dataset[0]  # the picture is read now, and goes through the pipeline now
-    print("                                                                         share unlike")
-    print("   after                  shape         dtype           smallest   largest   row above")
+    print(
+        "                                                                         share of numbers"
+    )
+    print(
+        "   after                  shape         dtype           smallest   largest   changed by it"
+    )
     image, changed = open_images(root)[0][0], []  # the same picture without a transform
     before = torch.tensor(np.asarray(image)).permute(2, 0, 1)
     for step in pipeline.transforms:
@@ -70,8 +75,9 @@ def show_everyday(root):
         share, before = (image.float() != before.float()).float().mean().item(), image
         changed += [name] if share else []
         print(f"   {name:<20}   {tuple(image.shape)!s:<11}   {image.dtype!s:<13}   "
-              f"{image.min():8.2f}   {image.max():7.2f}   {share:9.0%}")  # fmt: skip
-    print(f"   -> changed (a flip comes half of the time) by {', '.join(changed)}")
+              f"{image.min():8.2f}   {image.max():7.2f}   {share:13.0%}")  # fmt: skip
+    print(f"   -> steps that changed numbers: {', '.join(changed)}")
+    print("      (RandomHorizontalFlip flips only half of the pictures)")
     versions = len(torch.stack([dataset[0][0] for _ in range(10)]).unique(dim=0))
     print(f"   -> dataset[0] is (tensor {tuple(x.shape)}, label {label}); read ten times, it gave")
     print(f"      {versions} different tensors; 9 x 9 crops, flipped or not, are {9 * 9 * 2}")
@@ -106,26 +112,32 @@ def channel_stats(images, transform=None):
 
 
 def show_statistics(images):
-    print(f"2. Which mean and std have the {len(images):,} images, before and after a pipeline?")
-    print("            x = number / 255   z for tests      z for training")
-    print("   colour    mean     std      mean     std     mean     std")
+    print(f"2. Which mean and std have the {len(images):,} training images as x, and as z?")
+    print("                               z, not augmented   z, augmented: a random crop")
+    print("            x = number / 255   (all images)       and flip (the first 2,000)")
+    print("   colour    mean     std      mean     std       mean     std")
     mean, std = channel_stats(images)
     test, train = (v2.Compose(make_pipeline(mean, std, train=train).transforms[1:])
                    for train in (False, True))  # fmt: skip
     test_mean, test_std = channel_stats(images, test)
     drawn = torch.stack([train(image) for image in images[:2000]])  # each with a crop of its own
     train_mean, train_std = drawn.mean((0, 2, 3)), drawn.std((0, 2, 3))
+    mirror = v2.RandomCrop(32, padding=4, padding_mode="reflect")  # pads with the picture's rim
+    mirrored = torch.stack([test(mirror(image)) for image in images[:2000]]).mean((0, 2, 3))
     for c, name in enumerate(("red", "green", "blue")):
         numbers = (mean, std, test_mean, test_std, train_mean, train_std)
         rounded = [round(values[c].item(), 3) + 0.0 for values in numbers]  # no minus before 0
-        print("   {:<6}   {:5.3f}   {:5.3f}    {:6.3f}   {:5.3f}   {:6.3f}   {:5.3f}".format(
+        print("   {:<6}   {:5.3f}   {:5.3f}    {:6.3f}   {:5.3f}     {:6.3f}   {:5.3f}".format(
             name, *rounded))  # fmt: skip
     off = max(test_mean.abs().max().item(), (test_std - 1).abs().max().item())
     assert off < 1e-4
-    shift = train_mean.abs().max().item()
-    print(f"   -> for tests mean 0 and std 1, off by at most {off:.0e}")
-    print(f"   -> for training the mean is off by {shift:.2f}: RandomCrop pads with black")
-    return {"mean": mean, "std": std, "off": off, "shift": shift}
+    shift, without = train_mean.abs().max().item(), mirrored.abs().max().item()
+    print(f"   -> not augmented: mean 0 and std 1, off by at most {off:.0e}")
+    print(f"   -> augmented: the mean is off by {shift:.2f}, as RandomCrop pads with black;")
+    print(
+        f"      it is off by {without:.2f} with padding_mode='reflect', which mirrors the picture"
+    )
+    return {"mean": mean, "std": std, "off": off, "shift": shift, "without": without}
 
 
 # --- 3. by hand, and back ----------------------------------------------------------------------
@@ -180,8 +192,8 @@ def count_different(images):
 
 def show_draws(image, copies):
     print(f"4. One image, {copies} times in a batch: how many different ones after a transform?")
-    print("                          called on   called on    expected of")
-    print(f"   transform              the batch   each image   {copies} draws")
+    print("                          called on   called on    different ones expected")
+    print(f"   transform              the batch   each image   in {copies} draws")
     batch, different = image.expand(copies, -1, -1, -1), {}
     outcomes = {"RandomHorizontalFlip": 2, "RandomCrop": 9 * 9}  # all equally likely
     for transform in [

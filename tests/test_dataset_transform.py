@@ -217,7 +217,7 @@ def test_main_prints_what_it_measures(lesson, dataset, images_root, tmp_path, ca
 
     x, last, versions, changed = measured["everyday"]
     assert changed[-2:] == ["ToDtype", "Normalize(0.5, 0.25)"]
-    assert f"-> changed (a flip comes half of the time) by {', '.join(changed)}\n" in out
+    assert f"-> steps that changed numbers: {', '.join(changed)}\n" in out
     assert x.shape == last.shape == (3, 32, 32) and x.dtype == torch.float32 and versions > 5
     label = dataset.targets[0]
     said = f"   -> dataset[0] is (tensor (3, 32, 32), label {label}); read ten times, it gave\n"
@@ -244,19 +244,21 @@ def test_main_prints_what_it_measures(lesson, dataset, images_root, tmp_path, ca
     mean, std = data.channel_stats(as_tensors(dataset)[0])
     pixel = torch.tensor(image[0, 0]) / 255
     for numbers in (pixel, (pixel - mean) / std):
-        assert " ".join(f"{v:6.3f}" for v in numbers) in lines[23]
+        assert " ".join(f"{v:6.3f}" for v in numbers) in lines[26]
 
     statistics = measured["statistics"]
     torch.testing.assert_close((statistics["mean"], statistics["std"]), (mean, std))
     assert statistics["off"] < 1e-4
-    assert f"-> for tests mean 0 and std 1, off by at most {statistics['off']:.0e}\n" in out
+    assert f"-> not augmented: mean 0 and std 1, off by at most {statistics['off']:.0e}\n" in out
     assert 0.15 < statistics["shift"] < 0.4
-    assert f"-> for training the mean is off by {statistics['shift']:.2f}: RandomCrop pads" in out
-    for line, name, m, s in zip(lines[15:18], ("red", "green", "blue"), mean, std, strict=True):
+    assert f"-> augmented: the mean is off by {statistics['shift']:.2f}, as RandomCrop pads" in out
+    assert statistics["without"] < 0.06
+    assert f"      it is off by {statistics['without']:.2f} with padding_mode='reflect'" in out
+    for line, name, m, s in zip(lines[17:20], ("red", "green", "blue"), mean, std, strict=True):
         assert line.startswith(f"   {name:<6}   {m:5.3f}   {s:5.3f}     0.000   1.000   ")
         shifted, wider = map(float, line.split()[-2:])
         assert -0.4 < shifted < -0.15 and 1.05 < wider < 1.25
-    shifts = [-float(line.split()[-2]) for line in lines[15:18]]
+    shifts = [-float(line.split()[-2]) for line in lines[17:20]]
     assert statistics["shift"] == pytest.approx(max(shifts), abs=1e-3)
     assert measured["different"]["GaussianNoise"] == (16, 16)
     assert measured["passed"] == (["2", "3", "4"], ["1", "5"])
