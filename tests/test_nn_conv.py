@@ -227,6 +227,7 @@ def test_main_prints_what_it_measures(lesson, tmp_path, capsys, seed):
     for name, shape in measured["shapes"].items():
         weight = (6, 2 if name in ("groups 2", "all four") else 4, 3, 2)
         assert f"   {name:<10}   {weight}   {shape}" in out
+    assert "   options      weights        output              loop   matrix product\n" in out
     most = max(measured["off"])
     assert f"-> both do, to {most:.0e}; in two groups a filter sees 2 of the 4 channels\n" in out
 
