@@ -14,9 +14,9 @@ in float32, but its product with a vector needs no H.
     n  inputs     m  outputs     u (m,), v (n,)  any vectors     e_i  all 0, but 1 at place i
 
 Needs          02_autograd_basics.py, 04_hooks.py
-Checked here   J by rows, by columns, by jacrev and jacfwd and by hand; passes counted; H v and its
-               cost. Second reading: Newton's method, a step of -H^-1 times the gradient; a penalty
-               added to a loss, which keeps a gradient near length 1
+Checked here   J by rows, by columns, by jacrev and jacfwd (which run all passes as one batch) and
+               by hand; passes counted; H v and its cost. Second reading: Newton's method, a step of
+               -H^-1 times the gradient; a penalty in a loss, which keeps a gradient near length 1
 TensorBoard    jacobian/log2_passes by log2 m: the run reverse rises, forward is level;
                hessian/log2_cost by log2 n: hessian rises, hvp is level; newton/log10_error by step:
                descent is level, newton falls; penalty/grad_norm by step: only penalty stays near 1
@@ -75,8 +75,8 @@ def show_everyday():
     print("   jvp: J v with v = (1, -1)     for f0   for f1   for f2")
     print(f"   = column 0 - column 1     {''.join(f'{t:9.1f}' for t in Jv)}")
     print("   hessian of x0^2 x1             by x0    by x1")
-    for name, row in zip(("d/dx0", "d/dx1"), H, strict=True):
-        print(f"   row of its {name:<14} {row[0]:9.1f}{row[1]:9.1f}")
+    for name, row in zip(("d/dx0 = 2 x0 x1", "d/dx1 = x0^2"), H, strict=True):
+        print(f"   row of {name:<18} {row[0]:9.1f}{row[1]:9.1f}")
     print(f"   -> J has {len(J)} rows, one per output, and {J.shape[1]} columns, one per input")
     return results
 
@@ -141,8 +141,8 @@ def flops(compute, *args):
 
 def show_modes(log_dir, n, outputs):
     print(f"2. J of f: R^{n} -> R^m, by rows and by columns: which takes fewer multiplications?")
-    print("             passes: backward   forward-mode   multiplications:                largest")
-    print("       m     for the rows       for columns    rows / columns    J[0, 0]    difference")
+    print("         backward passes   forward-mode passes   multiplications                largest")
+    print("      m     for the rows       for the columns    rows / columns   J[0, 0]   difference")
     counts, work = {}, {}
     for m in outputs:
         f, jacobian = two_layers(n, m)
@@ -154,8 +154,8 @@ def show_modes(log_dir, n, outputs):
         assert apart < 1e-12
         counts[m] = reverse["backward"], forward["forward"]
         work[m] = flops(jacobian_by_rows, f, x) / flops(jacobian_by_columns, f, x)
-        row = f"{counts[m][0]:17d}   {counts[m][1]:15d}   {work[m]:15.2f}"
-        print(f"   {m:5d}{row}   {by_rows[0, 0]:8.4f}   {apart:11.0e}")
+        row = f"{counts[m][0]:17d}   {counts[m][1]:19d}   {work[m]:15.2f}"
+        print(f"   {m:4d}{row}   {by_rows[0, 0]:7.4f}   {apart:10.0e}")
     for run, way in (("reverse", 0), ("forward", 1)):
         curve = {math.log2(m): math.log2(counts[m][way]) for m in outputs}
         draw(log_dir / run, "jacobian/log2_passes", curve)
@@ -166,8 +166,9 @@ def show_modes(log_dir, n, outputs):
     rows = ", ".join(str(m) for m in outputs if work[m] < 1)
     columns = ", ".join(str(m) for m in outputs if work[m] > 1)
     print(f"   -> take rows for m = {rows}; take columns for m = {columns}")
-    print(f"   -> a backward pass multiplies {back:.2g} times what f does, a forward-mode pass "
-          f"{ahead:.2g} times:\n      the turn is at m = {(ahead * n - 1) / back:.0f}")  # fmt: skip
+    print(f"   -> a backward pass takes {back:.2g} times the multiplications of f, a forward-mode "
+          f"pass {ahead:.2g}\n      times (PyTorch also multiplies the slope 0 of A and B): both "
+          f"ways cost the same at m = {(ahead * n - 1) / back:.0f}")  # fmt: skip
     return {"counts": counts, "work": work, "back": back, "ahead": ahead}
 
 
@@ -261,6 +262,9 @@ def show_newton(log_dir, start=(0.8, 0.6), steps=6, lr=1e-3):
         logs = {k: math.log10(max(error, 1e-16)) for k, error in enumerate(errors)}
         draw(log_dir / run, "newton/log10_error", logs)
     print(f"   -> left after {steps} steps: {slow[-1]:.0e} by descent, {fast[-1]:.0e} by Newton")
+    steepest = torch.linalg.eigvalsh(jacobian_by_rows(grad(rosenbrock), best)).max().item()
+    print(f"      (near the minimum descent diverges with a step over {2 / steepest:.4f}; a Newton")
+    print("      step needs H, which costs n + 1 gradients, and solves a system)")
     return {"descent": slow, "newton": fast}
 
 
@@ -279,7 +283,7 @@ def gradient_penalty(D, x, create_graph=True):
 
 
 def train_critic(weight, create_graph, steps, shift, lr=0.02):
-    """SGD on D(0) - D(shift) + weight * penalty, where D(x) = a . x: |a| after each step."""
+    """SGD on D(0) - D(shift) + weight * penalty for a critic D(x) = a . x: |a| after each step."""
     a, d = torch.tensor([0.6, 0.8], requires_grad=True), torch.tensor(shift)
     optimizer, lengths = torch.optim.SGD([a], lr), []
     for _ in range(steps):
@@ -293,7 +297,9 @@ def train_critic(weight, create_graph, steps, shift, lr=0.02):
 
 
 def show_penalty(log_dir, steps=100, weight=10.0, shift=(3.0, 0.0)):
-    print(f"5. D(x) = a . x shall rise from 0 to d = {shift}: does a penalty keep |a| near 1?")
+    print(
+        f"5. Train D(x) = a . x to raise D(d) - D(0), d = {shift}: can a penalty keep |a| near 1?"
+    )
     print("   loss = D(0) - D(d) + weight (|dD/dx| - 1)^2, where dD/dx is a")
     print(f"   run               weight   create_graph   |a| after {steps} steps")
     runs = {"penalty": (weight, True), "none": (0.0, True), "no_create_graph": (weight, False)}

@@ -136,9 +136,12 @@ def test_what_is_printed_of_the_modes_is_counted(lesson, tmp_path, events, capsy
         assert row[4] == f"{jacobian(x)[0, 0]:.4f}"
         assert row[5] == f"{max((J - jacobian(x)).abs().max() for J in found):.0e}"
     assert " ".join(rows[6]) == "-> take rows for m = 1; take columns for m = 64"
-    ahead = f"a forward-mode pass {measured['ahead']:.2g} times:"
-    assert " ".join(rows[7]) == f"-> a backward pass multiplies 1 times what f does, {ahead}"
-    assert " ".join(rows[8]) == f"the turn is at m = {measured['ahead'] * 4 - 1:.0f}"
+    ahead = f"a forward-mode pass {measured['ahead']:.2g}"
+    assert (
+        " ".join(rows[7]) == f"-> a backward pass takes 1 times the multiplications of f, {ahead}"
+    )
+    turn = f"both ways cost the same at m = {measured['ahead'] * 4 - 1:.0f}"
+    assert " ".join(rows[8]).endswith(turn)
     assert curve(events, tmp_path / "reverse", "jacobian/log2_passes") == {0: 0, 6: 6}
     assert curve(events, tmp_path / "forward", "jacobian/log2_passes") == {0: 2, 6: 2}
 
@@ -282,6 +285,11 @@ def test_what_is_printed_of_newton_is_measured(lesson, tmp_path, events, capsys)
         assert line.split() == [str(k), f"{slow[k]:.1e}", f"{fast[k]:.1e}"]
     left = f"{slow[6]:.0e} by descent, {fast[6]:.0e} by Newton"
     assert lines[9] == f"   -> left after 6 steps: {left}"
+    limit = 2 / (501 + math.sqrt(501**2 - 400))  # H at (1, 1) has the trace 1002, determinant 400
+    assert lines[10].endswith(f"descent diverges with a step over {limit:.4f}; a Newton")
+    away = lesson.descent(lesson.rosenbrock, double(1 + 1e-9, 1), 1.05 * limit, 50)[-1] - 1
+    near = lesson.descent(lesson.rosenbrock, double(1 + 1e-9, 1), 0.95 * limit, 50)[-1] - 1
+    assert near.norm() < 1e-9 < away.norm()
     for run, errors in {"descent": slow, "newton": fast}.items():
         logs = {k: math.log10(error) for k, error in enumerate(errors)}
         assert curve(events, tmp_path / run, "newton/log10_error") == pytest.approx(logs)
