@@ -1,8 +1,6 @@
 import copy
 import math
-import types
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,16 +14,6 @@ F64 = torch.float64
 @pytest.fixture
 def lesson(load):
     return load("06_gradient_accumulation_and_tricks.py")
-
-
-def edited(lesson, old, new):
-    """The lesson after a reader's edit: `old`, which it holds once, is `new`."""
-    source = Path(lesson.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    module = types.ModuleType("edited")
-    module.__file__ = lesson.__file__
-    exec(compile(source.replace(old, new), lesson.__file__, "exec"), module.__dict__)
-    return module
 
 
 def data(N, seed=0):
@@ -204,7 +192,7 @@ def test_divisors_print_weights_and_errors(lesson, tmp_path, capsys):
     assert "-> exact for every size of the last part: sum / N\n" in out
 
 
-def test_try_n_is_the_number_of_labels_that_are_left(lesson, tmp_path, capsys, monkeypatch):
+def test_try_n_is_the_number_of_labels_that_are_left(lesson, edited, tmp_path, capsys, monkeypatch):
     line = "    x, y = torch.randn(k * size, 8).double(), torch.randint(3, (k * size,))\n"
     copied = edited(lesson, line, line + "    y[::3] = -100\n")
     torch.manual_seed(0)

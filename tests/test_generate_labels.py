@@ -1,6 +1,5 @@
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from PIL import Image
@@ -66,17 +65,7 @@ def test_a_label_that_is_there_is_kept_whatever_it_says(lesson, folder, text):
     assert label.read_text(encoding="utf-8") == text
 
 
-def edited(lesson, old, new):
-    """The lesson with one change in its source, as a reader makes it on a copy."""
-    source = Path(lesson.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    copy = ModuleType("copy")
-    copy.__file__ = lesson.__file__
-    exec(compile(source.replace(old, new), lesson.__file__, "exec"), vars(copy))
-    return copy
-
-
-def test_try_a_label_that_says_nothing_is_kept(lesson, insects_root, capsys):
+def test_try_a_label_that_says_nothing_is_kept(lesson, edited, insects_root, capsys):
     copied = edited(lesson, 'corrected.write_text("bees", e', 'corrected.write_text("", e')
     measured = copied.main(root=insects_root)
     assert [new for _, new in measured["counts"]["first"].values()] == [2, 0, 0, 0]

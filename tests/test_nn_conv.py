@@ -1,6 +1,4 @@
 import io
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,16 +13,6 @@ from support.pictures import caption_row
 @pytest.fixture
 def lesson(load):
     return load("nn_conv.py")
-
-
-def edited(lesson, old, new):
-    """The lesson with one change in its source, as a reader makes it on a copy."""
-    source = Path(lesson.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    copy = ModuleType("copy")
-    copy.__file__ = lesson.__file__
-    exec(compile(source.replace(old, new), lesson.__file__, "exec"), vars(copy))
-    return copy
 
 
 # --- the layer by hand -------------------------------------------------------------------------
@@ -129,7 +117,7 @@ def test_stride_2_follows_a_move_by_two_pixels_and_not_by_one():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_try_stride_2_follows_moves_by_2_and_4_pixels_only(lesson, tmp_path, capsys, seed):
+def test_try_stride_2_follows_moves_by_2_and_4_pixels_only(lesson, edited, tmp_path, capsys, seed):
     lesson = edited(lesson, "= show_moved(stride=1)", "= show_moved(stride=2)")
     off = lesson.main(seed=seed, log_dir=tmp_path)["moved"]
     assert max(off[2], off[4]) < 1e-6 < 0.1 < min(off[1], off[3])

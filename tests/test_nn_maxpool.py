@@ -1,6 +1,4 @@
 import io
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,16 +14,6 @@ from support.pictures import caption_row
 @pytest.fixture
 def lesson(load):
     return load("nn_maxpool.py")
-
-
-def edited(lesson, old, new):
-    """The lesson with one change in its source, as a reader makes it on a copy."""
-    source = Path(lesson.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    copy = ModuleType("copy")
-    copy.__file__ = lesson.__file__
-    exec(compile(source.replace(old, new), lesson.__file__, "exec"), vars(copy))
-    return copy
 
 
 # --- sizes -------------------------------------------------------------------------------------
@@ -127,7 +115,7 @@ def test_amax_shares_the_gradient_among_equals(lesson):
                        lesson.gradient(nn.MaxPool2d(2), plain, one))  # fmt: skip
 
 
-def test_try_of_two_maxima_the_first_gets_the_gradient(lesson, images_root, tmp_path, capsys):
+def test_try_the_first_of_two_maxima_gets_it(lesson, edited, images_root, tmp_path, capsys):
     changed = edited(lesson, "[5, 4.0,", "[5, 5.0,")
     changed.main(log_dir=tmp_path, root=images_root, batch=4)
     rows = capsys.readouterr().out.partition("\n4. ")[2].splitlines()[2:6]

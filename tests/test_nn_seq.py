@@ -1,6 +1,4 @@
 import io
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,16 +15,6 @@ FIELDS = [(23, 3), (23, 3), (23, 4), (21, 8), (21, 8), (21, 10), (17, 18), (17, 
 @pytest.fixture
 def lesson(load):
     return load("nn_seq.py")
-
-
-def edited(lesson, old, new):
-    """The lesson with one change in its source, as a reader makes it on a copy."""
-    source = Path(lesson.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    copy = ModuleType("copy")
-    copy.__file__ = lesson.__file__
-    exec(compile(source.replace(old, new), lesson.__file__, "exec"), vars(copy))
-    return copy
 
 
 # --- both forms --------------------------------------------------------------------------------
@@ -194,7 +182,7 @@ def test_the_frame_lies_around_the_field(lesson):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_try_dilation_2_in_conv3_widens_the_field_of_pool3_to_30(lesson, tmp_path, capsys, seed):
+def test_try_dilation_2_in_conv3_widens_pool3s_field_to_30(lesson, edited, tmp_path, capsys, seed):
     first = "    net = conv_pool_linear()[:9]  # without flatten and linear\n"
     added = "    net.conv3 = nn.Conv2d(16, 32, 3, padding=2, dilation=2)\n"
     changed = edited(lesson, first, first + added)

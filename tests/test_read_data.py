@@ -1,7 +1,6 @@
 import io
 import re
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,16 +21,6 @@ def train(lesson, insects_root):
     folder = insects_root / "hymenoptera_sample" / "train"
     lesson.write_missing_labels(folder)
     return folder
-
-
-def edited(lesson, old, new):
-    """The lesson with one change in its source, as a reader makes it on a copy."""
-    source = Path(lesson.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    copy = ModuleType("copy")
-    copy.__file__ = lesson.__file__
-    exec(compile(source.replace(old, new), lesson.__file__, "exec"), vars(copy))
-    return copy
 
 
 # --- the Dataset -------------------------------------------------------------------------------
@@ -320,7 +309,7 @@ def test_an_image_that_was_changed_is_not_kept(lesson, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_try_smaller_batches_have_less_padding(lesson, insects_root, tmp_path, seed):
+def test_try_smaller_batches_have_less_padding(lesson, edited, insects_root, tmp_path, seed):
     copy = edited(lesson, "batch_size=8):", "batch_size=2):")
     copy.main(seed, tmp_path / "main", insects_root)
     torch.manual_seed(seed)

@@ -2,8 +2,6 @@ import io
 import json
 import time
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
-from types import ModuleType
 from urllib.error import HTTPError
 
 import numpy as np
@@ -18,16 +16,6 @@ from support.pictures import caption_row
 @pytest.fixture(scope="module")
 def lesson(load):
     return load("test_tb.py")
-
-
-def edited(lesson, old, new):
-    """The lesson with one change in its source, as a reader makes it on a copy."""
-    source = Path(lesson.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    copy = ModuleType("copy")
-    copy.__file__ = lesson.__file__
-    exec(compile(source.replace(old, new), lesson.__file__, "exec"), vars(copy))
-    return copy
 
 
 def has_fast_loader():
@@ -64,7 +52,7 @@ def set_clock_back(folder, seconds=86_400):
 
 
 @pytest.fixture(scope="module")
-def run(lesson, tmp_path_factory):
+def run(lesson, edited, tmp_path_factory):
     """main's result and output, when it is run again, and the answers about Try's change."""
     log_dir, root = tmp_path_factory.mktemp("test_logs"), tmp_path_factory.mktemp("insects")
     drawings.write_hymenoptera_sample(root / "hymenoptera_sample", train=1, val=1)
