@@ -137,10 +137,10 @@ def seeded_loader(dataset, batch_size, seed, **options):
 
 def show_seeds(N, B, seed):
     print(f"3. Which of {N} items do batches of {B} bring, and does their order come back?")
-    print("                            random draws by                              batches,  left")
     print(
-        "   loader, epoch            other code before  first items      batches  by formula  out"
+        "   a, b: two loaders of one seed; draws before: random numbers drawn by other code before"
     )
+    print("   loader, epoch            draws before  first items      batches  formula  left out")
     places, orders = range(N), {}  # what has a length and items is a Dataset: item i of it is i
     a, b = (seeded_loader(places, B, seed) for _ in range(2))
     c = seeded_loader(places, B, seed + 1)
@@ -156,8 +156,8 @@ def show_seeds(N, B, seed):
         batches = list(loader)
         order = orders[name[:2]] = torch.cat(batches).tolist()
         count = count_batches(N, B, loader.drop_last)
-        print(f"   {name:<23}  {draws:<17d}  {str(order[:3])[1:-1]:<16}{len(batches):8d}  "
-              f"{count:10d}  {N - len(set(order)):3d}")  # fmt: skip
+        print(f"   {name:<23}  {draws:<12d}  {str(order[:3])[1:-1]:<16}{len(batches):8d}  "
+              f"{count:7d}  {N - len(set(order)):8d}")  # fmt: skip
         assert len(batches) == count
     same = [f"{x} = {y}" for x, y in combinations(orders, 2) if orders[x] == orders[y]]
     whole = sum(sorted(order) == [*places] for order in orders.values())
@@ -230,8 +230,11 @@ def two_epochs(loader, seed):
 
 def show_workers(N, B, seed, loaders):
     print("5. What do workers change? Each item draws a torch.rand(), as augmentation does")
-    print("                  epoch 0                  epoch 1                  all the same if the")
-    print("   loader         first items    1st rand  first items    1st rand  loader is made anew")
+    print("   worker: a process that reads batches ahead; persistent: started and seeded only once")
+    print(
+        "                  epoch 0                  epoch 1                  same items and numbers"
+    )
+    print("   loader         first items    1st rand  first items    1st rand  from a new loader?")
     runs, back = {}, {}
     for name, options in loaders.items():
         runs[name], again = (two_epochs(seeded_loader(Slow(range(N)), B, seed, **options), seed)
@@ -243,8 +246,8 @@ def show_workers(N, B, seed, loaders):
     for name in others:
         items, draws = (runs[name] == runs[zero]).all(2).sum(0)
         words = name if name.endswith("workers") else f"{name} workers"
-        print(f"   -> with {words} the order is that of {zero} in {items} of 2 epochs, the "
-              f"random numbers in {draws} of 2")  # fmt: skip
+        print(f"   -> with {words} the order is that of {zero} in {items} of 2 epochs, "
+              f"and the random numbers in {draws or 'none'}")  # fmt: skip
     return runs, back
 
 
@@ -274,9 +277,11 @@ def show_speed(images_set, N, B, seed, loaders):
         null, some, kept = measured[name] = [seconds / alone for seconds in times]
         print(f"   {name:<15}   {null:16.2f}   {some:9.2f}   {kept:12.2f}")
     print(f"   ({zero}, again: the same kind of loader once more; its distance from 1 is noise)")
+    print("   (faster, slower: the distance from 1 is over 0.15 and over twice that of the noise)")
     for name, (null, _, kept) in measured.items():
-        words = "faster" if kept < null else "slower"
-        words = words if abs(kept - null) > 0.15 else "neither faster nor slower"
+        words = "faster" if kept < 1 else "slower"
+        clear = abs(kept - 1) > max(0.15, 2 * abs(null - 1))
+        words = words if clear else "neither faster nor slower"
         print(f"   -> where reading an item {name}, {others[-1]} workers were {words} here")
     return measured
 

@@ -111,6 +111,8 @@ def test_the_table_of_seeds_names_equal_orders_and_what_is_left_out(lesson, caps
         assert row[-3:] == (["4", "4", "0"] if draws < 7 else ["3", "3", "2"])
     names = ["a0: seed 4, epoch 0", "c0: seed 5, epoch 0", "f0: drop_last, in order"]
     assert [lines[i][3:26].strip() for i in (3, 7, 10)] == names
+    assert lines[1].startswith("   a, b: two loaders of one seed; draws before: random numbers")
+    assert lines[2].split()[-6:] == ["first", "items", "batches", "formula", "left", "out"]
     assert lines[11] == "   -> 7 of 8 bring every item once; equal orders: a0 = b0, a1 = b1"
 
 
@@ -221,14 +223,14 @@ def test_workers_keep_the_orders_and_draw_their_own_numbers(lesson, capsys, work
     torch.randperm(23, generator=g)
     assert torch.equal(torch.randperm(23, generator=g), kept[1, 0].long())
     lines = capsys.readouterr().out.splitlines()
-    for line, (name, run) in zip(lines[3:6], runs.items(), strict=True):
+    for line, (name, run) in zip(lines[4:7], runs.items(), strict=True):
         cells = [f"{x[0]:.0f}, {x[1]:.0f} {draws[0]:.3f}" for x, draws in run]
         assert " ".join(line.split()) == f"{name} {' '.join(cells)} yes"
-    assert lines[6:] == [
+    assert lines[7:] == [
         f"   -> with {workers} workers the order is that of 0 workers in 2 of 2 epochs, "
-        "the random numbers in 0 of 2",
+        "and the random numbers in none",
         f"   -> with {workers} persistent workers the order is that of 0 workers in 1 of 2 epochs, "
-        "the random numbers in 0 of 2",
+        "and the random numbers in none",
     ]
 
 
@@ -260,12 +262,14 @@ def test_the_table_of_workers_says_what_it_finds(lesson, monkeypatch, capsys):
     ]
     assert list(back.values()) == [True, True, False]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[5].split() == ["3", "persistent", "2,", "1", "5.000", "1,", "2", "7.000", "no"]
-    assert lines[6:] == [
+    assert lines[1].startswith("   worker: a process that reads batches ahead; persistent: ")
+    assert lines[3].endswith("from a new loader?")
+    assert lines[6].split() == ["3", "persistent", "2,", "1", "5.000", "1,", "2", "7.000", "no"]
+    assert lines[7:] == [
         "   -> with 3 workers the order is that of 0 workers in 2 of 2 epochs, "
-        "the random numbers in 1 of 2",
+        "and the random numbers in 1",
         "   -> with 3 persistent workers the order is that of 0 workers in 0 of 2 epochs, "
-        "the random numbers in 1 of 2",
+        "and the random numbers in 1",
     ]
 
 
@@ -284,32 +288,35 @@ def test_the_fastest_epoch_counts_and_the_first_does_not(lesson, monkeypatch):
 
 @starts_workers
 @pytest.mark.parametrize(
-    ("kept", "words"),
-    [(2.6, "slower"), (2.2, "neither faster nor slower"), (1.8, "neither faster nor slower"),
-     (1.4, "faster")],
+    ("null", "kept", "words"),
+    [(2.0, 2.6, "slower"), (2.0, 2.2, "neither faster nor slower"), (2.0, 1.4, "faster"),
+     (2.0, 1.8, "neither faster nor slower"), (1.8, 2.2, "neither faster nor slower"),
+     (1.6, 2.6, "neither faster nor slower"), (1.6, 3.0, "slower"), (2.4, 1.4,
+     "neither faster nor slower"), (2.4, 1.0, "faster")],
 )  # fmt: skip
 def test_the_table_of_times_compares_with_the_same_loader(
-    lesson, images_root, monkeypatch, capsys, kept, words
+    lesson, images_root, monkeypatch, capsys, null, kept, words
 ):
     seen = []
 
     def best_epochs(loaders):
         seen.extend((x.num_workers, x.persistent_workers, len(x.dataset), x.dataset.wait,
                      x.batch_size, x.generator.initial_seed()) for x in loaders)  # fmt: skip
-        return [2.0, 2.0, 5.0, kept] if len(seen) == 4 else [4.0, 4.4, 4.8, 1.0]
+        return [2.0, null, 5.0, kept] if len(seen) == 4 else [4.0, 4.4, 4.8, 1.0]
 
     monkeypatch.setattr(lesson, "best_epochs", best_epochs)
     images_set = open_images(images_root, train=False)
     ratios = lesson.show_speed(images_set, 100, 4, 7, loaders_of(3))
     workers = [(0, False), (0, False), (3, False), (3, True)]
     assert seen == [(*w, n, wait, 4, 7) for n, wait in ((64, 0), (16, 0.003)) for w in workers]
-    assert ratios == {"is fast": [1, 2.5, kept / 2], "takes 3 ms": [1.1, 1.2, 0.25]}
+    assert ratios == {"is fast": [null / 2, 2.5, kept / 2], "takes 3 ms": [1.1, 1.2, 0.25]}
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:] == [
         "   reading an item   0 workers, again   3 workers   3 persistent",
-        f"   is fast                       1.00        2.50   {kept / 2:12.2f}",
+        f"   is fast           {null / 2:16.2f}        2.50   {kept / 2:12.2f}",
         "   takes 3 ms                    1.10        1.20           0.25",
         "   (0 workers, again: the same kind of loader once more; its distance from 1 is noise)",
+        "   (faster, slower: the distance from 1 is over 0.15 and over twice that of the noise)",
         f"   -> where reading an item is fast, 3 persistent workers were {words} here",
         "   -> where reading an item takes 3 ms, 3 persistent workers were faster here",
     ]
