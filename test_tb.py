@@ -108,7 +108,7 @@ def show_everyday(address, picture, numbers):
     )  # fmt: skip
     for call, written, answer, _ in rows:
         print(f"   {call:<13}   {written:<29}   {answer}")
-    print(f"   -> {sum(right for *_, right in rows)} of {len(rows)} are as they were written")
+    print(f"   -> {sum(right for *_, right in rows)} of {len(rows)} came back")
     return {call: answer for call, _, answer, _ in rows}
 
 
@@ -169,26 +169,33 @@ def show_curves(log_dir, default, with_options, points, many):
     first, second = loader(default), loader(with_options)
     print(f"   by default:   tensorboard --logdir {log_dir} (files read by its {first} loader)")
     print(f"   with options: the same, and {' '.join(OPTIONS)} (its {second} loader)")
-    print(
-        "   The first writer of a folder writes y = 2 step, the second one y = 3 step. As meant: a"
-    )
-    print(f"   run resumed at step {half} loses its older points from there on, in every tag.")
-    print("   steps: number of different steps. An x behind last y: this curve is not as meant")
-    groups = "".join(f"   {name:^20}" for name in ("as meant", "by default", "with options"))
-    print(f"   {'':<49}{groups}".rstrip())
-    print(f"   {'run':<19}{'how it was written':<30}" + "   points steps last y " * 3)
+    print("   steps: the number of different steps; last y: the value of the last point")
+    tables = (
+        ("a. Common mistakes, cures. y = 2 step, but second runs (one_folder, folder_b) 3 step",
+         [row for row in rows if row[0] not in ("resumed", "purge_step")]),
+        (f"b. Resuming: a first writer wrote y = 2 step, a second one y = 3 step from {half} on.\n"
+         f"      As meant, every curve shows no old point from step {half} on",
+         [row for row in rows if row[0] in ("resumed", "purge_step")]),
+    )  # fmt: skip
     shown, wrong = {}, ([], [])
-    for run, tag, how, meant in rows:
-        answers = [describe(ask(address, "scalars/scalars", run=run, tag=tag))
-                   for address in (default, with_options)]  # fmt: skip
-        shown[run, tag] = answers
-        name = f"{run} {tag}" if run == "purge_step" else run
-        cells = f"   {'{:6} {:5} {:6g}'.format(*meant) if meant else 'a curve for each run':<20}"
-        for names, answer in zip(wrong, answers, strict=True):
-            if answer != meant:
-                names.append(name)
-            cells += "   {:6} {:5} {:6g}".format(*answer) + (" " if answer == meant else "x")
-        print(f"   {name:<19}{how:<30}{cells}".rstrip())
+    for title, part_rows in tables:
+        print(f"   {title}")
+        print(f"   {'':<49}   {'meant':^20}   {'by default':^30}   {'with options':^30}".rstrip())
+        head = "   points steps last y"
+        print(f"   {'run':<19}{'how it was written':<30}{head}" + f"{head} as meant?" * 2)
+        for run, tag, how, meant in part_rows:
+            answers = [describe(ask(address, "scalars/scalars", run=run, tag=tag))
+                       for address in (default, with_options)]  # fmt: skip
+            shown[run, tag] = answers
+            name = f"{run} {tag}" if run == "purge_step" else run
+            cells = "{:6} {:5} {:6g}".format(*meant) if meant else "a curve for each run"
+            cells = f"   {cells:<20}"
+            for names, answer in zip(wrong, answers, strict=True):
+                if answer != meant:
+                    names.append(name)
+                cells += "   {:6} {:5} {:6g} ".format(*answer)
+                cells += f"{'yes' if answer == meant else 'no':<9}"
+            print(f"   {name:<19}{how:<30}{cells}".rstrip())
     cures = ["with_step", "folder_a", "folder_b", "purge_step line/y"]
     good = [cure for cure in cures if cure not in wrong[0] + wrong[1]]
     print(f"   -> not as meant by default:   {', '.join(wrong[0])}")

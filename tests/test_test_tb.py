@@ -39,7 +39,7 @@ ROWS = {  # what was written, by default, with OPTIONS
     ("long", "line/y"): ((1200, 1200, 2398), (1000, 1000, 2398), (1200, 1200, 2398)),
 }
 WRONG = (
-    ["no_step", "one_folder", "purge_step line/old", "long"],
+    ["no_step", "one_folder", "long", "purge_step line/old"],
     ["no_step", "one_folder", "resumed"],
 )
 
@@ -99,7 +99,7 @@ def test_everything_is_there(run, events):
     assert lines[1].startswith("1. In everyday code")
     assert [line.split()[0] for line in lines[3:8]] == list(answers)
     assert f"   {span}   " in lines[5] and lines[5].endswith(f"   {span}")
-    assert lines[8] == "   -> 5 of 5 are as they were written"
+    assert lines[8] == "   -> 5 of 5 came back"
 
 
 def test_the_curves_are_shown_as_the_table_says(run):
@@ -111,7 +111,7 @@ def test_the_curves_are_shown_as_the_table_says(run):
         for key, (_, by_default, changed) in ROWS.items()
     }
     assert shown == expected
-    wrong = WRONG if fast else ([*WRONG[1], "long"], WRONG[1])
+    wrong = WRONG if fast else (["no_step", "one_folder", "long", "resumed"], WRONG[1])
     assert measured["curves"]["wrong"] == tuple(wrong)
     assert lines[9].startswith("2. Traps: which curves does TensorBoard show")
     chosen = "fast" if fast else "slow"
@@ -120,33 +120,41 @@ def test_the_curves_are_shown_as_the_table_says(run):
     assert lines[10] == f"   by default:   {start}"
     options = "--load_fast=false --samples_per_plugin=images=200,scalars=5000"
     assert lines[11] == f"   with options: the same, and {options} (its slow loader)"
-    assert lines[13].startswith("   run resumed at step 6 loses its older points from there on")
-    for line, (run_name, tag), (meant, _, _) in zip(lines[17:26], ROWS, ROWS.values(), strict=True):
+    assert lines[13].startswith("   a. Common mistakes, cures. y = 2 step, but second runs")
+    assert lines[22].endswith("a first writer wrote y = 2 step, a second one y = 3 step from 6 on.")
+    assert lines[23] == "      As meant, every curve shows no old point from step 6 on"
+    for i in (15, 25):
+        answer = ["points", "steps", "last", "y"]
+        assert lines[i].split()[5:] == answer + 2 * [*answer, "as", "meant?"]
+    order = [key for key in ROWS if key[0] not in ("resumed", "purge_step")]
+    order += [key for key in ROWS if key not in order]
+    for line, (run_name, tag) in zip(lines[16:22] + lines[26:29], order, strict=True):
+        meant = ROWS[run_name, tag][0]
         name = [run_name, tag] if run_name == "purge_step" else [run_name]
         assert line.split()[: len(name)] == name
         cells = [*meant] if meant else ["for", "each", "run"]
         for answer in expected[run_name, tag]:
-            cells += [*answer] if answer == meant else [*answer[:2], f"{answer[2]}x"]
+            cells += [*answer, "yes" if answer == meant else "no"]
         assert line.split()[-len(cells) :] == [str(cell) for cell in cells]
-    assert lines[26] == f"   -> not as meant by default:   {', '.join(wrong[0])}"
-    assert lines[27] == f"   -> not as meant with options: {', '.join(wrong[1])}"
+    assert lines[29] == f"   -> not as meant by default:   {', '.join(wrong[0])}"
+    assert lines[30] == f"   -> not as meant with options: {', '.join(wrong[1])}"
     assert (
-        lines[28] == "   -> as meant both times: with_step, folder_a, folder_b, purge_step line/y"
+        lines[31] == "   -> as meant both times: with_step, folder_a, folder_b, purge_step line/y"
     )
-    assert lines[29].startswith("      so give a step, a folder for each run, and purge_step")
+    assert lines[32].startswith("      so give a step, a folder for each run, and purge_step")
 
 
 def test_ten_pictures_are_kept_by_default(run):
     measured, lines, _, _ = run
     if has_fast_loader():
-        assert "not written again needs the slow loader, too: --load_fast=false" in lines[30]
-        lines = lines[:30] + lines[31:]
+        assert "not written again needs the slow loader, too: --load_fast=false" in lines[33]
+        lines = lines[:33] + lines[34:]
     assert measured["pictures"] == {"kept": [10, 14], "error": "TypeError"}
-    assert lines[30].startswith("3. Traps: 14 pictures of one tag")
-    assert lines[32].split() == ["14", "10", "14"]
-    assert lines[33] == "   -> by default 4 are missing, with options 0"
-    assert ": TypeError, as its height, 120, is taken" in lines[34]
-    assert len(lines) == 36 and lines[35].startswith("look: tensorboard --logdir")
+    assert lines[33].startswith("3. Traps: 14 pictures of one tag")
+    assert lines[35].split() == ["14", "10", "14"]
+    assert lines[36] == "   -> by default 4 are missing, with options 0"
+    assert ": TypeError, as its height, 120, is taken" in lines[37]
+    assert len(lines) == 39 and lines[38].startswith("look: tensorboard --logdir")
 
 
 def test_try_steps_in_reverse_leave_one_point_by_default(lesson, run):
@@ -275,7 +283,7 @@ def test_main_asks_both_servers(lesson, insects_root, tmp_path, monkeypatch, cap
     assert set(asked) == {"http", f"http {' '.join(lesson.OPTIONS)}"}
     out = capsys.readouterr().out
     for line in ("42 numbers, 0.00 to 2.00", "   7 x 6 pixels at step 5\n", "   <p>note</p>",
-                 "   layers Linear[3]\n", "-> 0 of 5 are as they were", "loader of http loader",
+                 "   layers Linear[3]\n", "-> 0 of 5 came back", "loader of http loader",
                  "-> by default 0 are missing, with options 0"):  # fmt: skip
         assert line in out
     assert json.dumps(measured["pictures"]["kept"]) == "[14, 14]"
