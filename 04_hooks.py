@@ -1,9 +1,9 @@
 """Hooks read and change a network's values and gradients while its code stays as it is.
 
 A hook is a function f of yours that PyTorch calls before or after a layer runs, or when a gradient
-arrives. What f returns is used instead of what it was given; None changes nothing. So you can print
-shapes in a network that somebody else wrote, clip a gradient, turn the gradient of one loss, or
-find the layer that makes a NaN. A hook that nobody removes runs in every later call.
+arrives. What f returns replaces what the last column below names; None changes nothing. So you
+can print shapes in a network that somebody else wrote, clip a gradient, reverse the gradient of
+one loss, or find the layer that makes a NaN. A hook that nobody removes runs in every later call.
 
     call                                 f is called as                  f may return
     a.register_hook(f)                   f(g), g = dL/da                 another g
@@ -21,7 +21,7 @@ Checked here   what hooks see and change; how often they run; a NaN traced to it
                answers, with an untrained network, a wrong class and a map of no class beside them
 TensorBoard    hooks/runs by call: forgotten rises faster and faster, removed by 1 a call. The
                picture cam/heat: in the run trained most red lies on the shape that it is for
-Try            in reverse_by_hook, take out the line with view_as: which gradient turns as well?
+Try            in reverse_by_hook, take out the line with view_as: which gradient is reversed too?
 Answer         That of a^2, to -4: the hook then sits on a itself, and changes all that comes back
 Source         Selvaraju et al. 2017, arXiv:1610.02391 (Grad-CAM); Ganin & Lempitsky 2015,
                arXiv:1409.7495 (gradient reversal)
@@ -93,7 +93,7 @@ def reverse_by_hook(a, strength):
 
 
 def show_reversal(strength=0.5):
-    print("2. Can the gradient of one loss be turned, and that of another be left alone?")
+    print("2. Can the gradient of one loss be reversed, and that of another be left alone?")
     print(f"   a = 2 x at x = 1, and b = reverse_by_hook(a, {strength})")
     print("   loss   dL/dx   without the hook")
     x = torch.tensor(1.0, requires_grad=True)
@@ -239,8 +239,10 @@ def find_nan(model, x):
 
 def show_nan(depth=6, width=8):
     print(f"5. A layer is put before each of {depth} Linear layers in turn: is a bad one found?")
-    print("   (sqrt(x) and its slope are NaN for x < 0, and 0 * NaN is NaN;")
-    print("   w = 0 is the weight of the layer put in, and the slope of sqrt is infinite at 0)")
+    print("   (find_nan(net, x) says which output or gradient is the first to be NaN or infinite.")
+    print("   sqrt(x) and its slope are NaN for x < 0, and 0 * NaN is NaN.")
+    print(f"   w = 0 is the weight of the layer put in, {depth - 1}.w in layer {depth - 1}; "
+          "the slope of sqrt is infinite at 0.)")  # fmt: skip
     print(f"   layer put in                right answers   answer when it was layer {depth - 1}")
     layers, found = [nn.Linear(width, width) for _ in range(depth)], {}
     x = torch.randn(16, width)
@@ -350,16 +352,18 @@ def show_grad_cam(log_dir, root, epochs, batch, asked):
         "sum of |A_k|, for no class": share_right([blind, blind]),
     }
     answers = 2 * len(pictures)
-    luck = 0.5 + 4 * 0.5 / answers**0.5  # guesses stay below it: four standard errors
+    # four standard errors, of pictures: the two answers from one picture may depend on each other
+    luck = 0.5 + 4 * 0.5 / len(pictures) ** 0.5
     print(f"   {len(pictures)} pictures of two shapes, of circle, ring, square. The heat for")
     print("   the left one's class should lie on the left, that for the right one's on the right.")
     print(f"   heat of                              right, of {answers} answers   by guessing")
     for name, share in shares.items():
         print(f"   {name:<34} {share:21.3f}   {0.5:11.3f}")
-    print("   (a wrong class: of the other shape or of neither; sum of |A_k|: what the last block")
-    print("   puts out, one map for both answers)")
+    print("   (A wrong class is that of the other shape, whose heat should lie on the other side,")
+    print("   or that of neither: so less than 0.5 is expected. The sum of |A_k| is what the last")
+    print("   block puts out, one map for both answers.)")
     better = " and ".join(name for name, share in shares.items() if share > luck)
-    print(f"   -> above {luck:.2f}, which no guessing reaches: {better or 'none'}")
+    print(f"   -> above {luck:.2f}, which guessing hardly ever reaches: {better or 'none'}")
     grey = (pictures.mean(1) / 4 + 0.5).clamp(0, 1)
     title = "Grad-CAM: red speaks for the class that is asked for"
     words = [f"top: the picture\nmiddle: for {CLASSES[left]}\nbottom: for {CLASSES[right]}"
