@@ -167,14 +167,16 @@ def show_error(x, y, lr, steps):
     # gradient = H error, so a step turns a part c of the error into (1 - lr lam) c
     factors, law = error_factors(path[:11], directions), 1 - lr * lam
     print(f"3. What does a step do to the error (w - 2, b - 1)? lr = {lr:g}")
-    print("   (The error is a sum of two parts, along the eigenvectors of H, the Hessian of L.")
-    print("   Theory: a step multiplies a part by 1 - lr lam, lam its eigenvalue.)")
+    print("   (H, the Hessian, holds the second derivatives of L. In two directions, its")
+    print("   eigenvectors, H only multiplies by a number, the eigenvalue lam. The error is split")
+    print("   into a part along each of the two. Theory: a step multiplies a part by 1 - lr lam.)")
     print(f"   H = [{H[0, 0]:.4f} {H[0, 1]:.4f}; {H[1, 0]:.4f} {H[1, 1]:.4f}]")
-    print("   part    eigenvector (w, b)   eigenvalue lam   1 - lr lam   measured: step 1  step 10")
+    print("   part    eigenvector (w, b)   eigenvalue lam   1 - lr lam   "
+          "measured at step 1  at step 10")  # fmt: skip
     for i, name in ((1, "steep"), (0, "flat")):
         along = "({:.3f}, {:6.3f})".format(*directions[:, i])
         print(f"   {name:<5}   {along}   {lam[i]:16.4f}   {law[i]:10.4f}"
-              f"   {factors[0, i]:16.4f}  {factors[-1, i]:7.4f}")  # fmt: skip
+              f"   {factors[0, i]:18.4f}  {factors[-1, i]:10.4f}")  # fmt: skip
     (flat, steep), (w, b) = factors[0], path[-1]
     print(f"   -> a step multiplies the steep part by {steep:.2f} and the flat one by {flat:.2f};")
     print(f"      {steps} steps end at w = {w:.4f}, b = {b:.4f}")
@@ -195,7 +197,8 @@ def show_learning_rates(log_dir, x, y, lr, steps):
     limit, (lam, _) = largest_lr(x), directions_of(hessian(x))
     rates = {"slow": lr / 5, "fit": lr, "just_below": 0.98 * limit, "just_above": 1.02 * limit}
     print(f"4. Which lr converge? The rule: lr < 2 / lam_max = 2 / {lam[1]:.4f} = {limit:.4f}")
-    print(f"   (seen to converge: after {steps} steps L is below 1% of its start)")
+    print("   (It says that 1 - lr lam is between -1 and 1 for the steep part and the flat one.")
+    print(f"   Seen to converge: after {steps} steps L is below 1% of its start.)")
     print(f"   run             lr   1 - lr lam: steep     flat   L at step 0   at step {steps}   "
           "converges? by the rule   seen")  # fmt: skip
     final_loss, verdicts = {}, []
@@ -219,7 +222,7 @@ def show_learning_rates(log_dir, x, y, lr, steps):
     right = sum(rule == seen for rule, seen in verdicts)
     always = sum(seen == "yes" for _, seen in verdicts)
     print(f"   -> the rule is right about {right} of {len(rates)} runs; "
-          f"to say yes always is right about {always}")  # fmt: skip
+          f"always answering yes would be right about {always} of {len(rates)}")  # fmt: skip
     return {"limit": limit, "final_loss": final_loss, "right": right}
 
 
