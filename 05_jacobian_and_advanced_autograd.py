@@ -140,7 +140,7 @@ def flops(compute, *args):
 
 
 def show_modes(log_dir, n, outputs):
-    print(f"2. J of f: R^{n} -> R^m, by rows and by columns: which takes fewer multiplications?")
+    print(f"2. J of f(x) = B tanh(A x), R^{n} -> R^m: rows or columns, which multiply less?")
     print("         backward passes   forward-mode passes   multiplications                largest")
     print("      m     for the rows       for the columns    rows / columns   J[0, 0]   difference")
     counts, work = {}, {}
@@ -167,8 +167,8 @@ def show_modes(log_dir, n, outputs):
     columns = ", ".join(str(m) for m in outputs if work[m] > 1)
     print(f"   -> take rows for m = {rows}; take columns for m = {columns}")
     print(f"   -> a backward pass takes {back:.2g} times the multiplications of f, a forward-mode "
-          f"pass {ahead:.2g}\n      times (PyTorch also multiplies the slope 0 of A and B): both "
-          f"ways cost the same at m = {(ahead * n - 1) / back:.0f}")  # fmt: skip
+          f"pass {ahead:.2g}\n      times (PyTorch also multiplies the slopes of A and B, which "
+          f"are 0): both ways cost the same at m = {(ahead * n - 1) / back:.0f}")  # fmt: skip
     return {"counts": counts, "work": work, "back": back, "ahead": ahead}
 
 
@@ -300,7 +300,10 @@ def show_penalty(log_dir, steps=100, weight=10.0, shift=(3.0, 0.0)):
     print(
         f"5. Train D(x) = a . x to raise D(d) - D(0), d = {shift}: can a penalty keep |a| near 1?"
     )
-    print("   loss = D(0) - D(d) + weight (|dD/dx| - 1)^2, where dD/dx is a")
+    print(
+        "   loss = D(0) - D(d) + weight (|dD/dx| - 1)^2, where dD/dx is a. With create_graph=True"
+    )
+    print("   the call that gives dD/dx is itself recorded, so the penalty has a gradient, too")
     print(f"   run               weight   create_graph   |a| after {steps} steps")
     runs = {"penalty": (weight, True), "none": (0.0, True), "no_create_graph": (weight, False)}
     lengths = {}

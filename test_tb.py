@@ -150,6 +150,11 @@ def describe(curve):
     return len(curve), len({step for _, step, _ in curve}), curve[-1][2]
 
 
+def in_short(curve):
+    points, steps, last_y = curve
+    return f"{points}/{steps}/{last_y:g}"
+
+
 def show_curves(log_dir, default, with_options, points, many):
     half = points // 2
     whole, resumed = (points, points, 2.0 * points - 2), (points, points, 3.0 * points - 3)
@@ -169,7 +174,7 @@ def show_curves(log_dir, default, with_options, points, many):
     first, second = loader(default), loader(with_options)
     print(f"   by default:   tensorboard --logdir {log_dir} (files read by its {first} loader)")
     print(f"   with options: the same, and {' '.join(OPTIONS)} (its {second} loader)")
-    print("   steps: the number of different steps; last y: the value of the last point")
+    print("   20/10/38: a curve of 20 points at 10 different steps, whose last y is 38")
     tables = (
         ("a. Common mistakes, cures. y = 2 step, but second runs (one_folder, folder_b) 3 step",
          [row for row in rows if row[0] not in ("resumed", "purge_step")]),
@@ -180,30 +185,30 @@ def show_curves(log_dir, default, with_options, points, many):
     shown, wrong = {}, ([], [])
     for title, part_rows in tables:
         print(f"   {title}")
-        print(f"   {'':<49}   {'meant':^20}   {'by default':^30}   {'with options':^30}".rstrip())
-        head = "   points steps last y"
-        print(f"   {'run':<19}{'how it was written':<30}{head}" + f"{head} as meant?" * 2)
+        print(f"   {'run':<20}{'how it was written':<32}{'meant':<17}"
+              f"{'by default':<17}as meant?   {'with options':<17}as meant?")  # fmt: skip
         for run, tag, how, meant in part_rows:
             answers = [describe(ask(address, "scalars/scalars", run=run, tag=tag))
                        for address in (default, with_options)]  # fmt: skip
             shown[run, tag] = answers
-            name = f"{run} {tag}" if run == "purge_step" else run
-            cells = "{:6} {:5} {:6g}".format(*meant) if meant else "a curve for each run"
-            cells = f"   {cells:<20}"
+            name = f"{run}: {tag}" if run == "purge_step" else run
+            cells = f"{in_short(meant) if meant else 'a curve per run':<17}"
             for names, answer in zip(wrong, answers, strict=True):
                 if answer != meant:
                     names.append(name)
-                cells += "   {:6} {:5} {:6g} ".format(*answer)
-                cells += f"{'yes' if answer == meant else 'no':<9}"
-            print(f"   {name:<19}{how:<30}{cells}".rstrip())
-    cures = ["with_step", "folder_a", "folder_b", "purge_step line/y"]
+                cells += f"{in_short(answer):<17}{'yes' if answer == meant else 'no':<12}"
+            print(f"   {name:<20}{how:<32}{cells}".rstrip())
+    cures = ["with_step", "folder_a", "folder_b", "purge_step: line/y"]
     good = [cure for cure in cures if cure not in wrong[0] + wrong[1]]
     print(f"   -> not as meant by default:   {', '.join(wrong[0])}")
     print(f"   -> not as meant with options: {', '.join(wrong[1])}")
     print(f"   -> as meant both times: {', '.join(good)}")
     if good == cures:
         print("      so give a step, a folder for each run, and purge_step where you resume")
-    if "purge_step line/old" in wrong[0]:
+    if "resumed" in wrong[1] and "resumed" not in wrong[0]:
+        print(f"      resumed: the {first} loader drops older points by itself, the {second} one "
+              "only where purge_step was given")  # fmt: skip
+    if "purge_step: line/old" in wrong[0]:
         print("      a tag that is not written again needs the slow loader, too: --load_fast=false")
     return {"shown": shown, "wrong": wrong, "good": good}
 

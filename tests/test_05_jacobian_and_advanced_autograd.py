@@ -333,7 +333,7 @@ def test_what_is_printed_of_the_penalty_is_measured(lesson, tmp_path, events, ca
     assert lengths["none"][0] == pytest.approx(a.norm().item())
     assert lengths["none"] == lengths["no_create_graph"] and lengths["none"][-1] > 6
     out = capsys.readouterr().out
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[3:6]}
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[4:7]}
     last = f"{lengths['none'][-1]:.4f}"
     assert rows["penalty"] == ["10", "True", "1.1500"]
     assert rows["none"] == ["0", "True", last]
