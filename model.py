@@ -211,9 +211,9 @@ def show_affine(model, x, y):
     no_silu = replace(model, nn.SiLU, nn.Identity)
     networks = {
         "Moli": model,
-        "no SiLU": no_silu,
-        "mean-pool for max-pool": replace(model, nn.MaxPool2d, lambda: nn.AvgPool2d(2)),
-        "both changes": replace(no_silu, nn.MaxPool2d, lambda: nn.AvgPool2d(2)),
+        "max-pool left, no SiLU": no_silu,
+        "SiLU left, mean-pool": replace(model, nn.MaxPool2d, lambda: nn.AvgPool2d(2)),
+        "neither of them left": replace(no_silu, nn.MaxPool2d, lambda: nn.AvgPool2d(2)),
         "one Linear layer": nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).double(),
     }
     print(
@@ -226,7 +226,10 @@ def show_affine(model, x, y):
         bends[name] = bend(f, x, y)
         print(f"   {name:<22}   {bends[name]:32.5f}   {(f(x) - f(y)).abs().max():21.5f}")
     straight = [name for name, size in bends.items() if size < 1e-12]
-    alone = {"max-pool": "no SiLU", "SiLU": "mean-pool for max-pool"}  # what is left in which row
+    alone = {
+        "max-pool": "max-pool left, no SiLU",
+        "SiLU": "SiLU left, mean-pool",
+    }
     bending = [kind for kind, name in alone.items() if name not in straight]
     print(f"   -> affine, up to rounding: {', '.join(straight)}. Each of these alone is enough")
     print(f"      to keep Moli from that: {', '.join(bending)} (the first column is larger without")

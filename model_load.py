@@ -177,9 +177,11 @@ def show_names(log_dir, state):
                 writer.add_scalar("load/as_saved", number, place)
     absent, _, (missing, _), number = loaded["prefixed"]
     print(f"   -> strict=False loaded {number} tensors of prefixed without an error: so print what")
-    told = f"{missing} of {absent} absent names are called missing"
-    print(f"      load_state_dict returns ({told}: in a plain dict,")
-    print("      no state_dict() itself, BatchNorm's counters may be absent)")
+    free = absent - missing
+    print(
+        f"      load_state_dict returns ({free} of the {absent} absent ones are BatchNorm counters:"
+    )
+    print("      torch does not call them missing where the state is a plain dict)")
     return loaded
 
 
@@ -316,7 +318,7 @@ def read_state(path):
 
 
 def show_reader(paths, state):
-    print(f"6. How can a reader refuse code? Our own one, with a table of {len(ALLOWED)} names")
+    print(f"6. How can a loader refuse code? Ours may call {len(ALLOWED)} names and no other")
     print("   file              outcome")
     outcomes = {}
     for kind, path in paths.items():

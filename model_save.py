@@ -304,8 +304,9 @@ def show_whole(folder):
 def show_failed_save(folder):
     path, left = folder / "over_a_good_file.pth", {}
     print("5. What is left of the old file if a save over it fails? (A lambda cannot be saved)")
+    print("   save, of section 2: writes a new file beside the old one, then puts it in its place")
     print("   saved by              bytes before   bytes left")
-    for name, way in (("torch.save", torch.save), ("save (section 2)", save)):
+    for name, way in (("torch.save", torch.save), ("save", save)):
         save({"weights": torch.zeros(1000)}, path)
         old = path.read_bytes()
         with suppress(PicklingError, AttributeError):

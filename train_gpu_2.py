@@ -202,7 +202,7 @@ def show_tricks(root, splits, stats, device, batch_size, compile, images):
         ("uint8 batches", "any device", last, (x, y, stats, small), at_once),
         ("on the device", "GPUs", last, (*there, small), at_once),
         (f"batches of {large}", "GPUs", last, (*there, large), None),
-        ("autocast", "GPUs, some CPUs", Autocast(last, device), (*there, large), at_once),
+        ("autocast", "GPU, some CPUs", Autocast(last, device), (*there, large), at_once),
     ]
     untried = [] if compile else [("--compile", "not tried: it is an option")]
     if compile:
@@ -213,8 +213,8 @@ def show_tricks(root, splits, stats, device, batch_size, compile, images):
         untried.append(("on the device", "not tried: all images lie on the CPU already"))
     print(f"2. What does each trick do on {device}? Each row adds one to those above it")
     print(f"   Loss and logits are of {len(x200)} images, before training. logits off: the largest")
-    print("   difference from row 1. images/s: the faster of two readings, the other one was lower")
-    print("   by so much. gain: images/s divided by that of row 1")
+    print("   difference from row 1. images/s: the faster of two readings; lower by: how much")
+    print("   slower the other one was. gain: images/s divided by that of row 1")
     print("   trick                       made for          loss   logits off   images/s   lower by"
           "   gain")  # fmt: skip
     pairs = read_twice(rows, root, stats, device, images)
@@ -236,7 +236,7 @@ def show_tricks(root, splits, stats, device, batch_size, compile, images):
     apart = (one_by_one - at_once.cpu()).abs().max().item()
     fastest, gain = rows[speeds.index(max(speeds))][0], max(speeds) / speeds[0]
     print(f"   -> no logit is off by more than {off:.4f}, {off / largest:.1%} of the largest one;")
-    print(f"      an image made by itself and one cut with others differ by {apart:.7f} at most")
+    print(f"      images made one by one and cut from one tensor differ by {apart:.7f} at most")
     print(f'      the fastest row on this {device.type} is "{fastest}": {gain:.1f} times row 1;')
     print(f"      readings of one row differ by up to {max(spreads):.0%}: closer rows may be equal")
     assert off < 0.02 * largest and apart < 1e-4

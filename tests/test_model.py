@@ -267,12 +267,12 @@ def test_main_shows_what_the_layers_make_and_what_bends_them(model, capsys, seed
     assert "-> classifier.1 Linear holds 45% of the parameters and does 0.5% of the work\n" in out
 
     bends = measured["bends"]
-    assert bends["both changes"] < 1e-12 and bends["one Linear layer"] < 1e-12
-    assert min(bends["Moli"], bends["no SiLU"], bends["mean-pool for max-pool"]) > 2e-5
-    assert "-> affine, up to rounding: both changes, one Linear layer. Each of" in out
+    assert bends["neither of them left"] < 1e-12 and bends["one Linear layer"] < 1e-12
+    assert min(bends["Moli"], bends["max-pool left, no SiLU"], bends["SiLU left, mean-pool"]) > 2e-5
+    assert "-> affine, up to rounding: neither of them left, one Linear layer. Each of" in out
     assert "to keep Moli from that: max-pool, SiLU (the first column is larger without\n" in out
     spread = {name: float(re.search(rf"   {name} .* (\d\S+)\n", out)[1]) for name in bends}
-    assert spread["no SiLU"] > 3 * spread["Moli"] > 0
+    assert spread["max-pool left, no SiLU"] > 3 * spread["Moli"] > 0
     for name, size in bends.items():
         assert re.search(rf"   {name} +{size:.5f} +\d", out)
     assert measured["without"] < 1e-12 and measured["with_silu"] > 0.05

@@ -234,7 +234,7 @@ def test_each_row_has_one_trick_more_and_the_same_weights(lesson, tricks, capsys
     assert 0 < measured["apart"] < 1e-5
     share = f"{offs[3] / measured['largest']:.1%}"
     assert f"-> no logit is off by more than {offs[3]:.4f}, {share} of the largest one;\n" in out
-    assert f" cut with others differ by {measured['apart']:.7f} at most\n" in out
+    assert f" cut from one tensor differ by {measured['apart']:.7f} at most\n" in out
     assert '      the fastest row on this cpu is "autocast": 5.0 times row 1;\n' in out
     assert "      readings of one row differ by up to 50%: closer rows may be equal\n" in out
 
