@@ -68,13 +68,18 @@ def insects_root(tmp_path_factory):
     return root
 
 
-def edited_copy(lesson, old, new):
-    """The lesson with one change, as a reader makes it on a copy: `old`, there once, is `new`."""
-    source = Path(lesson.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1
+def edited_copy(lesson, old, new, *more):
+    """The lesson with `new` for `old`, below its docstring, as a reader changes a copy.
+
+    `old` must stand there once. More changes follow as pairs (old, new).
+    """
+    code = Path(lesson.__file__).read_text(encoding="utf-8").split('"""', 2)[2]
+    for was, becomes in ((old, new), *more):
+        assert code.count(was) == 1
+        code = code.replace(was, becomes)
     copy = ModuleType("copy")
     copy.__file__ = lesson.__file__
-    exec(compile(source.replace(old, new), lesson.__file__, "exec"), vars(copy))
+    exec(compile(code, lesson.__file__, "exec"), vars(copy))
     return copy
 
 

@@ -170,18 +170,8 @@ def test_points_of_another_shape_are_refused(lesson, shapes):
         lesson.descend(x, y, 0.1, steps=1)
 
 
-def edited(load_from, old, new):
-    """The lesson's namespace after one edit of its source, below the docstring."""
-    code = load_from.read_text(encoding="utf-8").split('"""', 2)[2]
-    assert code.count(old) == 1
-    names = {"__name__": "edited", "__file__": str(load_from)}
-    exec(compile(code.replace(old, new), load_from.name, "exec"), names)
-    return names
-
-
-def test_try_at_the_limit_itself_the_loss_stays(lesson, tmp_path, capsys):
-    path = lesson.LOG_DIR.parents[1] / "01_manual_gradient.py"
-    measured = edited(path, "1.02 * limit", "limit")["main"](log_dir=tmp_path, steps=400)
+def test_try_at_the_limit_itself_the_loss_stays(lesson, edited, tmp_path, capsys):
+    measured = edited(lesson, "1.02 * limit", "limit").main(log_dir=tmp_path, steps=400)
     assert measured["right"] == 4
     printed = row(capsys.readouterr().out, "just_above")
     assert printed[-4:] == ["6.89", "5.3e+00", "no", "no"]

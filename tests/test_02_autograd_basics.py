@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,15 +15,6 @@ def manual(load):
 def noisy_data(n=7):
     x = torch.randn(n, dtype=torch.float64)
     return x, torch.randn(n, dtype=torch.float64)
-
-
-def edited(lesson, old, new):
-    """The lesson's namespace after a reader's edit: `old`, which it holds once, is `new`."""
-    source = Path(lesson.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    names = {"__name__": "edited", "__file__": lesson.__file__}
-    exec(compile(source.replace(old, new), lesson.__file__, "exec"), names)
-    return names
 
 
 def largest_curvature(x):
@@ -189,9 +178,9 @@ def test_the_forgotten_run_blows_up_past_4_over_lam(lesson, zero, bound):
     assert below.abs().max() < 50 < 100 < above[-1].abs().max()
 
 
-def test_try_only_the_zeroed_run_blows_up(lesson, tmp_path, capsys):
+def test_try_only_the_zeroed_run_blows_up(lesson, edited, tmp_path, capsys):
     copied = edited(lesson, "points=20, lr=0.1, steps", "points=20, lr=0.34, steps")
-    last = copied["main"](log_dir=tmp_path)["last"]
+    last = copied.main(log_dir=tmp_path)["last"]
     assert last["zeroed"] > 10 and last["forgotten"] < 3
     out = capsys.readouterr().out
     for run in ("zeroed", "forgotten"):

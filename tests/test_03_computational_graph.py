@@ -125,19 +125,9 @@ def test_backward_is_a_walk_over_the_nodes(f, shapes):
     assert len(walked) == len(params) and all(p.grad is None for p in params)
 
 
-def edited(lesson, old, new):
-    """The lesson's namespace after one edit of its code."""
-    path = lesson.LOG_DIR.parents[1] / "03_computational_graph.py"
-    code = path.read_text(encoding="utf-8").split('"""', 2)[2]
-    assert code.count(old) == 1
-    names = {"__name__": "edited", "__file__": str(path)}
-    exec(compile(code.replace(old, new), path.name, "exec"), names)
-    return names
-
-
-def test_try_an_assignment_keeps_one_use_of_z_only(lesson, tmp_path, capsys):
+def test_try_an_assignment_keeps_one_use_of_z_only(lesson, edited, tmp_path, capsys):
     names = edited(lesson, "source.grad += value.grad", "source.grad = value.grad")
-    measured = names["main"](log_dir=tmp_path, batch=3, width=5, depth=4)
+    measured = names.main(log_dir=tmp_path, batch=3, width=5, depth=4)
     assert measured["own"] == [18, 6, 12]
     out = capsys.readouterr().out
     assert row(out, "dL/dw") == ["18.0000", "39.0000", "39.0000"]
@@ -202,9 +192,9 @@ def test_detach_and_data_share_memory_and_only_detach_is_found_out(lesson, capsy
     assert "-> detach() makes a constant: at z = 3 z * z.detach() has slope 3, z * z 6\n" in out
 
 
-def test_what_a_function_that_keeps_its_input_would_print(lesson, tmp_path, capsys):
+def test_what_a_function_that_keeps_its_input_would_print(lesson, edited, tmp_path, capsys):
     names = edited(lesson, "        y = w.sigmoid()\n", "        y = w.sin()\n")
-    names["show_detach"]()
+    names.show_detach()
     assert "-> an edit of  is seen and refused" in capsys.readouterr().out
 
 

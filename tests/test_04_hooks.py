@@ -1,8 +1,6 @@
 import io
 import math
-import types
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,16 +16,6 @@ from support.pictures import heat_columns, heat_over
 @pytest.fixture(scope="module")
 def lesson(load):
     return load("04_hooks.py")
-
-
-def edited(lesson, old, new):
-    """The lesson after a reader's edit: `old`, which it holds once, is `new`."""
-    source = Path(lesson.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    module = types.ModuleType("edited")
-    module.__file__ = lesson.__file__
-    exec(compile(source.replace(old, new), lesson.__file__, "exec"), module.__dict__)
-    return module
 
 
 def leaf(*shape):
@@ -61,7 +49,7 @@ def test_the_everyday_hooks_print_shapes_and_a_clipped_gradient(lesson, capsys):
                          "a.grad holds the clipped gradient")  # fmt: skip
 
 
-def test_without_the_clamp_the_everyday_lines_say_so(lesson, capsys):
+def test_without_the_clamp_the_everyday_lines_say_so(lesson, edited, capsys):
     edited(lesson, "g.clamp(-10, 10)", "g.clamp(-99, 99)").show_everyday()
     assert capsys.readouterr().out.endswith(
         "-> x.grad is [-36.0, 18.0, 36.0], without a hook [-36.0, 18.0, 36.0]; "
@@ -128,7 +116,7 @@ def test_only_the_loss_that_reads_through_the_hook_is_reversed(lesson, capsys):
     )
 
 
-def test_try_a_hook_on_a_itself_turns_the_other_gradient_too(lesson, capsys):
+def test_try_a_hook_on_a_itself_turns_the_other_gradient_too(lesson, edited, capsys):
     copied = edited(lesson, "    a = a.view_as(a)\n    if a.req", "    if a.req")
     assert copied.show_reversal() == {"a^2": (-4, 8), "3 b": (-3, 6)}
     assert "-> multiplied by -0.5: the gradient of a^2 and of 3 b\n" in capsys.readouterr().out

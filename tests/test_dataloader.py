@@ -3,8 +3,7 @@ import multiprocessing
 import time
 from collections import Counter
 from itertools import product
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,21 +125,10 @@ def test_other_draws_change_the_order_of_a_loader_without_a_generator_alone(less
     assert order(0, generator=generator()) == order(1, generator=generator())
 
 
-def edited(lesson, old, new, *more):
-    """The lesson with changes in its source, as a reader makes them on a copy."""
-    source = Path(lesson.__file__).read_text(encoding="utf-8")
-    for old_text, new_text in more:
-        assert source.count(old_text) == 1
-        source = source.replace(old_text, new_text)
-    assert source.count(old) == 1
-    copy = ModuleType("copy")
-    copy.__file__ = lesson.__file__
-    exec(compile(source.replace(old, new), lesson.__file__, "exec"), vars(copy))
-    return copy
-
-
 @pytest.mark.parametrize("seed", range(5))
-def test_try_drop_last_leaves_out_others_in_each_epoch(lesson, images_root, tmp_path, capsys, seed):
+def test_try_drop_last_leaves_out_others_in_each_epoch(
+    lesson, edited, images_root, tmp_path, capsys, seed
+):
     line = "(seeded_loader(places, B, seed) for _ in range(2))"
     lesson = edited(lesson, line, line.replace("seed)", "seed, drop_last=True)"), (
         "    return orders\n", '    for x in ("a0", "a1"): print({*places} - {*orders[x]})\n'

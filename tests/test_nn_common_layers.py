@@ -1,7 +1,3 @@
-import ast
-import types
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,17 +13,6 @@ def lesson(load):
 def x():
     torch.manual_seed(0)
     return torch.tensor([5.0, -2, 0]).view(3, 1, 1) + 2 * torch.randn(16, 3, 8, 8)
-
-
-def edited(lesson, old, new):
-    """The lesson after a reader's edit of code: `old`, which it holds once, is `new`."""
-    tree = ast.parse(Path(lesson.__file__).read_text(encoding="utf-8"))
-    source = ast.unparse(ast.Module(tree.body[1:], []))  # without the docstring
-    assert source.count(old) == 1
-    module = types.ModuleType("edited")
-    module.__file__ = lesson.__file__
-    exec(compile(source.replace(old, new), lesson.__file__, "exec"), module.__dict__)
-    return module
 
 
 def rows_of(out, start):
@@ -236,7 +221,7 @@ def test_the_masks_are_logged_as_they_were_drawn(lesson, events, tmp_path, capsy
     assert f"-> each mean is 1 within {within}      though {zeros} of the ones" in out
 
 
-def test_try_two_dropouts_keep_the_mean_and_triple_the_variance(lesson, tmp_path, capsys):
+def test_try_two_dropouts_keep_the_mean_and_triple_the_variance(lesson, edited, tmp_path, capsys):
     reader = edited(
         lesson, "layer = nn.Dropout(p)", "layer = nn.Sequential(nn.Dropout(p), nn.Dropout(p))"
     )

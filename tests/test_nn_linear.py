@@ -1,7 +1,4 @@
-import ast
 import io
-import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,17 +11,6 @@ from torch import nn
 @pytest.fixture
 def lesson(load):
     return load("nn_linear.py")
-
-
-def edited(lesson, old, new):
-    """The lesson after a reader's edit of code: `old`, which it holds once, is `new`."""
-    tree = ast.parse(Path(lesson.__file__).read_text(encoding="utf-8"))
-    source = ast.unparse(ast.Module(tree.body[1:], []))  # without the docstring
-    assert source.count(old) == 1
-    module = types.ModuleType("edited")
-    module.__file__ = lesson.__file__
-    exec(compile(source.replace(old, new), lesson.__file__, "exec"), module.__dict__)
-    return module
 
 
 def rows_of(out, start):
@@ -147,7 +133,7 @@ def test_batches_give_what_the_whole_set_gives_and_a_refused_one_stops_none(less
 
 
 def test_try_a_layer_on_one_channel_takes_each_channel_for_a_sample(
-    lesson, images_root, tmp_path, capsys
+    lesson, edited, images_root, tmp_path, capsys
 ):
     reader = edited(lesson, "(1, nn.Linear(3072, 10))", "(2, nn.Linear(1024, 10))")
     reader.main(log_dir=tmp_path, root=images_root, count=100, steps=2)

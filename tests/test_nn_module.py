@@ -1,7 +1,3 @@
-import ast
-import types
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,17 +7,6 @@ from torch import nn
 @pytest.fixture
 def lesson(load):
     return load("nn_module.py")
-
-
-def edited(lesson, old, new):
-    """The lesson after a reader's edit of code: `old`, which it holds once, is `new`."""
-    tree = ast.parse(Path(lesson.__file__).read_text(encoding="utf-8"))
-    source = ast.unparse(ast.Module(tree.body[1:], []))  # without the docstring
-    assert source.count(old) == 1
-    module = types.ModuleType("edited")
-    module.__file__ = lesson.__file__
-    exec(compile(source.replace(old, new), lesson.__file__, "exec"), module.__dict__)
-    return module
 
 
 def rows_of(out, start):
@@ -219,7 +204,7 @@ def test_the_fit_is_the_loop_and_measures_a_distance(lesson, events, tmp_path, l
         assert [e.value for e in logged] == pytest.approx(values)
 
 
-def test_try_the_lists_parameters_are_trained_but_still_not_saved(lesson, tmp_path, capsys):
+def test_try_the_lists_parameters_are_trained_but_still_not_saved(lesson, edited, tmp_path, capsys):
     reader = edited(
         lesson,
         "SGD(net.parameters(), lr)",

@@ -1,8 +1,5 @@
-import ast
 import re
-import types
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,17 +19,6 @@ def pixels(lesson, images_root):
     """800 images shrunk to (800, 192) in [0, 1], and their labels."""
     images, labels = lesson.as_tensors(lesson.open_images(images_root))
     return F.avg_pool2d(images.double() / 255, 4).flatten(1), labels
-
-
-def edited(lesson, old, new):
-    """The lesson after a reader's edit of code: `old`, which it holds once, is `new`."""
-    tree = ast.parse(Path(lesson.__file__).read_text(encoding="utf-8"))
-    source = ast.unparse(ast.Module(tree.body[1:], []))  # without the docstring
-    assert source.count(old) == 1
-    module = types.ModuleType("edited")
-    module.__file__ = lesson.__file__
-    exec(compile(source.replace(old, new), lesson.__file__, "exec"), module.__dict__)
-    return module
 
 
 def rows_of(out, start):
@@ -172,9 +158,9 @@ def test_orthogonal_weights_stretch_no_vector(lesson):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_try_weights_4_w_lift_the_bound_but_not_the_gradient(
-    lesson, pixels, tmp_path, capsys, seed
+    lesson, edited, pixels, tmp_path, capsys, seed
 ):
-    reader = edited(lesson, "('sigmoid', torch.sigmoid, 1)", "('sigmoid', torch.sigmoid, 4)")
+    reader = edited(lesson, '("sigmoid", torch.sigmoid, 1)', '("sigmoid", torch.sigmoid, 4)')
     torch.manual_seed(seed)
     norms = reader.show_depth(tmp_path, pixels[0] - 0.5, 10)
     assert norms["bound"].tolist() == [1] * 11
