@@ -139,7 +139,7 @@ def show_same_loss(model, x, y):
     on_cpu, on_cuda = losses_on_both(model, x, y)
     print(f"3. Is the loss of {len(y)} images the same on both?")
     print("   on the CPU   on the GPU   difference")
-    print(f"   {on_cpu:10.4f}   {on_cuda:10.4f}   {on_cuda - on_cpu:10.4f}")
+    print(f"   {on_cpu:10.4f}   {on_cuda:10.4f}   {abs(on_cuda - on_cpu):10.4f}")
     print(f"   -> they are {abs(on_cuda - on_cpu):.4f} apart; a GPU may round what a convolution")
     print("      multiplies to 10 binary digits behind the point (TF32)")
     assert abs(on_cpu - on_cuda) < 1e-2

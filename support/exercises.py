@@ -144,7 +144,10 @@ def attempt(lesson, source, names, tests=None, limit=1800, record=False):
 def judge(attempts, bar):
     """Yield what the grader says of each attempt. One process serves many, till one ends it."""
     attempts = list(attempts)
-    environment = os.environ | {"PYTHONPATH": path_with_root()}
+    environment = os.environ | {
+        "PYTHONPATH": path_with_root(),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # those that shuffle or spread tests, for example
+    }
     for name in ("PYTHONOPTIMIZE", "PYTEST_ADDOPTS"):  # without asserts all tests would pass
         environment.pop(name, None)
     while attempts:

@@ -16,6 +16,9 @@ from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+LOADED = subprocess.check_output(  # as Python begins: a package in site-packages may load more
+    [sys.executable, "-c", "import sys; print(*sys.modules)"], text=True
+).split()
 
 
 @pytest.fixture
@@ -313,6 +316,7 @@ def test_files_that_hide_a_module_are_named_and_nothing_else(fast, monkeypatch, 
     assert wrong == [
         f"{name}: {hides.format(name.removesuffix('.py'))}"
         for name in ("queue", "random.py", "sympy.py", "typing_extensions.py")
+        if name.removesuffix(".py") not in LOADED
     ]
     assert facts["problems"][1]["type"] == f"rename {tmp_path / 'random.py'}"
 
@@ -323,7 +327,7 @@ def test_the_notes_themselves_hide_no_module(lesson):
 
 @pytest.mark.parametrize("name", ["random", "types", "queue", "logging", "re", "json", "pathlib"])
 def test_console_survives_a_file_that_hides_a_module(tmp_path, name):
-    folder = tmp_path / "notes"
+    hides, folder = name not in LOADED, tmp_path / "notes"
     folder.mkdir()
     (folder / f"{name}.py").write_text("raise RuntimeError('mine')", encoding="utf-8")
     shutil.copy(ROOT / "Console.py", folder)
@@ -333,7 +337,7 @@ def test_console_survives_a_file_that_hides_a_module(tmp_path, name):
         (tmp_path / f"{name}-0.1.dist-info" / "METADATA").write_text(lines, encoding="utf-8")
     done = run(script=folder / "Console.py", PYTHONPATH=str(tmp_path), PATH="")
     assert done.returncode == 1 and done.stderr == ""
-    assert f"rename {folder}" in done.stdout and "older than 2.7" in done.stdout
+    assert (f"rename {folder}" in done.stdout) == hides and "older than 2.7" in done.stdout
 
 
 def test_a_torch_hidden_by_a_file_is_not_asked_anything(fast, monkeypatch, tmp_path):
