@@ -1,27 +1,27 @@
-"""A contrastive loss needs no labels: trained on two changed copies of each image, it makes shapes
-that nobody named easier to tell apart by a linear classifier.
+"""A contrastive loss needs no labels: trained on two changed copies of each image, a network learns
+vectors from which a linear classifier names shapes better than from those of an untrained one.
 
-It trains a network that turns an example into a vector. The vectors of two views of one example,
-such as two changed copies of an image, shall be alike. Those of other examples, the negatives,
-shall differ. Without negatives the same vector for all would be best: the network collapses.
+Two views of one example, such as two changed copies of an image, are turned into vectors. The loss
+pulls these two together and pushes those of other examples, the negatives, away. With the pull
+alone all vectors could become one (collapse); section 3 shows negatives that do not prevent it.
 Take InfoNCE for two kinds of views (image and caption), NT-Xent for two views by one network, and
-the triplet loss where each example comes with its own negative.
+the triplet loss where each example comes with a negative of its own.
 
     cosine     s_ij = q_i . k_j for vectors of length 1: 1 is alike, -1 is opposite
     InfoNCE    L = -mean over i of log( exp(s_ii / t) / sum_j exp(s_ij / t) ),   j = 1 ... N
     NT-Xent    the same for the 2N views of N images; j runs over the 2N - 1 other views
     triplet    mean of max(0, |a - p| - |a - n| + margin)
-    bound      I >= log N - L
+    bound      log N - L, on average over batches, is at most I
 
     q_i, k_i  the vectors of two views of example i of N     t  the temperature, above 0
     a, p, n   a vector, that of its other view, that of a negative      log  natural
     I         mutual information: how much one view tells about the other, in nats (units of log)
 
-Needs          nn_loss.py, nn_seq.py
-Checked here   plain losses = those with checks; NT-Xent = a loop's, triplet = torch's; which
-               negatives pull; four trainings without labels, one of them a collapse; the bound
-TensorBoard    views/loss, alignment, uniformity by step in the runs nt_xent_2 ... triplet_hardest;
-               gradient/hardest_share by 100 t; bound/nats by 10 I; PROJECTOR: coloured by shape
+Needs          nn_loss.py, nn_conv2d.py, nn_optim.py
+Checked here   plain losses = those with checks = loops, triplet = torch's; four trainings
+               without labels, one of them a collapse; the bound, where I is known
+TensorBoard    views/loss and views/uniformity by step, a run for each training: uniformity goes to
+               0 in triplet_hardest only; bound/nats by 10 I: each run N_2 ... ends flat at log N
 Try            in show_everyday, write t = 0.05 for t = 0.5: which losses change?
 Answer         all of InfoNCE and NT-Xent but those of equal vectors, which stay log 3 and log 5
 Source         van den Oord et al. 2018, arXiv:1807.03748; Chen et al. 2020, arXiv:2002.05709;
@@ -31,7 +31,6 @@ Source         van den Oord et al. 2018, arXiv:1807.03748; Chen et al. 2020, arX
 import argparse
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -78,22 +77,28 @@ def show_everyday():
     t = 0.5
     info = info_nce_plain(q, k, t)
     both = nt_xent_plain(q, k, t)
-    triplet = nn.TripletMarginLoss(margin=1.0)(q, k, k.roll(-1, 0))  # negative: the next example's
+    triplet = nn.TripletMarginLoss(margin=1.0)(q, k, k.roll(-1, 0))  # negative: the next one's k
 
     print("1. In everyday code: which second views k are good? 3 examples, first views q = (1, 0),")
-    print(f"   (0, 1), (-1, 0); temperature {t}; margin 1")
-    print("   second views k           InfoNCE   NT-Xent   triplet")
-    rows = {"each equals its q": [info, both, triplet]}
+    print(
+        f"   (0, 1), (-1, 0); temperature {t}; margin 1; triplet's negative: k of the next example"
+    )
+    print("   vectors                      InfoNCE   NT-Xent   triplet")
+    rows = {"each k equals its q": [info, both, triplet]}
     ones = torch.ones(3, 2)
-    for name, a, k in (("each is another's q", q, q.roll(1, 0)), ("all vectors equal", ones, ones)):
+    others = {"each k is another's q": (q, q.roll(1, 0)), "all equal, q as well": (ones, ones)}
+    for name, (a, k) in others.items():
         triplet = nn.TripletMarginLoss(margin=1.0)(a, k, k.roll(-1, 0))
         rows[name] = [info_nce_plain(a, k, t), nt_xent_plain(a, k, t), triplet]
     for name, losses in rows.items():
         rows[name] = [loss.item() for loss in losses]
-        print(f"   {name:<22}" + "".join(f"{loss:10.3f}" for loss in rows[name]))
-    print(f"   {'log 3, log 5, margin':<22}{math.log(3):10.3f}{math.log(5):10.3f}{1:10.3f}")
+        print(f"   {name:<26}" + "".join(f"{loss:10.3f}" for loss in rows[name]))
     order = sorted(rows, key=lambda name: rows[name][0])
-    print(f"   -> from the best to the worst InfoNCE: {'; '.join(order)}")
+    print(f"   -> InfoNCE, best first: {'; '.join(order)}")
+    guess = [math.log(3), math.log(5), 1.0]
+    off = max(abs(a - b) for a, b in zip(rows["all equal, q as well"], guess, strict=True))
+    print(f"   -> equal vectors give log 3 = {guess[0]:.3f}, log 5 = {guess[1]:.3f} and the margin,"
+          f" within {off:.0e}")  # fmt: skip
     return rows
 
 
@@ -122,19 +127,16 @@ def info_nce(q, k, temperature=0.1):
 
 
 def nt_xent(z1, z2, temperature=0.5):
-    """Mean NT-Xent of two views z1, z2 (..., N, D) of N images; further axes are batches apart.
+    """Mean NT-Xent of two views z1, z2 (N, D) of N images.
 
     Each of the 2N views asks for the other view of its image among the 2N - 1 others: cross-entropy
     of their cosines over the temperature, one's own set to -infinity. same_shapes refuses other
     shapes; unit(x) gives vectors of length 1. Exercise.
     """
     same_shapes(z1, z2)
-    z = unit(torch.cat([z1, z2], dim=-2))  # (..., 2N, D)
-    n = z.size(-2)
-    itself = torch.eye(n, dtype=torch.bool, device=z.device)
-    s = (z @ z.mT / temperature).masked_fill(itself, -math.inf)  # (..., 2N, 2N)
-    other_view = torch.arange(n, device=z.device).roll(n // 2)
-    return F.cross_entropy(s.flatten(0, -2), other_view.repeat(s.numel() // n**2))
+    z = unit(torch.cat([z1, z2]))  # (2N, D)
+    s = (z @ z.mT / temperature).fill_diagonal_(-math.inf)  # (2N, 2N)
+    return F.cross_entropy(s, torch.arange(len(z), device=z.device).roll(len(z1)))
 
 
 def triplet_loss(anchor, positive, negative, margin=1.0, eps=1e-6):
@@ -148,25 +150,37 @@ def triplet_loss(anchor, positive, negative, margin=1.0, eps=1e-6):
     return (near - far + margin).clamp(min=0).mean()
 
 
-def nt_xent_by_loop(z1, z2, temperature):
-    """NT-Xent as it is written: a sum over candidates for every view."""
-    views = [*F.normalize(z1, dim=1), *F.normalize(z2, dim=1)]
-    N, total = len(z1), 0.0
-    for i, view in enumerate(views):
-        e = [torch.exp(view @ other / temperature) for other in views]
-        total -= torch.log(e[(i + N) % (2 * N)] / sum(e[j] for j in range(2 * N) if j != i))
-    return total / (2 * N)
+def by_loop(views, candidates, right, t):
+    """-mean over i of log( exp(s_ir / t) / sum_j exp(s_ij / t) ), as written; r is right[i].
+
+    candidates[i] lists the vectors that view i is compared with.
+    """
+    total = 0.0
+    for view, others, r in zip(views, candidates, right, strict=True):
+        e = [torch.exp(F.cosine_similarity(view, other, dim=0) / t) for other in others]
+        total -= torch.log(e[r] / sum(e))
+    return total / len(right)
+
+
+def info_nce_by_loop(q, k, t):
+    return by_loop(q, [k] * len(q), range(len(q)), t)
+
+
+def nt_xent_by_loop(z1, z2, t):
+    views, N = [*z1, *z2], len(z1)
+    candidates = [views[:i] + views[i + 1 :] for i in range(2 * N)]  # all but itself
+    right = [i + N - 1 for i in range(N)] + list(range(N))  # the other view's place among them
+    return by_loop(views, candidates, right, t)
 
 
 def show_twins():
     print("2. Are the losses right? 7 random pairs of vectors of 5 numbers, three ways to compute")
-    print("   loss      plain      with checks   by a loop, or torch's")
+    print("   loss      plain      with checks   by a loop; triplet: torch's")
     a, b, c = (torch.randn(7, 5, dtype=F64, requires_grad=True) for _ in range(3))
-    torchs = F.triplet_margin_loss(a, b, c, margin=0.7)
     rows = {
-        "InfoNCE": [info_nce_plain(a, b, 0.2), info_nce(a, b, 0.2)],
-        "NT-Xent": [nt_xent_plain(a, b, 0.3), nt_xent(a, b, 0.3), nt_xent_by_loop(a, b, 0.3)],
-        "triplet": [triplet_loss(a, b, c, 0.7), torchs],
+        "InfoNCE": [f(a, b, 0.2) for f in (info_nce_plain, info_nce, info_nce_by_loop)],
+        "NT-Xent": [f(a, b, 0.3) for f in (nt_xent_plain, nt_xent, nt_xent_by_loop)],
+        "triplet": [triplet_loss(a, b, c, 0.7), F.triplet_margin_loss(a, b, c, margin=0.7)],
     }
     off = 0.0
     for name, losses in rows.items():
@@ -176,63 +190,13 @@ def show_twins():
             torch.testing.assert_close(grads[i], grads[0], rtol=0, atol=1e-12)
             off = max(off, (losses[i] - losses[0]).abs().item())
             off = max(off, (grads[i] - grads[0]).abs().max().item())
-        shown = [f"{loss.item():.6f}" for loss in losses]
-        first = "-" if name == "triplet" else shown.pop(0)
-        third = shown[1] if len(shown) > 1 else "-"
-        print(f"   {name:<7}   {first:<8}   {shown[0]:<11}   {third}")
+        shown = ["-"] * (3 - len(losses)) + [f"{loss.item():.6f}" for loss in losses]
+        print(f"   {name:<7}   {shown[0]:<8}   {shown[1]:<11}   {shown[2]}")
     print(f"   -> one way minus another, losses and gradients, largest: {off:.1g}")
     return off
 
 
-# --- 3. which negatives pull -------------------------------------------------------------------
-
-
-def hardest_share(q, k, temperature, hardest=0.05):
-    """Share of the negatives' gradient, with respect to s_ij, on the most similar 5 % of them.
-
-    s (B, B) holds the cosines of q_i and k_j, the loss is the cross-entropy of s / temperature with
-    the target j = i. In each row, the round(hardest (B - 1)) negatives of largest s count as hard.
-    A float: sum of their gradients over that of all negatives. Exercise.
-    """
-    B = len(q)
-    s = (F.normalize(q, dim=1) @ F.normalize(k, dim=1).mT).requires_grad_()
-    loss = F.cross_entropy(s / temperature, torch.arange(B))
-    (grad,) = torch.autograd.grad(loss, s)
-    negatives = ~torch.eye(B, dtype=torch.bool)
-    grad = grad[negatives].view(B, B - 1)
-    order = s.detach()[negatives].view(B, B - 1).argsort(dim=1, descending=True)
-    top = grad.gather(1, order[:, : round(hardest * (B - 1))])
-    return (top.sum() / grad.sum()).item()
-
-
-def show_temperature(log_dir, B=256, D=32):
-    print(
-        f"3. Which negatives pull at a vector? {B} random pairs, InfoNCE: the most similar 5 % of"
-    )
-    print(f"   its {B - 1} negatives, and their share of the gradient on all of them")
-    print("   temperature t    share of the gradient")
-    q, k, shares = torch.randn(B, D, dtype=F64), torch.randn(B, D, dtype=F64), {}
-    with SummaryWriter(log_dir / "temperature", purge_step=0) as writer:
-        for percent in (2, 5, 10, 20, 50, 100):
-            t = percent / 100
-            shares[t] = hardest_share(q, k, t)
-            writer.add_scalar("gradient/hardest_share", shares[t], percent)
-            print(f"   {t:13.2f}    {shares[t]:21.3f}")
-    most, least = max(shares, key=shares.get), min(shares, key=shares.get)
-    print(f"   -> the hardest 5 % pull most at t = {most:g} ({shares[most]:.3f}), "
-          f"least at t = {least:g} ({shares[least]:.3f})")  # fmt: skip
-    return shares
-
-
-# --- 4. a training without labels --------------------------------------------------------------
-
-
-def alignment(z1, z2):
-    """Mean squared distance of the two views (N, D), both put on the unit sphere: 0 is best.
-
-    Exercise.
-    """
-    return (F.normalize(z1, dim=1) - F.normalize(z2, dim=1)).square().sum(1).mean()
+# --- 3. a training without labels --------------------------------------------------------------
 
 
 def uniformity(z):
@@ -251,6 +215,18 @@ def hardest_negatives(z1, z2):
     with torch.no_grad():
         nearest = torch.cdist(z1, z2).fill_diagonal_(math.inf).argmin(1)
     return z2[nearest]
+
+
+def semi_hard_negatives(z1, z2):
+    """The same, among the rows that are farther than z2[i]; if none is, the farthest: (N, D).
+
+    "Semi-hard": Schroff et al. 2015, section 3.2.
+    """
+    with torch.no_grad():
+        d = torch.cdist(z1, z2)
+        nearest = d.where(d > d.diagonal()[:, None], math.inf).min(1)
+        chosen = torch.where(nearest.values.isinf(), d.argmax(1), nearest.indices)
+    return z2[chosen]
 
 
 def draw_shapes(n):
@@ -304,91 +280,91 @@ def linear_probe(features, train, test, ridge=10.0):
     return ((h_test @ W).argmax(1) == test[1]).double().mean().item()
 
 
-def loss_of_batch(z1, z2, loss, negatives, t=0.3, margin=1.0):
-    """NT-Xent within groups of negatives / 2 + 1 images, or the triplet loss, of z1, z2 (B, D)."""
-    if loss == "nt_xent":
-        group = negatives // 2 + 1
-        return nt_xent(z1.unflatten(0, (-1, group)), z2.unflatten(0, (-1, group)), t)
+def loss_of_batch(z1, z2, name, t=0.3, margin=1.0):
+    """The loss that a row of the table is named after, of two views z1, z2 (B, D)."""
+    if name == "nt_xent":
+        return nt_xent(z1, z2, t)
     z1, z2 = unit(z1), unit(z2)
-    chosen = hardest_negatives(z1, z2) if negatives == "hardest" else z2.roll(-1, 0)  # the next
-    return triplet_loss(z1, z2, chosen, margin)
+    if name == "triplet_random":
+        return triplet_loss(z1, z2, z2.roll(-1, 0), margin)  # the next image's
+    choose = hardest_negatives if name == "triplet_hardest" else semi_hard_negatives
+    return triplet_loss(z1, z2, choose(z1, z2), margin)
 
 
-def train(images, loss, negatives, steps, batch, seed, writer):
-    """The encoder after `steps` batches, and the last loss, alignment and uniformity."""
+def train(images, name, steps, batch, seed, writer):
+    """The encoder after `steps` batches; and its first loss, last loss and last uniformity."""
     torch.manual_seed(seed)  # the same start, images and views for each loss
     features = encoder()
-    head = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 32))  # thrown away afterwards
-    model = nn.Sequential(features, head)
+    head = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 32))
+    model = nn.Sequential(features, head)  # the loss sees the head's 32 numbers; the 256 are kept
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    figures = {}
-    for step in tqdm(range(steps), desc=f"{loss} {negatives}", leave=False, disable=None):
+    losses, spread = [], 0.0
+    for step in tqdm(range(steps), desc=name, leave=False, disable=None):
         x = images[torch.randperm(len(images))[:batch]]
         z1, z2 = model(torch.cat([augment(x), augment(x)])).chunk(2)  # (B, 32) each
-        value = loss_of_batch(z1, z2, loss, negatives)
+        loss = loss_of_batch(z1, z2, name)
         optimizer.zero_grad()
-        value.backward()
+        loss.backward()
         optimizer.step()
+        losses.append(loss.item())
         if step % 10 == 0 or step == steps - 1:
-            z1, z2 = z1.detach(), z2.detach()
-            figures = {"loss": value.item(), "alignment": alignment(z1, z2).item(),
-                       "uniformity": uniformity(z1).item()}  # fmt: skip
-            for name, number in figures.items():
-                writer.add_scalar(f"views/{name}", number, step)
-    return features.eval(), figures
-
-
-def write_embedding(writer, features, test, count=500):
-    images, names = test[0][:count], [SHAPES[label] for label in test[1][:count]]
-    shutil.rmtree(Path(writer.log_dir) / "00000", ignore_errors=True)  # the last run's
-    with torch.no_grad():
-        writer.add_embedding(features(images), names, images.clamp(0, 1), 0, "test_images")
+            spread = uniformity(z1.detach()).item()
+            writer.add_scalar("views/loss", losses[-1], step)
+            writer.add_scalar("views/uniformity", spread, step)
+    return features.eval(), {"first": losses[0], "last": losses[-1], "uniformity": spread}
 
 
 def show_training(seed, log_dir, batch, images, steps):
-    print("4. What is learned without labels?")
-    print(f"   {images:,} images of 8 shapes, {steps} steps, {batch} images in each")
-    print(
-        f"   accuracy   on {images // 2:,} others, of a linear classifier of the encoder's outputs;"
-    )
-    print(f"              it sees {images // 5} labels.   untrained: the encoder as it starts")
-    print("   distance   of two views, squared, the mean; 0 is best, if the vectors spread")
-    print("   evenness   log mean exp(-2 d^2) over pairs of images at distance d; 0: all are equal")
-    print("   trained by   negatives   accuracy   last loss   distance   evenness")
+    print(f"3. What is learned without labels from {images:,} images of 8 shapes?")
+    print(f"   {steps} steps of {batch} images; temperature 0.3, margin 1")
+    print("   accuracy     of a linear classifier of the encoder's 256 outputs, fitted to"
+          f" {images // 5}")  # fmt: skip
+    print(f"                labelled images, on {images // 2:,} others")
+    print("   uniformity   0: all vectors are equal; -3.75: their directions are random")
+    print("   trained by                       accuracy   first loss   last loss   uniformity")
     torch.manual_seed(seed)
     unlabelled = draw_shapes(images)[0]
     labelled, test = draw_shapes(images // 5), draw_shapes(images // 2)
     torch.manual_seed(seed)
     rows = {
-        "pixels": {"accuracy": linear_probe(nn.Flatten(), labelled, test)},
-        "start": {"accuracy": linear_probe(encoder().eval(), labelled, test)},
+        "a guess": {"accuracy": 1 / len(SHAPES)},
+        "nothing: the pixels": {"accuracy": linear_probe(nn.Flatten(), labelled, test)},
+        "nothing: an untrained encoder": {
+            "accuracy": linear_probe(encoder().eval(), labelled, test)
+        },
     }
-    for name, words in (("pixels", "(pixels)"), ("start", "(untrained)")):
-        print(f"   {words:<10}   {'-':<9}   {rows[name]['accuracy']:8.3f}")
-    many = 2 * batch - 2
-    for loss, negatives in (("nt_xent", 2), ("nt_xent", many), ("triplet", "random"),
-                            ("triplet", "hardest")):  # fmt: skip
-        name = f"{loss}_{negatives}"
+    for words, row in rows.items():
+        print(f"   {words:<31}  {row['accuracy']:9.3f}")
+    trainings = {
+        "nt_xent": f"NT-Xent, {2 * batch - 2} negatives",
+        "triplet_random": "triplet, a random negative",
+        "triplet_hardest": "triplet, the nearest one",
+        "triplet_semi_hard": "triplet, the nearest beyond p",
+    }
+    for name, words in trainings.items():
         with SummaryWriter(log_dir / name, purge_step=0) as writer:
-            features, row = train(unlabelled, loss, negatives, steps, batch, seed, writer)
-            row["accuracy"] = linear_probe(features, labelled, test)
-            if negatives == many:
-                write_embedding(writer, features, test)
-        rows[name] = row
-        word = {"nt_xent": "NT-Xent", "triplet": "triplet"}[loss]
-        print(f"   {word:<10}   {negatives!s:<9}   {row['accuracy']:8.3f}   {row['loss']:9.3f}   "
-              f"{row['alignment']:8.3f}   {row['uniformity']:8.3f}")  # fmt: skip
-    best = max(rows, key=lambda name: rows[name]["accuracy"])
-    top, start = rows[best]["accuracy"], rows["start"]["accuracy"]
+            features, row = train(unlabelled, name, steps, batch, seed, writer)
+        row["accuracy"] = linear_probe(features, labelled, test)
+        rows[words] = row
+        print(f"   {words:<31}  {row['accuracy']:9.3f}   {row['first']:10.3f}   {row['last']:9.3f}"
+              f"   {row['uniformity']:10.3f}")  # fmt: skip
+    untrained = [row for words, row in rows.items() if words not in trainings.values()]
+    most = max(row["accuracy"] for row in untrained)
+    above = sum(rows[words]["accuracy"] > most for words in trainings.values())
+    best = max(rows, key=lambda words: rows[words]["accuracy"])
+    print(f"   -> {above} of 4 trainings end above all rows without one; the best is {best}")
+    for words in trainings.values():
+        if rows[words]["uniformity"] > -0.02:
+            print(f"   -> collapsed: {words}.")
+    first = rows[trainings["triplet_hardest"]]["first"]
     print(
-        f"   -> the best accuracy is that of {best}: {top:.3f}; without training it is {start:.3f}"
+        f"      With the nearest negatives the loss begins at {first:.3f}; equal vectors give the"
     )
-    equal = [name for name, row in rows.items() if row.get("uniformity", -1) > -0.1]
-    print(f"   -> collapsed, as evenness is above -0.1: {', '.join(equal) or 'none'}")
+    print(f"      margin, 1, which is {'less' if first > 1 else 'no less'}")
     return rows
 
 
-# --- 5. second reading: what a batch can show --------------------------------------------------
+# --- 4. what a batch can show ------------------------------------------------------------------
 
 
 def gaussian_pairs(rho, n, d=4):
@@ -405,25 +381,28 @@ def log_ratio(x, y, rho):
 
 
 def lower_bound(rho, N, batches):
-    """log N - L, mean over batches of N pairs, with the best critic."""
-    losses = []
-    for _ in range(batches):
+    """log N - L with the best critic: its mean over batches of N pairs, and its standard error."""
+    losses = torch.zeros(batches, dtype=F64)
+    for i in range(batches):
         x, y = gaussian_pairs(rho, N)
-        losses.append(F.cross_entropy(log_ratio(x, y, rho), torch.arange(N)).item())
-    return math.log(N) - sum(losses) / batches
+        losses[i] = F.cross_entropy(log_ratio(x, y, rho), torch.arange(N))
+    return math.log(N) - losses.mean().item(), (losses.std() / math.sqrt(batches)).item()
 
 
 def show_bound(log_dir, pairs):
     print(
-        "5. How much information can a batch of N pairs show? log N - L, in nats, for random pairs"
+        "4. How much information can a batch of N pairs show? log N - L, in nats, for random pairs"
     )
     print("   whose I is known; the best possible score takes the place of the cosine")
-    rhos, bounds = (0.5, 0.9, 0.99, 0.999), {}
+    rhos, bounds, most = (0.5, 0.9, 0.99, 0.999), {}, 0.0
     truth = {rho: -2 * math.log(1 - rho**2) for rho in rhos}  # d = 4
     head = "   ".join(f"I = {truth[rho]:6.3f}" for rho in rhos)
     print(f"     N   {head}   log N")
     for N in (2, 16, 256):
-        bounds[N] = {rho: lower_bound(rho, N, max(1, pairs // N)) for rho in rhos}
+        bounds[N] = {}
+        for rho in rhos:
+            bounds[N][rho], error = lower_bound(rho, N, max(2, pairs // N))
+            most = max(most, error)
         assert max(bounds[N].values()) <= math.log(N)  # as L >= 0
         shown = "   ".join(f"{bounds[N][rho]:10.3f}" for rho in rhos)
         print(f"   {N:3}   {shown}   {math.log(N):5.3f}")
@@ -433,6 +412,7 @@ def show_bound(log_dir, pairs):
                 writer.add_scalar("bound/nats", values[rho], round(10 * truth[rho]))
     shown = ", ".join(f"{bounds[N][0.999]:.2f} (log N {math.log(N):.2f})" for N in bounds)
     print(f"   -> of {truth[0.999]:.2f} nats N = 2, 16, 256 show {shown}")
+    print(f"      Each number is a mean over batches, with a standard error of at most {most:.3f}")
     return bounds, truth
 
 
@@ -444,7 +424,6 @@ def main(seed=0, log_dir=LOG_DIR, pairs=20_000, batch=256, images=4096, steps=20
     measured = {
         "everyday": show_everyday(),
         "twins": show_twins(),
-        "temperature": show_temperature(log_dir),
         "training": show_training(seed, log_dir, batch, images, steps),
     }
     measured["bound"] = show_bound(log_dir, pairs)
