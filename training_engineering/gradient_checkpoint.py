@@ -1,36 +1,35 @@
-"""Checkpointing S segments of an L-block network leaves S + c L / S activations alive, not c L.
+"""Checkpointing every block keeps L activations for backward instead of c L; no gradient changes.
 
-    forward    each segment keeps its input alone, and drops what its blocks saved
-    backward   each segment, the last first, runs again from its input, and then backward as ever
-    peak       S inputs and the c L / S activations that the blocks of one segment save, c each:
-               least at S = sqrt(c L), where it is 2 sqrt(c L)
+An activation is a tensor that forward computes and keeps, because backward needs it. A checkpoint
+around a part of a network keeps only the input of that part, and runs the part a second time when
+backward comes to it. You need it when a batch does not fit into memory, and you pay with time. A
+checkpoint around a single layer gains nothing: section 4 measures what to wrap. Dropout must drop
+the same numbers in both runs, so a checkpoint also keeps the random number generator's state.
 
-That peak is right to within 1 or 2: the running segment's input stands in both terms, and the
-output and its gradients in neither.
+    after forward     c L activations are in memory without checkpoints, S with S segments
+    peak of a step    about S + c L / S: the S inputs, and all of the one segment that runs
+    best S            sqrt(c L), where the peak is about 2 sqrt(c L)
 
-The price is a second forward pass. A linear layer's backward takes two matrix products where its
-forward takes one, so that a step of 1 + 2 becomes 1 + 1 + 2: a third more (a little less, for the
-second run of a segment stops as soon as all that was saved is back). Dropout must fall as it did
-in the first run, or the gradient is that of no network: the random numbers' state is kept as well.
+    L  blocks of the network     c  activations that one block keeps, 3 here
+    S  segments: parts of L / S blocks each, with a checkpoint around each part
+    peak  the most activations that are in memory at one time, in forward or backward
 
-Checked here   bytes saved by forward, against depth and S; the peak of what is alive at once,
-               against the model; runs of each block, and FLOPs; gradients equal bit for bit, with
-               dropout, and by a checkpoint of our own; what the reentrant form loses
-TensorBoard    memory/saved by depth in the runs plain, segments_4, segment_each;
-               memory/peak by S in peak/measured, peak/model (one unit is one activation)
-Try            a block that saves more, c = 7: where does the least peak lie? Near sqrt(7 L)
-Source         Chen et al. 2016, arXiv:1604.06174, section 4 (c = 1: sqrt(n) segments);
-               torch.utils.checkpoint; torch.autograd.graph.saved_tensors_hooks
+Needs          nn_seq.py; 07_custom_autograd_function.py for section 2
+Checked here   gradients equal bit for bit under dropout, from PyTorch's checkpoint and from ours;
+               activations after forward; the peak, to within 1; matrix products of a step
+TensorBoard    memory/peak by S: measured lies on formula; both fall to S = 12, then rise
+Try            in Block, put nn.SiLU(), nn.Linear(d, d) before nn.Dropout(p): c is 5 then. Which S
+               has the least peak in section 3?
+Answer         16, next to sqrt(5 * 48) = 15.5; with c = 3 it was 12
+Source         Chen et al. 2016, arXiv:1604.06174, section 4 (with c = 1); torch.utils.checkpoint
 """
 
 import argparse
-import copy
 import math
 import os
 import signal
 import sys
 import threading
-import time
 import warnings
 import weakref
 from pathlib import Path
@@ -39,46 +38,78 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode  # private: nothing public sees every op
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torch.utils.tensorboard import SummaryWriter
 
-TOPIC = "training_engineering"
-LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / TOPIC / "gradient_checkpoint"
+LOG_DIR = Path(__file__).resolve().parents[1] / "runs/training_engineering/gradient_checkpoint"
+
+
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def checkpointed(net, x):
+    """net(x) for a Sequential, with a checkpoint around each of its blocks. Exercise."""
+    for block in net:
+        x = checkpoint(block, x, use_reentrant=False)  # in place of x = block(x)
+    return x
+
+
+def two_segments(net, x):  # PyTorch's own loop leaves the last segment without a checkpoint
+    return checkpoint_sequential(net, 2, x, use_reentrant=False)
 
 
 class Block(nn.Module):
-    """x + W2 silu(W1 x) on (B, d). Saves c = 3 activations: x, W1 x, silu(W1 x); dropout a mask."""
-
-    saved = 3
+    """x + W2 silu(W1 x) on x (B, d). Keeps c = 3 activations: x, W1 x and silu(W1 x)."""
 
     def __init__(self, d, p=0.0):
         super().__init__()
-        self.expand, self.project, self.p = nn.Linear(d, d), nn.Linear(d, d), p
+        self.layers = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.Dropout(p))
 
     def forward(self, x):
-        y = self.project(F.silu(self.expand(x)))
-        return x + (F.dropout(y, self.p, self.training) if self.p else y)
+        return x + self.layers(x)
+
+
+def network(L, d, p=0.0):
+    return nn.Sequential(*(Block(d, p) for _ in range(L)))
+
+
+def show_everyday(L=4):
+    print(f"1. In everyday code: what do checkpoints change in a step of {L} blocks?")
+    print("   forward                                 activations   matrix products   gradients")
+    print("                                         after forward         of a step        same")
+    net, x = network(L, 4), torch.randn(8, 4)
+    rows = {
+        "net(x)": step(run, net, x, 0),  # step measures: section 2
+        "checkpointed(net, x)": step(checkpointed, net, x),
+        "checkpoint_sequential(net, 2, x, ...)": step(two_segments, net, x),
+    }
+    grads, kept, _, once = rows["net(x)"]
+    for name, (g, after, _, products) in rows.items():
+        same = sum(torch.equal(a, b) for a, b in zip(g, grads, strict=True))
+        print(f"   {name:<37}   {after:11}   {products:15}   {same:3} of {len(grads)}")
+        assert same == len(grads)
+    _, less, _, more = rows["checkpointed(net, x)"]
+    print(f"   -> a checkpoint around each block: {less} activations instead of {kept}, {more} "
+          f"products instead of {once}")  # fmt: skip
+    return {name: row[1:] for name, row in rows.items()}
+
+
+# --- 2. from scratch ---------------------------------------------------------------------------
 
 
 class Checkpoint(torch.autograd.Function):
     """`Checkpoint.apply(f, x)` is f(x), but keeps x alone and runs f again in backward.
 
-    x must ask for a gradient, or f's parameters get none. Random numbers are those of the CPU, and
-    autocast is not restored: under it, use torch's.
+    PyTorch's older form, use_reentrant=True, works so. It restores the CPU's random numbers only.
     """
 
     @staticmethod
-    def forward(ctx, f, x):  # under no_grad: nothing is saved
-        """f(x), computed under no_grad, so that nothing is saved but what backward needs here.
+    def forward(ctx, f, x):
+        """f(x). Keep f and torch.get_rng_state(), as it is before f runs, as attributes of ctx.
 
-        Keep f, and the state of the CPU's random numbers before f runs, as attributes of ctx; x by
-        ctx.save_for_backward. Exercise.
+        Keep x by ctx.save_for_backward. PyTorch records nothing else here. Exercise.
         """
         ctx.f, ctx.random = f, torch.get_rng_state()
         ctx.save_for_backward(x)
@@ -86,257 +117,181 @@ class Checkpoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        """Run f again on x, with gradients, and send grad_y back through it: (None, gradient of x).
+        """Run f again on a detached x that asks for a gradient: returns (None, gradient of x).
 
-        x is detached first and asks for a gradient. f sees the random numbers of the first run,
-        within torch.random.fork_rng(devices=[]), so that those outside stay as they were.
-        y.backward(grad_y) adds to the .grad of f's parameters on the way; f itself gets None.
-        Exercise.
+        f sees the random numbers of the first run, within torch.random.fork_rng(devices=[]), so
+        that those outside stay. y.backward(grad_y) gives f's parameters their gradients. Exercise.
         """
-        (x,) = ctx.saved_tensors
-        x = x.detach().requires_grad_()
+        x = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.set_rng_state(ctx.random)  # the dropout of the first run
             y = ctx.f(x)
-        y.backward(grad_y)  # adds to the .grad of f's parameters on the way
+        y.backward(grad_y)
         return None, x.grad
 
 
-def run(net, x, segments, **options):
-    """net(x) in `segments` checkpointed parts of equal length; 0 is without checkpoints.
+class Memory(TorchDispatchMode):
+    """Counts matrix products, and the bytes alive in storages (the memory behind tensors).
 
-    Each part is a slice of the Sequential, run by torch's checkpoint(part, x, use_reentrant=False,
-    **options). ValueError "n blocks do not split into s equal segments" if they do not. Exercise.
-    """
-    if segments == 0:
-        return net(x)
-    if segments < 0 or len(net) % segments:
-        raise ValueError(f"{len(net)} blocks do not split into {segments} equal segments")
-    length = len(net) // segments
-    for i in range(0, len(net), length):
-        x = checkpoint(net[i : i + length], x, use_reentrant=False, **options)
-    return x
-
-
-def saved_bytes(net, x, segments):
-    """Bytes of tensors that forward saves for backward, parameters aside, each storage once.
-
-    run(net, x, segments) under saved_tensors_hooks(pack, unpack); a storage is known by its
-    data_ptr(), its size is nbytes(). Its output is held meanwhile, or a storage would be freed and
-    counted twice. Exercise.
-    """
-    own = {w.untyped_storage().data_ptr() for w in net.parameters()}
-    sizes = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = run(net, x, segments)  # y is held, so that no storage is freed and counted twice
-    del y
-    return sum(sizes.values())
-
-
-class Alive(TorchDispatchMode):
-    """The largest number of bytes alive at once, of all that operations return under it.
-
-    What was there before (the input x) and storages under `least` bytes (gradients of
-    parameters, the loss) are left out.
+    Storages of fewer than `least` bytes do not count, nor what was there before.
     """
 
     def __init__(self, least):
         super().__init__()
-        self.least, self.sizes, self.peak = least, {}, 0
+        self.least, self.sizes, self.peak, self.products = least, {}, 0, 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.watch(tensor.untyped_storage())
+        self.products += operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        tensors = out if isinstance(out, (tuple, list)) else (out,)
+        for storage in [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)]:
+            key, size = storage.data_ptr(), storage.nbytes()
+            if size >= self.least and key not in self.sizes:
+                self.sizes[key] = size
+                weakref.finalize(storage, self.sizes.pop, key)  # as soon as it is freed
+        self.peak = max(self.peak, sum(self.sizes.values()))
         return out
 
-    def watch(self, storage):
-        key, size = storage.data_ptr(), storage.nbytes()
-        if size >= self.least and key not in self.sizes:
-            self.sizes[key] = size
-            weakref.finalize(storage, self.sizes.pop, key)
-            self.peak = max(self.peak, sum(self.sizes.values()))
 
+def step(forward, net, x, *how):
+    """A step of forward(net, x, *how): gradients, activations after forward, their peak, products.
 
-def step(net, x, segments, seed=0, **options):
-    """One forward and backward pass from the same random numbers; the gradients of all parameters.
-
-    torch.manual_seed(seed), gradients to zero, then the mean of the squares of run(net, x,
-    segments, **options), backward. Exercise.
+    An activation is a tensor of the size of x (B, d). The output of net counts, x does not. With
+    B > d the weights are too small to count.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)  # the same dropout in every step
     net.zero_grad()
-    run(net, x, segments, **options).square().mean().backward()
-    return [w.grad for w in net.parameters()]
+    with Memory(x.nbytes) as memory:
+        loss = forward(net, x, *how).square().mean()
+        after = sum(memory.sizes.values()) // x.nbytes
+        loss.backward()
+    return [w.grad for w in net.parameters()], after, memory.peak // x.nbytes, memory.products
 
 
-def network(depth, d, p=0.0):
-    return nn.Sequential(*(Block(d, p) for _ in range(depth)))
+def first_half(net, x, call, options):
+    """net(x) for two halves: the first one, f, as call(f, x, **options)."""
+    return net[1](call(net[0], x, **options))
 
 
-def divisors(n):
-    """All divisors of n, in rising order, a list. Exercise."""
-    return [s for s in range(1, n + 1) if n % s == 0]
-
-
-# --- the sections ------------------------------------------------------------------------------
-
-
-def show_saved(log_dir, depths, B, d):
-    print(f"1. activations (B, d) = ({B}, {d}) that forward saves, by depth L: measured = theory")
-    unit, x, rows = B * d * 4, torch.randn(B, d), {}
-    variants = {
-        "plain": (lambda L: 0, lambda L: Block.saved * L),
-        "segments_4": (lambda L: 4, lambda L: 4),
-        "segment_each": (lambda L: L, lambda L: L),
-    }
-    for name, (segments, theory) in variants.items():
-        with SummaryWriter(log_dir / name, purge_step=0) as writer:
-            for L in depths:
-                saved = rows[name, L] = saved_bytes(network(L, d), x, segments(L))
-                assert saved == unit * theory(L)
-                writer.add_scalar("memory/saved", saved / unit, L)
-        shown = "   ".join(f"L {L} {rows[name, L] // unit:3}" for L in depths)
-        print(f"   {name:<13} {shown}")
-    return rows
-
-
-def show_peak(log_dir, L, B, d):
-    net, x, unit = network(L, d), torch.randn(B, d), B * d * 4
-    print(f"2. most activations alive at once, forward and backward, L = {L}, by segments S")
-    peaks, model = {}, {S: S + Block.saved * L // S for S in divisors(L)}
-    for S in (0, *model):
-        with Alive(least=unit) as alive:
-            step(net, x, S)
-        peaks[S] = alive.peak / unit
-    for name, curve in (("measured", peaks), ("model", model)):
-        with SummaryWriter(log_dir / "peak" / name, purge_step=0) as writer:
-            for S in model:
-                writer.add_scalar("memory/peak", curve[S], S)
-    assert all(abs(peaks[S] - model[S]) <= 1 for S in model)
-    assert peaks[0] == Block.saved * L + 4  # the loss and its backward
-    print(f"   plain   {peaks[0]:.0f}   c L = {Block.saved * L}")
-    for S in model:
-        print(f"   S {S:3}   measured {peaks[S]:3.0f}   S + c L / S = {model[S]:3}")
-    best = min(model, key=peaks.get)
-    print(f"   least at S = {best}   sqrt(c L) = {math.sqrt(Block.saved * L):.1f}")
-    return {"peaks": peaks, "best": best}
-
-
-def flops(net, x, segments):
-    with FlopCounterMode(display=False) as counter:
-        step(net, x, segments)
-    return counter.get_total_flops()
-
-
-def seconds(net, x, segments):
-    """The shortest of seven steps."""
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        step(net, x, segments)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def show_work(L, S, B, d):
-    print(f"3. the price of S = {S} at L = {L}: runs of the blocks, FLOPs of the products, time")
-    net, x, calls = network(L, d), torch.randn(B, d), []
-    for block in net:  # before: recomputation stops early, ahead of a forward hook
-        block.register_forward_pre_hook(lambda *_: calls.append(1))
-    runs = []
-    for segments in (0, S):
-        calls.clear()
-        step(net, x, segments)
-        runs.append(len(calls))
-    assert runs == [L, 2 * L]
-    # forward 2 L products, backward 4 L but for x, that again but for the last of each segment
-    theory, work = (8 * L - 1 - S) / (6 * L - 1), flops(net, x, S) / flops(net, x, 0)
-    assert math.isclose(work, theory)
-    print(f"   block runs {runs[0]} and {runs[1]}   FLOPs times {work:.3f}   theory {theory:.3f}")
-    print(f"   time times {seconds(net, x, S) / seconds(net, x, 0):.2f}")
-    return {"runs": runs, "flops": work}
-
-
-def largest_difference(a, b):
-    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
-
-
-def show_gradients(L, S, B, d, p=0.2):
-    print(f"4. gradients under dropout {p}, against those without checkpoints: largest difference")
-    net, x = network(L, d, p), torch.randn(B, d, requires_grad=True)
-    expected = step(net, x, 0)
-    off = {"checkpoint": largest_difference(step(net, x, S), expected)}
-    off["without random state"] = largest_difference(
-        step(net, x, S, preserve_rng_state=False), expected
-    )
-    ours, length = copy.deepcopy(net), L // S
-    segments = [ours[i : i + length] for i in range(0, L, length)]
-    torch.manual_seed(0)
-    y = x
-    for segment in segments:
-        y = Checkpoint.apply(segment, y)
-    y.square().mean().backward()
-    off["our Checkpoint"] = largest_difference([w.grad for w in ours.parameters()], expected)
-    assert off["checkpoint"] == off["our Checkpoint"] == 0
-    scale = max(g.abs().max().item() for g in expected)
-    for name, value in off.items():
-        print(f"   {name:<21} {value:.1e}   largest gradient {scale:.1e}")
-    return off | {"scale": scale}
-
-
-def show_reentrant(B, d):
-    print("5. an input that asks for no gradient: parameters of the segment that get one")
-    found = {}
-    for reentrant in (False, True):
-        net, head = network(2, d), nn.Linear(d, 1)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            y = checkpoint(net, torch.randn(B, d), use_reentrant=reentrant)
-        head(y).square().mean().backward()
-        found[reentrant] = sum(w.grad is not None for w in net.parameters())
-        told = any("requires_grad=True" in str(warning.message) for warning in caught)
-        print(f"   use_reentrant={reentrant!s:<5}   {found[reentrant]} of 8   warned {told}")
+def show_scratch(L=4, B=32, d=8, p=0.2):
+    print(f"2. {L} blocks, dropout {p}, a checkpoint around their first half f: right gradients?")
+    print("   call                                    parameters without   largest relative")
+    print("                                                   a gradient   difference of others")
+    net, x = nn.Sequential(network(L // 2, d, p), network(L // 2, d, p)), torch.randn(B, d)
+    expected, found = step(run, net, x, 0)[0], {}
+    new, old = {"use_reentrant": False}, {"use_reentrant": True}
+    for name, start, call, options in (
+        ("checkpoint(f, x, use_reentrant=False)", x, checkpoint, new),
+        ("   and preserve_rng_state=False", x, checkpoint, new | {"preserve_rng_state": False}),
+        ("checkpoint(f, x, use_reentrant=True)", x, checkpoint, old),
+        ("our Checkpoint.apply(f, x)", x, Checkpoint.apply, {}),
+        ("   and x.requires_grad", x.clone().requires_grad_(), Checkpoint.apply, {}),
+    ):
+        with warnings.catch_warnings(action="ignore"):  # the old form warns of missing gradients
+            grads = step(first_half, net, start, call, options)[0]
+        pairs = [(g, e) for g, e in zip(grads, expected, strict=True) if g is not None]
+        off = max(((g - e).norm() / e.norm()).item() for g, e in pairs)
+        found[name] = len(grads) - len(pairs), off
+        print(f"   {name:<37}   {found[name][0]:13} of {len(grads)}   {off:20.2g}")
+    default, _, reentrant, _, ours = found.values()
+    assert default == ours == (0, 0)
+    print(f"   -> parameters that get no gradient: {default[0]} with use_reentrant=False, "
+          f"{reentrant[0]} with True")  # fmt: skip
     return found
 
 
-def show_cuda(L, B, d):
-    """MiB at the peak of a step by segments, on the GPU; None where there is none."""
-    if not torch.cuda.is_available():
-        print("6. peak memory of a GPU: skipped, no CUDA here")
-        return None
-    print(f"6. peak memory of {torch.cuda.get_device_name()}, L = {L}, activations ({B}, {d})")
-    net, x, peaks = network(L, d).cuda(), torch.randn(B, d, device="cuda"), {}
-    step(net, x, 0)  # libraries take their own
-    for S in (0, *divisors(L)):
-        net.zero_grad()  # before, or the peak would be less by the gradients that step frees
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(net, x, S)
-        peaks[S] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        print(f"   S {S:3}   {peaks[S]:8.1f} MiB")
-    return peaks
+# --- 3. how many segments? ---------------------------------------------------------------------
 
 
-def main(seed=0, log_dir=LOG_DIR, depths=(8, 16, 32, 48), L=48, B=256, d=16, width=192):
-    torch.manual_seed(seed)
-    S = min(divisors(L), key=lambda S: S + Block.saved * L / S)
-    return {
-        "saved": show_saved(log_dir, depths, B, d),
-        **show_peak(log_dir, L, B, d),
-        **show_work(L, S, B, width),
-        "off": show_gradients(L, S, B, d),
-        "reentrant": show_reentrant(B, d),
-        "cuda": show_cuda(L, 64 * B, width),
+def run(net, x, S):
+    """net(x) for a Sequential cut into S segments of equal length, a checkpoint around each.
+
+    S = 0: no checkpoint. ValueError "n blocks do not split into S equal segments" if so. Exercise.
+    """
+    if S < 0 or (S and len(net) % S):
+        raise ValueError(f"{len(net)} blocks do not split into {S} equal segments")
+    for i in range(S):
+        segment = net[i * len(net) // S : (i + 1) * len(net) // S]
+        x = checkpoint(segment, x, use_reentrant=False)
+    return x if S else net(x)
+
+
+def show_segments(log_dir, L, B, d):
+    net, x, after, peaks = network(L, d), torch.randn(B, d), {}, {}
+    c = step(run, net[:1], x, 0)[1]
+    print(f"3. How many activations are in memory? L = {L} blocks in S segments, c = {c} a block")
+    print("   segments S   after forward   peak, measured   peak, S + c L / S")
+    formula = {S: S + c * L // S for S in range(1, L + 1) if L % S == 0}
+    for S in (0, *formula):  # every S that divides L
+        _, after[S], peaks[S], _ = step(run, net, x, S)
+        print(f"   {S or 'none':>10}   {after[S]:13}   {peaks[S]:14}   {formula.get(S, '-'):>17}")
+    assert all(after[S] == (S or c * L) for S in after)
+    assert all(abs(peaks[S] - formula[S]) <= 1 for S in formula)
+    for name, curve in (("measured", peaks), ("formula", formula)):
+        with SummaryWriter(log_dir / name, purge_step=0) as writer:
+            for S in formula:
+                writer.add_scalar("memory/peak", curve[S], S)
+    best = min(formula, key=peaks.get)
+    print(f"   -> the peak is least with S = {best}: {peaks[best]} activations instead of "
+          f"{peaks[0]}; sqrt(c L) = {math.sqrt(c * L):.1f}")  # fmt: skip
+    return {"c": c, "after": after, "peaks": peaks, "best": best}
+
+
+# --- 4. which layers to wrap? ------------------------------------------------------------------
+
+
+def run_wrapped(net, x, wraps):
+    """net(x) for blocks x + layers(x), with checkpoints inside each block.
+
+    Each (start, stop) of `wraps`, in rising order, stands for a checkpoint around
+    block.layers[start:stop]; the layers between run as ever. Exercise.
+    """
+    for block in net:
+        y, done = x, 0
+        for start, stop in wraps:
+            y = block.layers[done:start](y)
+            y = checkpoint(block.layers[start:stop], y, use_reentrant=False)
+            done = stop
+        x = x + block.layers[done:](y)
+    return x
+
+
+def show_wrapping(L, B, d):
+    print(f"4. Which layers to wrap in each of {L} blocks of Linear 1, SiLU, Linear 2?")
+    print("   a checkpoint around    activations   matrix products")
+    print("                        after forward         of a step")
+    net, x, rows = network(L, d), torch.randn(B, d), {}
+    wraps_of = {
+        "nothing": (),
+        "each Linear": ((0, 1), (2, 3)),
+        "SiLU": ((1, 2),),
+        "SiLU to Linear 2": ((1, 3),),
+        "Linear 1 to SiLU": ((0, 2),),
+        "Linear 1 to Linear 2": ((0, 3),),
     }
+    for name, wraps in wraps_of.items():
+        _, after, _, products = step(run_wrapped, net, x, wraps)
+        rows[name] = after, products
+        print(f"   {name:<20}   {after:12}   {products:15}")
+    print("   (A layer alone keeps no more than its input anyway. A second run ends as soon as all")
+    print("   that was kept is back: before the product of the last Linear in a checkpoint.)")
+    kept, once = rows["nothing"]
+    free = [name for name, row in rows.items() if row[0] < kept and row[1] == once]
+    print(f"   -> keeps less, and repeats no product: {', '.join(free) or 'none'}; "
+          f"keeps least: {min(rows, key=rows.get)}")  # fmt: skip
+    return rows
+
+
+def main(seed=0, log_dir=LOG_DIR, L=48, B=256, d=16):
+    torch.manual_seed(seed)
+    measured = {
+        "everyday": show_everyday(),
+        "scratch": show_scratch(),
+        "segments": show_segments(log_dir, L, B, d),
+        "wrapped": show_wrapping(L // 4, B, d),
+    }
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 def guard(main, *flags):
