@@ -1,31 +1,29 @@
-"""KL divergence says how badly one distribution stands in for another, and its order matters: the
-Gaussian that fits two far modes best spreads over both, or takes one, by the order of the two.
+"""KL divergence measures how badly one distribution stands in for another, and its order matters:
+of two Gaussians fitted to two far modes, one by each order, one is wide and one keeps to a mode.
 
 It is a loss where the target is a distribution and not one right class. In distillation a small
 network, the student, learns all class probabilities of a large one, the teacher. F.kl_div wants
-logarithms first and the target second; exchanged arguments raise no error and give another loss.
-SEED needs no labels: the student copies how similar the teacher finds a point to other points.
+logarithms first and the target second. With exchanged arguments it gives another number.
 
     KL(p || q)   sum_k p_k log(p_k / q_k), at least 0, and 0 only for p = q
     Gaussians    log(sigma_q / sigma_p) + (sigma_p^2 + (mu_p - mu_q)^2) / (2 sigma_q^2) - 1 / 2
-    forward fit  the q of least KL(p || q): q must be where p is
-    reverse fit  the q of least KL(q || p): q must not be where p is not
     soft loss    T^2 KL(softmax(v / T) || softmax(z / T))
 
     p_k, q_k   probabilities of outcome k     mu, sigma   mean and standard deviation
-    z, v       logits (before the softmax) of student and teacher      log  natural
+    z, v       logits (before the softmax) of student and teacher    log  natural: KL is in nats
     T          temperature: the larger, the more even the probabilities
+In KL(p || q) a place where p is likely and q near 0 is expensive, so the best q is wide. In
+KL(q || p) a place where q is likely and p near 0 is expensive, so the best q may keep to one mode.
 
-Needs          nn_loss.py, contrastive_loss.py (for SEED in section 5)
-Checked here   KL = torch.distributions'; four calls of F.kl_div; both fits and where they part; the
-               gradient by T; two students with their controls: distillation and SEED
-TensorBoard    fit/densities in fit/... (grey the target, a line the fit); temperature/log2_gradient
-               by log2 T in temperature/...; val/accuracy, probe/accuracy by epoch in the other runs
-Try            in show_fits, write (m, 1.0, 0.0, math.inf) for (m, 1.0, m / 2, -math.log(w)), so
-               that the reverse fits start between the modes: which mode do they take?
-Answer         neither: both end at mu -0.47 and sigma 2.70, at a KL of 0.85, not 0.51 and 0.91
+Needs          nn_loss.py, nn_optim.py; contrastive_loss.py for section 5
+Checked here   KL = torch.distributions'; four calls of F.kl_div; both fits; the gradient by T;
+               students with and without a teacher, by labels and (SEED) by similarities alone
+TensorBoard    fit/density by 10 x: one wide curve, two narrow ones over the target's two modes;
+               val/accuracy by epoch: soft ends highest; probe/accuracy: the same for SEED
+Try            in show_fits, write (2.5,) for (2.0, 3.0): which fit has the least KL(q || p)?
+Answer         the wide one, .4856, though a fit that keeps to one mode exists, .4915
 Source         Kullback & Leibler 1951; Bishop 2006, section 10.1.2; Hinton et al. 2015,
-               arXiv:1503.02531; Fang et al. 2021 (SEED), arXiv:2101.04731
+               arXiv:1503.02531; SEED: Fang et al. 2021, arXiv:2101.04731
 """
 
 import argparse
@@ -35,7 +33,6 @@ import signal
 import sys
 import threading
 import warnings
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -43,7 +40,6 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.distributions import Categorical, Normal
 from torch.distributions import kl_divergence as torch_kl
@@ -53,7 +49,6 @@ from tqdm import tqdm
 LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / "loss_functions" / "kl_divergence"
 F64 = torch.float64
 CLASSES = 10
-MODES = ((0.6, -1), (0.4, 1))  # weight and side of two Gaussians with variance 1
 
 
 def draw(log_dir, curves):
@@ -81,24 +76,46 @@ def distillation_plain(z, v, labels, T, alpha):
 def show_everyday():
     p = torch.tensor([[0.5, 0.5]])  # one example, two outcomes: the target
     q = torch.tensor([[0.25, 0.75]])  # what a network answers
-    forward = F.kl_div(q.log(), p, reduction="batchmean")  # KL(p || q)
-    reverse = F.kl_div(p.log(), q, reduction="batchmean")  # KL(q || p)
+    right = F.kl_div(
+        q.log(), p, reduction="batchmean"
+    )  # KL(p || q): logarithm first, target second
+    swapped = F.kl_div(p.log(), q, reduction="batchmean")
+    no_log = F.kl_div(q, p, reduction="batchmean")
+    with warnings.catch_warnings(action="ignore"):  # torch warns of "mean"
+        mean = F.kl_div(q.log(), p, reduction="mean")
 
     print("1. In everyday code: how badly does q = (1/4, 3/4) stand in for p = (1/2, 1/2)? In nats")
-    print("   what           F.kl_div   kl_plain   by head")
-    by_head = 0.5 * math.log(2) + 0.5 * math.log(2 / 3), 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
-    plain = kl_plain(p, q).item(), kl_plain(q, p).item()
-    words = "1/2 log 2 + 1/2 log 2/3", "1/4 log 1/2 + 3/4 log 3/2"
-    for i, (name, value) in enumerate((("KL(p || q)", forward), ("KL(q || p)", reverse))):
-        print(f"   {name:<11}   {value:9.4f}   {plain[i]:8.4f}   {by_head[i]:.4f} = {words[i]}")
+    print("   call                                            value   what it is")
+    by_hand = {"KL(p || q)": 0.5 * math.log(2) + 0.5 * math.log(2 / 3),
+               "KL(q || p)": 0.25 * math.log(0.5) + 0.75 * math.log(1.5)}  # fmt: skip
+    by_hand["half of KL(p || q)"] = by_hand["KL(p || q)"] / 2
+    calls = {
+        'F.kl_div(q.log(), p, reduction="batchmean")': right,
+        "kl_plain(p, q)": kl_plain(p, q)[0],
+        'F.kl_div(q.log(), p, reduction="mean")': mean,
+        'F.kl_div(p.log(), q, reduction="batchmean")': swapped,
+        'F.kl_div(q, p, reduction="batchmean")': no_log,
+    }
+    for call, value in calls.items():
+        calls[call] = value.item()
+        names = [name for name, true in by_hand.items() if abs(value - true) < 1e-6]
+        print(f"   {call:<43}   {value:8.4f}   {', '.join(names) or 'no divergence'}")
+    print("   -> by hand: KL(p || q) = 1/2 log 2 + 1/2 log 2/3 = "
+          f"{by_hand['KL(p || q)']:.4f}; KL(q || p) = {by_hand['KL(q || p)']:.4f}")  # fmt: skip
+
     z, v, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([1])
-    loss = distillation_plain(z, v, labels, T=2.0, alpha=0.5)
-    print(f"   distillation_plain of the logits z = (1, 0), v = (0, 2), label 1, T 2: {loss:.4f}")
-    print(f"   -> the two orders differ by {(forward - reverse).abs():.4f}")
-    return [forward.item(), reverse.item(), loss.item()], [*plain, *by_head]
+    soft = distillation_plain(z, v, labels, T=2.0, alpha=1.0).item()
+    hard = distillation_plain(z, v, labels, T=2.0, alpha=0.0).item()
+    both = distillation_plain(z, v, labels, T=2.0, alpha=0.5).item()
+    print("   Distillation: student's z = (1, 0), teacher's v = (0, 2), label 1, T = 2")
+    print(
+        f"   soft loss {soft:.4f}   cross-entropy of the label {hard:.4f}   alpha 0.5: {both:.4f}"
+    )
+    print(f"   -> alpha 0.5 is the mean of the two, within {abs(both - (soft + hard) / 2):.0e}")
+    return list(calls.values()), by_hand, (soft, hard, both)
 
 
-# --- 2. the divergence and its calls -----------------------------------------------------------
+# --- 2. the divergence from scratch ------------------------------------------------------------
 
 
 def same_shapes(*tensors, dim=None):
@@ -128,60 +145,29 @@ def gaussian_kl(mu_p, sigma_p, mu_q, sigma_q):
     return torch.log(sigma_q / sigma_p) + spread - 0.5
 
 
-def show_definition(samples):
-    print("2. Is it torch's? 1,000 random p and q of 5 outcomes; two Gaussians; in nats")
+def show_definition():
+    print("2. Is it torch.distributions.kl_divergence? In nats")
     p, q = torch.randn(2, 1000, 5, dtype=F64).softmax(-1)
-    forward, reverse = kl_divergence(p, q), kl_divergence(q, p)
-    library = torch_kl(Categorical(p), Categorical(q))
-    for ours in (forward, kl_plain(p, q)):
-        torch.testing.assert_close(ours, library, rtol=0, atol=1e-12)
-    assert (forward > 0).all() and (kl_divergence(p, p) == 0).all()
-    print("                 from scratch   torch    smallest   |KL(p || q) - KL(q || p)|, largest")
-    apart, mean = (forward - reverse).abs().max(), forward.mean()
-    print(f"   5 outcomes    {mean:12.4f}   {library.mean():.4f}   {forward.min():8.4f}   "
-          f"{apart:.4f}   (from scratch, torch: the means)")  # fmt: skip
-
     P, Q = Normal(*torch.tensor([0.5, 0.8], dtype=F64)), Normal(*torch.tensor([-1, 1.7], dtype=F64))
-    closed = gaussian_kl(P.mean, P.stddev, Q.mean, Q.stddev)
-    torch.testing.assert_close(closed, torch_kl(P, Q), rtol=0, atol=1e-12)
-    x = P.sample((samples,))
-    ratios = P.log_prob(x) - Q.log_prob(x)  # KL is their mean under P
-    error = ratios.std() / samples**0.5
-    gaussians = torch_kl(P, Q)
-    print(f"   Gaussians     {closed:12.4f}   {gaussians:.4f}   mean of log(p / q) at {samples:,} "
-          f"draws of p: {ratios.mean():.4f} +- {error:.4f}")  # fmt: skip
-    off = max((forward - library).abs().max().item(), (closed - gaussians).abs().item())
-    print(f"   -> from scratch minus torch, largest: {off:.1g}")
-    return {"closed": closed.item(), "monte_carlo": ratios.mean().item(), "error": error.item()}
-
-
-def show_kl_div(B=4, C=5):
-    print(f"   Which call gives KL(p || q)? Mean over {B} random pairs of {C} outcomes")
-    p, q = torch.randn(2, B, C, dtype=F64).softmax(-1)
-    right, swapped = kl_divergence(p, q).mean(), kl_divergence(q, p).mean()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of "mean" by itself
-        mean = F.kl_div(q.log(), p, reduction="mean")
-    rows = (
-        ('F.kl_div(q.log(), p, reduction="batchmean")', "batchmean", "KL(p || q)", right,
-         F.kl_div(q.log(), p, reduction="batchmean")),
-        ('F.kl_div(q.log(), p, reduction="mean")', "mean", f"KL(p || q) / {C}", right / C, mean),
-        ('F.kl_div(p.log(), q, reduction="batchmean")', "swapped", "KL(q || p)", swapped,
-         F.kl_div(p.log(), q, reduction="batchmean")),
-        ('F.kl_div(q, p, reduction="batchmean")', "no log", "no divergence", None,
-         F.kl_div(q, p, reduction="batchmean")),
-    )  # fmt: skip
-    values = {}
-    print("   call                                            value   what it is")
-    for call, name, meaning, theory, value in rows:
-        values[name] = value.item()
-        if theory is not None:
-            torch.testing.assert_close(value, theory, rtol=0, atol=1e-12)
-        shown = "" if theory is None else f" = {theory:.4f}"
-        print(f"   {call:<43}   {value:8.4f}   {meaning}{shown}")
-    good = [name for name in values if abs(values[name] - right) < 1e-9]
-    print(f"   -> KL(p || q) by {', '.join(good)}; no call raises an error")
-    return values, right.item(), swapped.item()
+    rows = {
+        "1,000 pairs of 5 outcomes": (
+            kl_divergence(p, q),
+            torch_kl(Categorical(p), Categorical(q)),
+        ),
+        "the same, kl_plain": (kl_plain(p, q), torch_kl(Categorical(p), Categorical(q))),
+        "two Gaussians": (gaussian_kl(P.mean, P.stddev, Q.mean, Q.stddev), torch_kl(P, Q)),
+    }
+    print("   of                           mean   torch's   ours minus torch's, largest")
+    for name, (ours, theirs) in rows.items():
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        off = (ours - theirs).abs().max()
+        print(f"   {name:<25}  {ours.mean():7.4f}   {theirs.mean():7.4f}   {off:.0e}")
+    forward, reverse = kl_divergence(p, q), kl_divergence(q, p)
+    print(
+        f"   -> the least of the 1,000 is {forward.min():.4f}, above 0; to exchange p and q changes"
+    )
+    print(f"      one by {(forward - reverse).abs().max():.2f}")
+    return forward.min().item()
 
 
 # --- 3. the order decides the fit --------------------------------------------------------------
@@ -189,13 +175,15 @@ def show_kl_div(B=4, C=5):
 
 def target_log_density(x, d=3.0):
     """log of 0.6 N(-d, 1) + 0.4 N(d, 1)."""
-    (w1, s1), (w2, s2) = MODES
-    left = math.log(w1) + Normal(s1 * d, 1.0).log_prob(x)
-    return torch.logaddexp(left, math.log(w2) + Normal(s2 * d, 1.0).log_prob(x))
+    left = math.log(0.6) + Normal(-d, 1.0).log_prob(x)
+    return torch.logaddexp(left, math.log(0.4) + Normal(d, 1.0).log_prob(x))
 
 
 def fit_gaussian(order, mu, sigma=1.0, d=3.0):
-    """mu, sigma and KL of the best N(mu, sigma^2) near the start, by L-BFGS on a grid."""
+    """mu, sigma and KL of the best q = N(mu, sigma^2) near the start, by L-BFGS on a grid of x.
+
+    order "forward" makes KL(p || q) small, "reverse" KL(q || p); p is the target.
+    """
     x = torch.linspace(-25, 25, 5001, dtype=F64)
     log_p, dx = target_log_density(x, d), x[1] - x[0]
     theta = torch.tensor([mu, math.log(sigma)], dtype=F64, requires_grad=True)
@@ -218,63 +206,24 @@ def fit_gaussian(order, mu, sigma=1.0, d=3.0):
     return theta[0].item(), theta[1].exp().item(), divergence().item()
 
 
-def words_above(image, words):
-    """A white strip (3, 18, W) with black words, as wide as the image (3, H, W)."""
-    strip = Image.new("L", (image.size(2), 18), "white")
-    ImageDraw.Draw(strip).text((4, 1), words, "black", ImageFont.load_default(12))
-    grey = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8)
-    return (grey.view(1, 18, -1) / 255).expand(3, -1, -1)
-
-
-def show_fits(log_dir, d=3.0):
-    print("3. Which Gaussian N(mu, sigma^2) fits 0.6 N(-3, 1) + 0.4 N(3, 1) best?")
-    print("   fit             mu       sigma    KL       formula: mu, sigma, KL at most")
-    mu = sum(w * side * d for w, side in MODES)  # the mixture's moments
-    sigma = math.sqrt(sum(w * (1 + d**2) for w, side in MODES) - mu**2)
-    theory = {"forward": (mu, sigma, 0.0, math.inf)}  # mu, sigma; start of mu, bound of the KL
-    for name, (w, side) in zip(("reverse_left", "reverse_right"), MODES, strict=True):
-        m = side * d
-        theory[name] = (m, 1.0, m / 2, -math.log(w))  # q = the mode has -log w at most
-    fits, x = {}, torch.linspace(-9, 9, 480)
-    for name, (mu, sigma, start, bound) in theory.items():
-        order = name.split("_")[0]
-        m, s, kl = fits[name] = fit_gaussian(order, start)
-        at_most = "-" if bound == math.inf else f"-log w = {bound:.4f}"
-        print(f"   {name:<13} {m:7.4f}   {s:.4f}   {kl:.4f}   {mu:7.4f} {sigma:.4f}   {at_most}")
-        q = Normal(m, s).log_prob(x).exp()
-        colour = (0.1, 0.35, 0.8) if order == "forward" else (0.85, 0.2, 0.15)
-        with SummaryWriter(log_dir / "fit" / name, purge_step=0) as writer:
-            words = f"{name}: the target is grey, the fit a line; x from -9 to 9, density 0 to 0.42"
-            image = picture(target_log_density(x).exp(), q, colour)
-            writer.add_image("fit/densities", torch.cat([words_above(image, words), image], 1), 0)
-    wide, narrow = fits["forward"][1], max(fits[k][1] for k in fits if k != "forward")
-    print(f"   -> the forward fit is {wide / narrow:.1f} times as wide as a reverse one")
+def show_fits(log_dir):
+    print("3. Which Gaussian q = N(mu, sigma^2) fits p = 0.6 N(-d, 1) + 0.4 N(d, 1) best?")
+    print("   modes    made small   start of mu        mu    sigma       KL")
+    fits, x = {}, torch.linspace(-9, 9, 181)
+    for d in (2.0, 3.0):
+        curves = {"target": target_log_density(x, d)}
+        for order, start in (("forward", 0.0), ("reverse", -d), ("reverse", 0.0)):
+            mu, sigma, kl = fits[d, order, start] = fit_gaussian(order, start, d=d)
+            name = "KL(p || q)" if order == "forward" else "KL(q || p)"
+            print(f"   +-{d:<5g}  {name}   {start:11.1f}   {mu:7.4f}   {sigma:6.4f}   {kl:6.4f}")
+            curves[f"{order}_from_{start:g}"] = Normal(mu, sigma).log_prob(x)
+        for run, log_density in curves.items():
+            draw(log_dir / f"fit_{d:g}" / run, {"fit/density": log_density.exp().tolist()})
+        _, sigma, kl = min(fits[d, "reverse", -d], fits[d, "reverse", 0.0], key=lambda fit: fit[2])
+        print(f"   -> modes at +-{d:g}: the least KL(q || p), {kl:.4f}, is at sigma {sigma:.2f};")
+        wide = fits[d, "forward", 0.0][1]
+        print(f"      the least KL(p || q) at {wide:.2f}; each mode has 1")
     return fits
-
-
-def show_distance():
-    print("   Does the reverse fit always take one mode? Modes at -d and d; two starts of mu")
-    print("      d   from -d: mu    sigma       KL   from 0: mu    sigma       KL")
-    rows, one = {}, []
-    for d in (1.5, 2.0, 2.5, 3.0, 4.0):
-        left, middle = (fit_gaussian("reverse", start, d=d) for start in (-d, 0.0))
-        rows[d] = left, middle
-        if left[2] < middle[2] - 1e-6:
-            one.append(d)
-        print(f"   {d:4.1f}   {left[0]:11.4f}   {left[1]:.4f}   {left[2]:.4f}   "
-              f"{middle[0]:10.4f}   {middle[1]:.4f}   {middle[2]:.4f}")  # fmt: skip
-    print(f"   -> to take one mode is better at d = {', '.join(f'{d:g}' for d in one)} only")
-    return rows
-
-
-def picture(target, fit, colour, top=0.42, height=240):
-    """(3, H, W) in [0, 1]: the target (W,) as a grey area, the fit (W,) as a line."""
-    pixel = top / height
-    level = torch.arange(height, 0, -1)[:, None] * pixel  # (H, 1), highest first
-    image = torch.where(level <= target, 0.75, 1.0).expand(3, -1, -1)
-    before = torch.cat([fit[:1], fit[:-1]])  # the line reaches to the height one column before
-    low, high = torch.minimum(fit, before) - pixel, torch.maximum(fit, before) + 2 * pixel
-    return torch.where((level >= low) & (level <= high), torch.tensor(colour)[:, None, None], image)
 
 
 # --- 4. distillation ---------------------------------------------------------------------------
@@ -300,29 +249,24 @@ def distillation_loss(student_logits, teacher_logits, labels, T=4.0, alpha=0.9):
     return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels)
 
 
-def show_temperature(log_dir):
-    print("4. Why T^2? Length of the gradient of the KL of softened answers, along the student's z")
-    print("      T   without T^2   with T^2")
-    z, v = 3 * torch.randn(2, CLASSES, dtype=F64)
-    limit = ((z - z.mean()) - (v - v.mean())) / CLASSES
+def show_temperature():
+    print(
+        "4. Why T^2? One example, 10 classes: norm of the gradient with respect to the student's z"
+    )
+    print("     T   F.kl_div alone   soft_loss, with T^2")
+    z, v = 3 * torch.randn(2, 1, CLASSES, dtype=F64)
+    z.requires_grad_()
     rows = {}
-    for k in range(11):
-        T, leaf = 2**k, z[None].clone().requires_grad_()
-        (grad,) = torch.autograd.grad(soft_loss(leaf, v[None], T), leaf)
-        by_hand = T * ((z / T).softmax(0) - (v / T).softmax(0))
-        torch.testing.assert_close(grad[0], by_hand, rtol=0, atol=1e-10)
-        rows[T] = grad.norm().item() / T**2, grad.norm().item()
-        if k % 2 == 0:
-            print(f"   {T:4}   {rows[T][0]:11.7f}   {rows[T][1]:8.4f}")
-    for column, name in enumerate(("raw", "times_T2")):
-        curve = [math.log2(row[column]) for row in rows.values()]
-        draw(log_dir / "temperature" / name, {"temperature/log2_gradient": curve})
-    hard = (z.softmax(0) - F.one_hot(v.argmax(), CLASSES)).norm()
-    print(f"   limit: length of (z - v less its mean) / {CLASSES}: {limit.norm():.4f}; "
-          f"length for a label's cross-entropy: {hard:.4f}")  # fmt: skip
-    ratio = rows[512][0] / rows[1024][0]
-    print(f"   -> from T = 512 to 1024 the gradient without T^2 falls {ratio:.2f} times")
-    return {"rows": rows, "limit": limit.norm().item()}
+    for T in (1, 4, 16, 64):
+        alone = F.kl_div((z / T).log_softmax(1), (v / T).softmax(1), reduction="batchmean")
+        (raw,), (scaled,) = (torch.autograd.grad(loss, z) for loss in (alone, soft_loss(z, v, T)))
+        torch.testing.assert_close(scaled, T**2 * raw, rtol=0, atol=1e-10)
+        rows[T] = raw.norm().item(), scaled.norm().item()
+        print(f"   {T:3}   {rows[T][0]:14.5f}   {rows[T][1]:19.4f}")
+    falls, change = rows[1][0] / rows[64][0], rows[64][1] / rows[1][1]
+    print(f"   -> from T = 1 to 64 the first falls {falls:,.0f} times, the second becomes")
+    print(f"      {change:.1f} times what it was: with T^2, alpha means nearly the same at each T")
+    return rows
 
 
 def clouds(seed, per_class=2, D=12):
@@ -381,31 +325,31 @@ def train_student(seed, few, test, targets, alpha, T, epochs):
 
 
 def show_distillation(seed, log_dir, train, few, test, epochs, T=4.0):
-    print(f"   Does it help? Students with {len(few[0])} labels, T = {T:g}; the teacher had "
-          f"{len(train[0]):,}; {len(test[0]):,} test points")  # fmt: skip
+    print(f"   Does a teacher help? T = {T:g}, alpha 0.9; accuracy on {len(test[0]):,} test points")
+    print("   network    learns from                                   accuracy")
     x, labels = train
     teacher = network(256, CLASSES)
     fit(teacher, len(x), lambda i: F.cross_entropy(teacher(x[i]), labels[i]), 4)
     answers = teacher.requires_grad_(False)(few[0])
+    ends = {"teacher": accuracy(teacher(test[0]), test[1])}
     runs = {  # targets, alpha
         "hard": (answers, 0.0),
         "smoothed": (smoothed_answers(answers, few[1], T), 0.9),  # the control
         "soft": (answers, 0.9),
     }
-    ends = {"teacher": accuracy(teacher(test[0]), test[1])}
     for name, (targets, alpha) in runs.items():
         seen = train_student(seed, few, test, targets, alpha, T, epochs)
         draw(log_dir / "distillation" / name, {"val/accuracy": seen})
         ends[name] = seen[-1]
-    words = {"teacher": "many labels", "hard": "labels", "soft": "labels, the teacher's answers",
-             "smoothed": "labels, as unsure as the teacher"}  # fmt: skip
-    print("   network    learns from                        accuracy")
+    words = {"teacher": f"{len(x):,} labels", "hard": f"{len(few[0])} labels",
+             "smoothed": "these, softened equally over wrong classes",
+             "soft": "these and the teacher's answers to them"}  # fmt: skip
     for name, end in ends.items():
         who = name if name == "teacher" else "student"
-        print(f"   {who:<8}   {words[name]:<32}   {end:8.3f}")
-    best = max(("hard", "smoothed", "soft"), key=ends.get)
-    print(f"   -> the best student learns from {words[best]}; it beats labels alone by "
-          f"{ends[best] - ends['hard']:.3f}")  # fmt: skip
+        print(f"   {who:<8}   {words[name]:<42}   {end:8.3f}")
+    best, hard = max(runs, key=ends.get), ends["hard"]
+    print(f"   -> the best student learns from {words[best]}: {ends[best] - hard:.3f}")
+    print(f"      above labels alone; softness alone brings {ends['smoothed'] - hard:.3f} of that")
     return ends
 
 
@@ -455,67 +399,61 @@ def linear_probe(model, few, test, ridge=10.0):
     return accuracy(h_test @ W, test[1])
 
 
-def contrastive(student, x, noise=0.8):
-    """loss_of for `fit`: two noisy views of a point shall meet, away from those of others."""
-
-    def view(i):
-        return student(x[i] + noise * torch.randn_like(x[i]))
-
-    return lambda i: info_nce(view(i), view(i), temperature=0.2)
-
-
-def mimic(student, x, teacher, size=500):
-    """loss_of for `fit`: SEED, with a queue of the last `size` embeddings."""
-    queue = teacher(x[:size])
+def train_seed(seed, x, teacher, watch, epochs):
+    """What `watch` says by epoch of a student that copies the teacher's similarities; or without a
+    teacher (None) learns by InfoNCE that two noisy views of a point belong together."""
+    torch.manual_seed(seed)
+    student = network(32, 64)
 
     def loss_of(i):
-        nonlocal queue
-        z = teacher(x[i])
-        loss = seed_loss(student(x[i]), z, queue)
-        queue = torch.cat([queue, z])[-size:]  # first in, first out
-        return loss
+        if teacher is None:
+            one, two = (student(x[i] + 0.8 * torch.randn_like(x[i])) for _ in range(2))
+            return info_nce(one, two, temperature=0.2)
+        return seed_loss(student(x[i]), teacher(x[i]), queue=teacher(x[:500]))
 
-    return loss_of
+    return fit(student, len(x), loss_of, epochs, watch, batch=200, lr=6e-3)
 
 
 def show_seed(seed, log_dir, x, few, test, epochs):
-    print(f"5. SEED: can similarities be copied? {len(x):,} points without labels; then a linear")
-    print(f"   classifier of the outputs, with {len(few[0])} labels")
-    print("   outputs of                    accuracy")
+    print("5. SEED: does copying similarities teach? Teacher and student see no label: the student")
+    print(
+        "   learns which of 500 points the teacher finds similar to a point. Accuracy of a linear"
+    )
+    print(
+        f"   classifier of the outputs with {len(few[0])} labels, on {len(test[0]):,} test points"
+    )
+    print("   outputs of                          accuracy")
     teacher, untrained = network(256, 64), network(256, 64).requires_grad_(False)
-    fit(teacher, len(x), contrastive(teacher, x), 8, batch=200, lr=2e-3)
+
+    def teach(i):
+        one, two = (teacher(x[i] + 0.8 * torch.randn_like(x[i])) for _ in range(2))
+        return info_nce(one, two, temperature=0.2)
+
+    def probe(model):
+        return linear_probe(model, few, test)
+
+    fit(teacher, len(x), teach, 8, batch=200, lr=2e-3)
     teacher.requires_grad_(False)
-    probe = partial(linear_probe, few=few, test=test)
-    probes = {"the points": probe(nn.Identity()), "teacher": probe(teacher)}
-    for name, objective in {
-        "no_teacher": contrastive,
-        "untrained_teacher": partial(mimic, teacher=untrained),
-        "teacher": partial(mimic, teacher=teacher),
-    }.items():
-        torch.manual_seed(seed)
-        student = network(32, 64)
-        seen = fit(student, len(x), objective(student, x), epochs, probe, batch=200, lr=6e-3)
+    probes = {"none: the points themselves": probe(nn.Identity()), "the teacher": probe(teacher)}
+    for name, one in (("no_teacher", None), ("untrained_teacher", untrained), ("teacher", teacher)):
+        seen = train_seed(seed, x, one, probe, epochs)
         draw(log_dir / "seed" / name, {"probe/accuracy": seen})
-        probes |= {"student at the start": seen[0], f"student, {name.replace('_', ' ')}": seen[-1]}
+        probes |= {"a student at the start": seen[0], f"a student, {name}": seen[-1]}
     for name, value in probes.items():
-        print(f"   {name:<27}   {value:8.3f}")
-    students = {name: value for name, value in probes.items() if name.startswith("student")}
-    best = max(students, key=students.get)
-    print(f"   -> the best: {best}; it beats no teacher by "
-          f"{students[best] - students['student, no teacher']:.3f}")  # fmt: skip
+        print(f"   {name.replace('_', ' '):<33}   {value:8.3f}")
+    copied, blind = probes["a student, teacher"], probes["a student, untrained_teacher"]
+    print(f"   -> copied from a trained teacher {copied:.3f}, from an untrained one {blind:.3f}")
     return probes
 
 
 # --- the lesson --------------------------------------------------------------------------------
 
 
-def main(seed=0, log_dir=LOG_DIR, samples=100_000, points=6000, labels=300, epochs=(100, 10)):
+def main(seed=0, log_dir=LOG_DIR, points=6000, labels=300, epochs=(100, 10)):
     torch.manual_seed(seed)
-    measured = {"everyday": show_everyday(), "definition": show_definition(samples)}
-    measured["calls"] = show_kl_div()
+    measured = {"everyday": show_everyday(), "least": show_definition()}
     measured["fits"] = show_fits(log_dir)
-    measured["distance"] = show_distance()
-    measured["temperature"] = show_temperature(log_dir)
+    measured["temperature"] = show_temperature()
     sample = clouds(seed)
     train, few, test = sample(points), sample(labels), sample(4000)
     measured["distillation"] = show_distillation(seed, log_dir, train, few, test, epochs[0])

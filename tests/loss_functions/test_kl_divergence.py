@@ -1,5 +1,4 @@
 import contextlib
-import inspect
 import io
 import math
 
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch.distributions import Categorical, Normal
 from torch.distributions import kl_divergence as torch_kl
 
-SMALL = {"samples": 20_000, "points": 4000, "labels": 300, "epochs": (60, 5)}
+SMALL = {"points": 4000, "labels": 300, "epochs": (60, 5)}
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +112,21 @@ def test_seed_loss_is_its_loop_and_kl_plus_the_teachers_entropy(lesson):
     assert teacher.grad is None
 
 
-def test_the_queue_forgets_its_oldest(lesson, monkeypatch):
-    x, queues = torch.arange(10.0)[:, None], []
-    monkeypatch.setattr(lesson, "seed_loss", lambda s, t, queue: queues.append(queue.flatten()))
-    loss_of = lesson.mimic(lambda x: x, x, teacher=lambda x: 10 * x, size=4)
-    for i in ([8, 9], [4], [5]):
-        loss_of(torch.tensor(i))
-    assert [q.tolist() for q in queues] == [[0, 10, 20, 30], [20, 30, 80, 90], [30, 80, 90, 40]]
+def test_similarities_are_to_500_points_as_the_teacher_sees_them(lesson, monkeypatch):
+    seen = []
+
+    def spy(student_z, teacher_z, queue):
+        seen.append((teacher_z, queue))
+        return student_z.sum()
+
+    monkeypatch.setattr(lesson, "seed_loss", spy)
+    x, teacher = torch.randn(600, 12), lesson.network(8, 64).requires_grad_(False)
+    lesson.train_seed(5, x, teacher, lambda model: 0.0, epochs=1)
+    torch.manual_seed(5)
+    lesson.network(32, 64)
+    first = torch.randperm(600)[:200]
+    torch.testing.assert_close(seen[0][0], teacher(x[first]))
+    assert len(seen) == 3 and all(torch.equal(queue, teacher(x[:500])) for _, queue in seen)
 
 
 def test_info_nce_is_that_of_the_lesson_on_contrastive_losses(lesson, load):
@@ -168,26 +175,38 @@ def test_torch_advises_against_the_reduction_mean():
         F.kl_div(FOUR.log(), FOUR, reduction="mean")
 
 
-def test_try_between_the_modes_reverse_kl_takes_neither(lesson, tmp_path):
-    source, new = inspect.getsource(lesson.show_fits), "(m, 1.0, 0.0, math.inf)"
-    assert source.count("(m, 1.0, m / 2, -math.log(w))") == 1
-    changed = dict(vars(lesson))
-    exec(source.replace("(m, 1.0, m / 2, -math.log(w))", new), changed)
-    fits = changed["show_fits"](tmp_path)
-    assert fits["reverse_left"] == fits["reverse_right"]
-    assert fits["reverse_left"][:2] == pytest.approx((-0.47, 2.70), abs=0.01)
-    assert fits["reverse_left"][2] == pytest.approx(0.85, abs=0.01)
-    assert lesson.fit_gaussian("reverse", -2.0)[2] == pytest.approx(0.51, abs=0.01)
+def test_try_at_2_5_the_wide_fit_is_better_than_that_of_one_mode(lesson, edited, tmp_path):
+    fits = edited(lesson, "(2.0, 3.0)", "(2.5,)").show_fits(tmp_path)
+    assert fits[2.5, "reverse", 0.0][2] == pytest.approx(0.4856, abs=5e-5)
+    assert fits[2.5, "reverse", -2.5][2] == pytest.approx(0.4915, abs=5e-5)
+    assert fits[2.5, "reverse", 0.0][1] > 2 and fits[2.5, "reverse", -2.5][1] < 1.2
+    assert (
+        "the wide one, .4856, though a fit that keeps to one mode exists, .4915" in lesson.__doc__
+    )
 
 
-def test_everyday_values_are_those_by_head(lesson):
-    losses, checks = lesson.show_everyday()
-    assert losses[:2] == pytest.approx(checks[:2]) and losses[:2] == pytest.approx(checks[2:])
-    assert losses[:2] == pytest.approx([0.1438, 0.1308], abs=1e-4)
+def test_everyday_values_are_those_by_hand(lesson, capsys):
+    calls, by_hand, (soft, hard, both) = lesson.show_everyday()
+    forward, reverse = 0.5 * math.log(4 / 3), math.log(3) * 0.75 - math.log(2)
+    assert list(by_hand.values()) == pytest.approx([forward, reverse, forward / 2])
+    no_log = 0.5 * (2 * math.log(0.5) - 0.25 - 0.75)  # p (log p - q)
+    assert calls == pytest.approx([forward, forward, forward / 2, reverse, no_log], abs=1e-6)
     # logits over T: (0.5, 0) and (0, 1), softmax of two: a logistic function
     q, p = (1 / (1 + math.exp(-x)) for x in (0.5, -1.0))
     kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    assert losses[2] == pytest.approx(0.5 * 4 * kl + 0.5 * math.log(1 + math.e))
+    assert (soft, hard) == pytest.approx((4 * kl, math.log(1 + math.e)), abs=1e-6)
+    assert both == pytest.approx((soft + hard) / 2, abs=1e-6)
+    out = capsys.readouterr().out
+    for line in (
+        '   F.kl_div(q.log(), p, reduction="batchmean")     0.1438   KL(p || q)',
+        "   kl_plain(p, q)                                  0.1438   KL(p || q)",
+        '   F.kl_div(q.log(), p, reduction="mean")          0.0719   half of KL(p || q)',
+        '   F.kl_div(p.log(), q, reduction="batchmean")     0.1308   KL(q || p)',
+        '   F.kl_div(q, p, reduction="batchmean")          -1.1931   no divergence',
+        "   soft loss 1.0296   cross-entropy of the label 1.3133   alpha 0.5: 1.1714",
+    ):
+        assert line + "\n" in out
+    assert "= 0.1438; KL(q || p) = 0.1308\n" in out and "-> alpha 0.5 is the mean of the two" in out
 
 
 def test_plain_losses_are_the_complete_ones_and_torchs(lesson):
@@ -238,17 +257,22 @@ def test_test_labels_teach_nobody(lesson, tmp_path, monkeypatch):
     assert all(end < 0.2 for end in ends.values())
 
 
-def test_each_student_learns_by_its_own_objective(lesson, tmp_path, monkeypatch):
+def test_each_student_learns_from_its_own_teacher(lesson, tmp_path, monkeypatch):
     train, few, test = points(lesson, 0, (600, 200, 300))
-    calls = []
-    for name in ("contrastive", "mimic"):
-        real = getattr(lesson, name)
-        monkeypatch.setattr(
-            lesson, name, lambda *a, real=real, name=name, **k: calls.append(name) or real(*a, **k)
-        )
+    teachers, real = [], lesson.train_seed
+    monkeypatch.setattr(
+        lesson, "train_seed", lambda *a: teachers.append(a[2]) or real(*a[:4], epochs=1)
+    )
     lesson.show_seed(0, tmp_path, train[0], few, test, 1)
-    # the teacher, then the student without a teacher, then those with one
-    assert calls == ["contrastive", "contrastive", "mimic", "mimic"]
+    nobody, untrained, trained = teachers
+    assert nobody is None and not any(p.requires_grad for p in trained.parameters())
+    z = [teacher(train[0]) for teacher in (untrained, trained)]
+    near = train[0] + 0.8 * torch.randn_like(train[0])
+    losses = [
+        lesson.info_nce(one, teacher(near), 0.2).item()
+        for one, teacher in zip(z, (untrained, trained), strict=True)
+    ]
+    assert losses[1] < losses[0] - 0.5  # only one has learned that noisy views belong together
 
 
 @pytest.mark.parametrize("start", [-2.0, 2.0])
@@ -284,26 +308,6 @@ def test_forward_kl_takes_the_moments_from_anywhere(lesson, start):
     assert (mu, sigma) == pytest.approx((-0.6, math.sqrt(9.64)), abs=1e-5)
 
 
-def test_a_picture_has_its_area_and_its_line_where_the_curves_are(lesson):
-    target, fit = torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.2, 0.2, 0.9])
-    image = lesson.picture(target, fit, (1.0, 0.0, 0.0), top=1.0, height=100)
-    assert image.shape == (3, 100, 3)
-    for row, column, colour in (
-        (79, 0, (1, 0, 0)), (79, 1, (1, 0, 0)), (40, 2, (1, 0, 0)),  # the line, and its rise
-        (60, 1, (0.75, 0.75, 0.75)), (95, 2, (0.75, 0.75, 0.75)),
-        (40, 1, (1, 1, 1)), (95, 0, (1, 1, 1)), (2, 2, (1, 1, 1)),
-    ):  # fmt: skip
-        assert image[:, row, column].tolist() == list(colour)
-
-
-def test_words_stand_above_a_picture_and_fit_on_it(lesson):
-    words = "reverse_right: the target is grey, the fit a line; x from -9 to 9, density 0 to 0.42"
-    strip = lesson.words_above(torch.ones(3, 240, 480), words)
-    assert strip.shape == (3, 18, 480) and strip.min() < 0.2 and strip.max() == 1
-    columns = (strip[0].amin(0) < 0.5).nonzero().flatten()
-    assert columns[0] < 10 and 300 < columns[-1] < 478
-
-
 def test_the_control_is_as_sure_of_the_label_as_the_teacher_and_knows_no_more(lesson):
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(50, 7), torch.randint(7, (50,))
@@ -323,53 +327,56 @@ def test_a_probe_reads_what_is_in_the_features_and_nothing_else(lesson):
 
 def test_main_measures_what_the_formulas_say(measured, events):
     result, log_dir, out = measured
-    definition, fits = result["definition"], result["fits"]
-    assert abs(definition["monte_carlo"] - definition["closed"]) < 4 * definition["error"] < 0.05
-    assert fits["forward"][:2] == pytest.approx((-0.6, 3.10484), abs=1e-5)
-    assert fits["reverse_left"] == pytest.approx((-3, 1, -math.log(0.6)), abs=0.04)
-    assert fits["reverse_right"] == pytest.approx((3, 1, -math.log(0.4)), abs=0.04)
-    rows, limit = result["temperature"]["rows"], result["temperature"]["limit"]
-    assert rows[1024][1] == pytest.approx(limit, rel=0.01)
-    assert rows[512][0] / rows[1024][0] == pytest.approx(4, rel=0.01)
-    for name in ("forward", "reverse_left", "reverse_right"):
-        (event,) = events(log_dir / "fit" / name).Images("fit/densities")
-        assert (event.height, event.width) == (258, 480)
+    fits, rows = result["fits"], result["temperature"]
+    for d in (2.0, 3.0):  # the moments of the mixture
+        sigma = math.sqrt(1 + d**2 - (0.2 * d) ** 2)
+        assert fits[d, "forward", 0.0][:2] == pytest.approx((-0.2 * d, sigma), abs=1e-5)
+    assert fits[3.0, "reverse", -3.0] == pytest.approx((-3, 1, -math.log(0.6)), abs=0.04)
+    assert fits[3.0, "reverse", 0.0][2] > 0.8
+    assert fits[2.0, "reverse", -2.0] == pytest.approx(fits[2.0, "reverse", 0.0], abs=1e-5)
+    for (d, order, start), fit in fits.items():
+        name = {"forward": "KL(p || q)", "reverse": "KL(q || p)"}[order]
+        shown = f"{fit[0]:7.4f}   {fit[1]:6.4f}   {fit[2]:6.4f}\n"
+        assert f"   +-{d:<5g}  {name}   {start:11.1f}   {shown}" in out
+        run = events(log_dir / f"fit_{d:g}" / f"{order}_from_{start:g}").Scalars("fit/density")
+        drawn = torch.tensor([event.value for event in run])
+        x = torch.linspace(-9, 9, 181)
+        torch.testing.assert_close(drawn, Normal(fit[0], fit[1]).log_prob(x).exp())
+    target = events(log_dir / "fit_3" / "target").Scalars("fit/density")
+    assert [target[k].value for k in (60, 120)] == pytest.approx(
+        [0.6 / math.sqrt(2 * math.pi), 0.4 / math.sqrt(2 * math.pi)], rel=1e-3
+    )
+    for end in (
+        "+-2: the least KL(q || p), 0.2303, is at sigma 2.02;",
+        "+-3: the least KL(q || p), 0.5074, is at sigma 1.02;",
+        "the least KL(p || q) at 2.20; each mode has 1",
+        "the least KL(p || q) at 3.10; each mode has 1",
+    ):
+        assert end + "\n" in out
+    for T, (raw, scaled) in rows.items():
+        assert scaled == pytest.approx(T**2 * raw)
+        assert f"   {T:3}   {raw:14.5f}   {scaled:19.4f}\n" in out
+    assert list(rows) == [1, 4, 16, 64] and 0.4 < rows[64][1] / rows[1][1] < 2.5
+    falls = rows[1][0] / rows[64][0]
+    assert f"the first falls {falls:,.0f} times, the second becomes\n" in out
+    assert f"      {rows[64][1] / rows[1][1]:.1f} times what it was: with T^2" in out
+    assert result["least"] > 0 and f"of the 1,000 is {result['least']:.4f}, above 0" in out
     for head in (
-        "what           F.kl_div   kl_plain   by head",
-        "from scratch   torch    smallest",
         "call                                            value   what it is",
-        "fit             mu       sigma    KL ",
-        "d   from -d: mu    sigma       KL   from 0",
-        "T   without T^2   with T^2",
-        "network    learns from ",
-        "outputs of  ",
+        "of                           mean   torch's   ours minus torch's, largest",
+        "modes    made small   start of mu        mu    sigma       KL",
+        "T   F.kl_div alone   soft_loss, with T^2",
+        "network    learns from                                   accuracy",
+        "outputs of                          accuracy",
     ):
         assert out.count(head) == 1
-    assert "   reverse_left  -2.9877   1.0187   0.5074   -3.0000 1.0000   -log w = 0.5108\n" in out
-    assert "   forward       -0.6000   3.1048   0.4637   -0.6000 3.1048   -\n" in out
-    assert len(out.splitlines()) == 60  # each row of each table
     for i in range(1, 6):
         assert sum(line.startswith(f"{i}. ") for line in out.splitlines()) == 1
-    for column, name in enumerate(("raw", "times_T2")):
-        curve = events(log_dir / "temperature" / name).Scalars("temperature/log2_gradient")
-        expected = [math.log2(row[column]) for row in rows.values()]
-        assert [event.value for event in curve] == pytest.approx(expected, abs=1e-4)
-    assert f"{rows[512][0] / rows[1024][0]:.2f} times" in out
-    wide = fits["forward"][1] / max(fits["reverse_left"][1], fits["reverse_right"][1])
-    assert f"-> the forward fit is {wide:.1f} times as wide as a reverse one\n" in out
-    values, right, swapped = result["calls"]
-    assert (values["batchmean"], values["swapped"]) == pytest.approx((right, swapped))
-    assert values["mean"] == pytest.approx(right / 5) and values["no log"] < 0
-    assert "-> KL(p || q) by batchmean; no call" in out
     assert out.splitlines()[-1].startswith(f"look: tensorboard --logdir {log_dir}   http")
 
 
-def test_main_shows_from_which_distance_one_mode_wins(measured):
-    rows, out = measured[0]["distance"], measured[2]
-    for d, (left, middle) in rows.items():
-        assert (left[2] < middle[2] - 1e-6) == (d in (3.0, 4.0))
-    assert rows[2.5][0][2] > rows[2.5][1][2] + 0.003  # a fit of one mode, and yet worse
-    assert "is better at d = 3, 4 only\n" in out
+def test_another_fit_of_one_mode_is_no_worse_than_that_mode(lesson):
+    assert lesson.fit_gaussian("reverse", 3.0) == pytest.approx((3, 1, -math.log(0.4)), abs=0.04)
 
 
 def test_main_soft_labels_teach_more_than_hard_ones_and_more_than_softness(measured, events):
@@ -383,23 +390,31 @@ def test_main_soft_labels_teach_more_than_hard_ones_and_more_than_softness(measu
         assert curve[-1].value == pytest.approx(ends[name], abs=1e-6)
         firsts.add(curve[0].value)
     assert len(firsts) == 1  # the same start
-    assert "it beats labels alone by" in out and f"{ends['soft'] - ends['hard']:.3f}\n" in out
+    best = max(("hard", "smoothed", "soft"), key=ends.get)
+    assert (
+        best == "soft" and f"teacher's answers to them: {ends['soft'] - ends['hard']:.3f}\n" in out
+    )
+    assert f"softness alone brings {ends['smoothed'] - ends['hard']:.3f} of that\n" in out
+    for name, words in (("teacher", "4,000 labels"), ("hard", "300 labels"),
+                        ("smoothed", "these, softened equally over wrong classes"),
+                        ("soft", "these and the teacher's answers to them")):  # fmt: skip
+        assert f"   {words:<42}   {ends[name]:8.3f}\n" in out
 
 
 def test_main_seed_beats_the_start_the_points_and_an_untrained_teacher(measured, events):
     probes, log_dir, out = measured[0]["seed"], *measured[1:]
-    seed = probes["student, teacher"]
-    assert seed > probes["student at the start"] + 0.1
-    assert seed > probes["the points"] + 0.04
-    assert seed > probes["student, untrained teacher"] + 0.02
+    copied, start = probes["a student, teacher"], probes["a student at the start"]
+    assert copied > start + 0.1
+    assert copied > probes["none: the points themselves"] + 0.04
+    assert copied > probes["a student, untrained_teacher"] + 0.02
     for name in ("no_teacher", "untrained_teacher", "teacher"):
         curve = events(log_dir / "seed" / name).Scalars("probe/accuracy")
         assert len(curve) == SMALL["epochs"][1] + 1
-        end = probes[f"student, {name.replace('_', ' ')}"]
-        assert curve[-1].value == pytest.approx(end, abs=1e-6)
-        assert curve[0].value == pytest.approx(probes["student at the start"], abs=1e-6)
-    students = {name: value for name, value in probes.items() if name.startswith("student")}
-    gain = max(students.values()) - probes["student, no teacher"]
+        assert curve[-1].value == pytest.approx(probes[f"a student, {name}"], abs=1e-6)
+        assert curve[0].value == pytest.approx(start, abs=1e-6)
+    for name, value in probes.items():
+        assert f"   {name.replace('_', ' '):<33}   {value:8.3f}\n" in out
+    blind = probes["a student, untrained_teacher"]
     assert (
-        f"-> the best: {max(students, key=students.get)}; it beats no teacher by {gain:.3f}" in out
+        f"-> copied from a trained teacher {copied:.3f}, from an untrained one {blind:.3f}" in out
     )
