@@ -249,7 +249,7 @@ def show_network():
         load_lora(other, lora_state_dict(model))  # or torch.save it, and load it elsewhere
         numbers, after = count(model), largest(model(x), other(x))
         rows[targets] = numbers, before, after
-        print(f"   {' '.join(targets):<36}   {numbers:7,}   {numbers / whole:6.1%}   "
+        print(f"   {' '.join(targets):<37}   {numbers:6,}   {numbers / whole:6.1%}   "
               f"{before:16.2f}   {after:5g}")  # fmt: skip
     worst = max(after for *_, after in rows.values())
     print(f"   -> a second task adds {rows[ALL][0] / whole:.0%} of the network's {whole:,} numbers "

@@ -325,6 +325,7 @@ def test_the_everyday_steps_are_those_by_hand(lesson, capsys):
     )
     assert table[2][0] == pytest.approx([1.072, 0.144]) and table[2][1] == pytest.approx([0.54, 0])
     out = capsys.readouterr().out
+    assert "alpha / r = 2, loss L = |y - (4, 2)|^2 / 2\n   steps   A    " in out
     assert "   0       ( 1.00,  0.00) ( 0.00,  0.00) ( 1.00,  2.00)   ( 0.00,  0.00) (-6.00," in out
     assert out.endswith("-> the first step moves B, the second A and B; W_0 gets no gradient\n")
 
@@ -353,6 +354,27 @@ def test_the_networks_table_counts_and_loads(lesson, capsys):
     assert "   q_proj v_proj                              512     3.9%" in out
     assert "-> a second task adds 18% of the network's 13,124 numbers or less" in out
     assert out.endswith("loaded, outputs differ by 0\n")
+
+
+def test_enough_is_the_first_rank_within_five_points_of_the_whole(
+    lesson, monkeypatch, tmp_path, capsys
+):
+    torch.manual_seed(0)
+    scores = iter([0.3, 0.3, 0.91, 0.4, 0.96, 0.5, 0.99, 0.98])
+    monkeypatch.setattr(lesson, "accuracy", lambda model, data: next(scores))
+    ranks, start, full = (0, 2, 8, 32), lesson.Transformer(), lesson.Transformer()
+    rows = lesson.show_why(tmp_path, start, full, None, ranks=ranks)
+    title, first, second, *lines, last = capsys.readouterr().out.splitlines()
+    assert title.endswith("W - W_0 of six layers, cut to r of 32 directions")
+    assert " ".join(first.split()) == "share of its squares kept accuracy on the new task"
+    assert " ".join(second.split()) == "r largest random directions largest random directions"
+    assert [line.split()[0] for line in lines] == ["0", "2", "8", "32"]
+    assert lines[1].split()[3:] == ["0.910", "0.400"]
+    assert [float(z) for z in lines[2].split()[1:3]] == pytest.approx(
+        [rows[8, "largest"][0], rows[8, "random"][0]], abs=0.005
+    )
+    assert last == ("   -> the 8 largest directions of each update give 0.96, all 32 0.99, "
+                    "8 random ones 0.50")  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=range(3))
