@@ -1,31 +1,32 @@
-"""Batch-, Layer-, Group- and InstanceNorm are one formula; only the axes of its mean differ.
+"""BatchNorm, LayerNorm, GroupNorm and InstanceNorm are one formula; its mean has different axes.
 
-    y = w (x - mean) / sqrt(var + eps) + b        var: divided by n, not by n - 1
+A norm stands between layers. It shifts and scales the numbers that share a mean so that their mean
+is 0 and their variance 1. If all of them grow five times, its output stays as it is: no later layer
+can see how large they were. So choose a norm by what it may not see: section 3. In train(), each
+output of BatchNorm depends on the whole batch. For eval() it keeps averages of mean and variance:
+running <- (1 - m) running + m batch, with momentum m = 0.1.
 
-    x (B, C, L…)    BatchNorm   over B, L          one mean a channel, of all examples
-                    InstanceNorm     over L        one a channel and example
-                    GroupNorm   over C / G, L      one a group and example; G = C is InstanceNorm,
-                                                   G = 1 is LayerNorm over (C, L)
-                    LayerNorm   over the last axes named, in a transformer C alone
+    y = w * (x - mean) / sqrt(var + eps) + b         RMSNorm: y = w * x / sqrt(mean of x^2 + eps)
 
-In training BatchNorm also keeps, for evaluation, running <- (1 - m) running + m batch, with a
-variance divided by n - 1; m weighs the *new* value. A mean over B examples is off by sigma^2 / B:
-small batches are noise in training, and evaluation is another network. The other three know no
-batch, but divide out how large an example is: where that is the answer, it is gone. So choose
+    x  (B, C, L): B examples, C channels, L positions; in an image, positions have rows and columns
+    mean, var  over the axes below; var is divided by their count     eps  1e-5: a divisor above 0
+    w, b  learned, one a channel; in LayerNorm one for each number under a mean; RMSNorm has no b
 
-    BatchNorm   for large batches, or where the scale of an example means something
-    GroupNorm, LayerNorm   for small batches, and where the scale means nothing
-    InstanceNorm   where even the scale of a single channel means nothing; here it never wins
+    norm           one mean for each               axes     seen in
+    BatchNorm      channel                         (0, 2)   image classifiers
+    GroupNorm      example and group of channels            U-Nets; detection (small batches)
+    InstanceNorm   example and channel             2        style transfer: contrast shall go
+    LayerNorm      example and position            1        Transformers; in Llama it is RMSNorm
 
-Checked here   mean 0 and variance 1 over these axes, torch's outputs, gradients and running
-               statistics; the ends of GroupNorm; sigma^2 / B in BatchNorm's own running mean;
-               accuracy by batch size, where the scale means nothing, and where it is the answer
-TensorBoard    noise/log2_mean by log2 B in noise/measured, theory (slope -1); val/accuracy by
-               log2 B in waveform/BatchNorm …, none
-Try            bias=True in network(): can GroupNorm then hear how loud a wave is? It can
-Source         Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1; Ba et al. 2016,
-               arXiv:1607.06450, eq. 3; Ulyanov et al. 2016, arXiv:1607.08022, eq. 3; Wu & He 2018,
-               arXiv:1803.08494, eq. 7
+Needs          nn_linear.py, nn_conv2d.py, train.py
+Checked here   plain = torch; complete BatchNorm = torch; the error of a batch's mean; what each
+               norm cannot see; accuracy with four norms and with none, on two tasks
+TensorBoard    accuracy/loudness_batch_32 by step: BatchNorm rises to 1, three norms stay near 0.25;
+               accuracy/form_batch_2: there BatchNorm ends below GroupNorm
+Try            in network, write bias=True: which norms can then hear how loud a wave is?
+Answer         GroupNorm, LayerNorm and none reach 1.00 too; InstanceNorm subtracts the bias again
+Source         arXiv:1502.03167 (BatchNorm), 1607.06450 (LayerNorm), 1607.08022 (InstanceNorm),
+               1803.08494 (GroupNorm, eq. 7), 1910.07467 (RMSNorm)
 """
 
 import argparse
@@ -34,7 +35,6 @@ import os
 import signal
 import sys
 import threading
-from itertools import pairwise
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -47,83 +47,64 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / "model_architecture" / "normalization"
-F64 = torch.float64
 
 
-# --- one formula, four sets of axes ------------------------------------------------------------
-
-
-def widen(x):
-    """float32 for half precision, whose sums would round; else x itself."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+# --- 1. in everyday code -----------------------------------------------------------------------
 
 
 def normalize(x, axes, eps=1e-5):
-    """x less its mean over `axes`, over sqrt(variance + eps) there; half comes out as float32.
-
-    The variance divides by n. widen(x) gives the float32. Exercise.
-    """
-    x = widen(x)
-    var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    """(x - mean) / sqrt(var + eps) over `axes`; var divides by the count n, not n - 1. Exercise."""
+    mean = x.mean(axes, keepdim=True)
+    var = (x - mean).square().mean(axes, keepdim=True)
     return (x - mean) / (var + eps).sqrt()
 
 
-class Norm(nn.Module):
-    """Weight and bias (C,), on the channels of x (B, C, …)."""
+def rms_normalize(x, axes, eps=1e-5):
+    """x / sqrt(mean of x^2 + eps), the mean over `axes`; nothing is subtracted. Exercise."""
+    return x / (x.square().mean(axes, keepdim=True) + eps).sqrt()
 
-    def __init__(self, channels, eps, affine):
+
+def group_normalize(x, groups, eps=1e-5):
+    """normalize x (B, C, ...) over all positions and C / groups neighbouring channels. Exercise."""
+    return normalize(x.reshape(len(x), groups, -1), 2, eps).view_as(x)  # (B, G, C / G * L) inside
+
+
+def show_everyday():
+    x = torch.tensor([[[1.0, 3], [10, 14]], [[5, 7], [20, 24]]])  # 2 examples of 2 channels
+    batch = nn.BatchNorm1d(2)(x)  # 2 channels; nn.BatchNorm2d is for images (B, C, H, W)
+    group = nn.GroupNorm(1, 2)(x)  # 1 group that holds both channels
+    instance = nn.InstanceNorm1d(2)(x)
+    layer = nn.LayerNorm(2)(x.mT).mT  # x.mT is (B, L, C): channels last, as in a Transformer
+    rms = nn.RMSNorm(2, eps=1e-5)(x.mT).mT
+    rows = {"x": x, "BatchNorm1d(2)": batch, "GroupNorm(1, 2)": group,
+            "InstanceNorm1d(2)": instance, "LayerNorm(2)": layer, "RMSNorm(2)": rms}  # fmt: skip
+    plain = (x, normalize(x, (0, 2)), group_normalize(x, 1),
+             normalize(x, 2), normalize(x, 1), rms_normalize(x, 1))  # fmt: skip
+    print("1. In everyday code: what do five norms make of two examples of two channels?")
+    print("                       example 0:                     example 1:")
+    print("   call of torch.nn    channel 0      channel 1       channel 0      channel 1")
+    for name, y in rows.items():
+        pairs = [" ".join(f"{number:6.2f}" for number in pair) for pair in y.flatten(0, 1).tolist()]
+        print(f"   {name:<17}  {'  '.join(pairs)}")
+    off = max((y - z).abs().max().item() for y, z in zip(rows.values(), plain, strict=True))
+    print(f"   -> the plain functions above give the same: largest difference {off:.0e}")
+    return rows, off
+
+
+# --- 2. BatchNorm, complete --------------------------------------------------------------------
+
+
+class BatchNorm(nn.Module):
+    """nn.BatchNorm1d, 2d and 3d in one, for x (B, C, ...). Buffers are saved, but not trained."""
+
+    def __init__(self, channels, eps=1e-5, momentum=0.1):
         super().__init__()
-        self.channels, self.eps = channels, eps
-        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
-
-    def check(self, x, dims):
-        if x.dim() < dims or x.size(1) != self.channels:
-            need = ", ".join(["B", str(self.channels), "L"][:dims])
-            raise ValueError(f"{type(self).__name__} needs ({need}, ...), not {tuple(x.shape)}")
-
-    def check_count(self, x, values):
-        if values < 2:
-            raise ValueError(f"a mean over {values} value of {tuple(x.shape)} leaves nothing")
-
-    def along(self, p, x):
-        return p.view(-1, *[1] * (x.dim() - 2))  # (C,) -> (C, 1, …)
-
-    def scale(self, y, dtype):
-        """w y + b, only then rounded to the type of the input."""
-        if self.weight is not None:
-            y = y * self.along(self.weight, y) + self.along(self.bias, y)
-        return y.to(dtype)
-
-
-class BatchNorm(Norm):
-    """Over B and all of L, for x (B, C, …); evaluation uses the running statistics.
-
-    momentum=None averages all batches alike. ValueError for a single value a channel in training.
-    """
-
-    def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True):
-        super().__init__(num_features, eps, affine)
-        self.momentum = momentum
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
-
-    def forward(self, x):
-        """Normalise x (B, C, …) over B and all of L; in evaluation by the running statistics.
-
-        check(x, 2) first; in training check_count(x, values a channel), then track(x, axes) without
-        gradient, then normalize; in either mode scale(y, x.dtype) last. In evaluation (x -
-        running_mean) / sqrt(running_var + eps), in float32 for half precision. Exercise.
-        """
-        self.check(x, 2)
-        if not self.training:
-            mean, var = (self.along(s, x) for s in (self.running_mean, self.running_var))
-            return self.scale((widen(x) - mean) / (var + self.eps).sqrt(), x.dtype)
-        self.check_count(x, x.numel() // self.channels)
-        axes = (0, *range(2, x.dim()))
-        self.track(widen(x.detach()), axes)
-        return self.scale(normalize(x, axes, self.eps), x.dtype)
 
     def track(self, x, axes):
         """Move running_mean and running_var, in place, towards mean and variance of x over `axes`.
@@ -132,250 +113,157 @@ class BatchNorm(Norm):
         momentum, or 1 / num_batches_tracked without one. This variance divides by n - 1. Exercise.
         """
         self.num_batches_tracked += 1
-        m = self.momentum
-        if m is None:
-            m = 1 / self.num_batches_tracked.item()
-        for running, batch in ((self.running_mean, x.mean(axes)),
-                               (self.running_var, x.var(axes, correction=1))):  # fmt: skip
-            running.copy_((1 - m) * running + m * batch)
-
-
-class InstanceNorm(Norm):
-    """Over all of L, for x (B, C, L…); without weights unless asked for."""
-
-    def __init__(self, num_features, eps=1e-5, *, affine=False):
-        super().__init__(num_features, eps, affine)
+        m = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.copy_((1 - m) * self.running_mean + m * x.mean(axes))
+        self.running_var.copy_((1 - m) * self.running_var + m * x.var(axes, correction=1))
 
     def forward(self, x):
-        """Normalise x (B, C, L…) over all of L.
-
-        check(x, 3), check_count(x, values of one channel of one example), normalize, scale(y,
-        x.dtype). Exercise.
-        """
-        self.check(x, 3)
-        self.check_count(x, x[0, 0].numel())
-        return self.scale(normalize(x, tuple(range(2, x.dim())), self.eps), x.dtype)
-
-
-class GroupNorm(Norm):
-    """Over the channels of a group and all of L, for x (B, C, …)."""
-
-    def __init__(self, num_groups, num_channels, eps=1e-5, affine=True):
-        super().__init__(num_channels, eps, affine)
-        if num_groups < 1 or num_channels % num_groups:
-            raise ValueError(f"{num_channels} channels do not split into {num_groups} groups")
-        self.num_groups = num_groups
-
-    def forward(self, x):
-        """Normalise x (B, C, …) over the channels of each of num_groups groups and all of L.
-
-        check(x, 2), check_count(x, values of a group), normalize, and scale(y, x.dtype) in the
-        shape of x. Exercise.
-        """
-        self.check(x, 2)
-        groups = x.unflatten(1, (self.num_groups, -1))  # (B, C, …) -> (B, G, C/G, …)
-        self.check_count(x, groups[0, 0].numel())
-        y = normalize(groups, tuple(range(2, groups.dim())), self.eps)
-        return self.scale(y.flatten(1, 2), x.dtype)
+        C = len(self.running_mean)
+        if x.dim() < 2 or x.shape[1] != C or (self.training and x.numel() < 2 * C):
+            raise ValueError(f"x must be (B, {C}, ...), 2 values a channel, not {tuple(x.shape)}")
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # sums in 16 bits may overflow
+        axes, shape = (0, *range(2, x.dim())), (-1, *[1] * (x.dim() - 2))
+        if self.training:
+            self.track(wide.detach(), axes)
+            y = normalize(wide, axes, self.eps)
+        else:
+            mean, var = self.running_mean.view(shape), self.running_var.view(shape)
+            y = (wide - mean) / (var + self.eps).sqrt()
+        return (y * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
 
 
-class LayerNorm(nn.Module):
-    """Over the last axes, which must be `normalized_shape`; weight and bias of that shape."""
-
-    def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True):
-        super().__init__()
-        one = isinstance(normalized_shape, int)
-        self.normalized_shape = (normalized_shape,) if one else tuple(normalized_shape)
-        self.eps, self.weight, self.bias = eps, None, None
-        if elementwise_affine:
-            self.weight = nn.Parameter(torch.ones(self.normalized_shape))
-            self.bias = nn.Parameter(torch.zeros(self.normalized_shape))
-
-    def forward(self, x):
-        """Normalise x over its last axes, times weight, plus bias (if there are any), in x's type.
-
-        ValueError "LayerNorm needs …, not (shape)" if the last axes are not normalized_shape.
-        Exercise.
-        """
-        last = len(self.normalized_shape)
-        if tuple(x.shape[-last:]) != self.normalized_shape:
-            wanted = f"(..., *{self.normalized_shape})"
-            raise ValueError(f"LayerNorm needs {wanted}, not {tuple(x.shape)}")
-        y = normalize(x, tuple(range(-last, 0)), self.eps)
-        return (y if self.weight is None else y * self.weight + self.bias).to(x.dtype)
-
-
-# --- equalities --------------------------------------------------------------------------------
-
-
-def uneven(B, C, L):
-    """x (B, C, L) whose channels and examples differ in mean and scale, so that a norm has work."""
-    scale = torch.linspace(0.5, 3, C, dtype=F64)[:, None]
-    shift = torch.linspace(-4, 4, B, dtype=F64)[:, None, None] + 2 * torch.arange(C)[:, None]
-    return shift + scale * torch.linspace(1, 2, B)[:, None, None] * torch.randn(B, C, L, dtype=F64)
-
-
-def show_axes(B=6, C=4, L=50):
-    print(f"1. x ({B}, {C}, {L}): largest |mean|, |variance - 1| over the axes; off torch's")
-    x = uneven(B, C, L).requires_grad_()
-    pairs = {
-        "BatchNorm": (BatchNorm(C), nn.BatchNorm1d(C), lambda y: y.transpose(0, 1).flatten(1)),
-        "InstanceNorm": (InstanceNorm(C), nn.InstanceNorm1d(C), lambda y: y.flatten(0, 1)),
-        "GroupNorm": (GroupNorm(2, C), nn.GroupNorm(2, C), lambda y: y.reshape(2 * B, -1)),
-        "LayerNorm": (LayerNorm((C, L)), nn.LayerNorm((C, L)), lambda y: y.flatten(1)),
-    }
-    rest = {}
-    for name, (ours, library, rows) in pairs.items():
-        y, expected = ours.double()(x), library.double()(x)
-        grads = [torch.autograd.grad(out.sin().sum(), x)[0] for out in (y, expected)]
-        torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
-        torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
-        var, mean = torch.var_mean(rows(y.detach()), dim=1, correction=0)
-        var, mean = (var - 1).abs().max().item(), mean.abs().max().item()
-        assert mean < 1e-12 and var < 1e-4  # eps keeps the variance a little under 1
-        rest[name] = {
-            other: axes(y.detach()).mean(1).abs().max().item()
-            for other, (_, _, axes) in pairs.items()
-        }
-        off = (y - expected).abs().max(), (grads[0] - grads[1]).abs().max()
-        print(f"   {name:<12}   {mean:.0e}   {var:.0e}   outputs {off[0]:.0e}   "
-              f"gradients {off[1]:.0e}")  # fmt: skip
-    return rest
-
-
-def show_running(batches=30, B=4, C=3):
-    print(f"2. running statistics after {batches} batches of {B}: off torch's, and off theory")
-    ours, library = BatchNorm(C, momentum=0.3).double(), nn.BatchNorm1d(C, momentum=0.3).double()
-    x = 5 + 2 * torch.randn(batches, B, C, dtype=F64)
-    for batch in x:
-        ours(batch), library(batch)
-    weights = 0.3 * 0.7 ** torch.arange(batches - 1, -1, -1, dtype=F64)  # of each batch
-    theory = (weights[:, None] * x.var(1, correction=1)).sum(0) + 0.7**batches
-    for name, value in library.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=1e-12)
-    torch.testing.assert_close(ours.running_var, theory, rtol=0, atol=1e-12)
-    biased = (weights[:, None] * x.var(1, correction=0)).sum(0) + 0.7**batches
-    ratio = (biased / ours.running_var).mean().item()
-    off = [(ours.running_var - other).abs().max() for other in (library.running_var, theory)]
-    print(f"   variance {off[0]:.0e}   {off[1]:.0e}   if divided by n: {ratio:.3f} of it")
-    return ratio
-
-
-def show_ends(B=3, C=6, L=10):
-    print("3. GroupNorm's ends: largest difference")
-    x = uneven(B, C, L)
-    ends = {
-        "G = 1 and LayerNorm over (C, L)": (GroupNorm(1, C), LayerNorm((C, L))),
-        "G = C and InstanceNorm": (GroupNorm(C, C), InstanceNorm(C)),
-        "G = C and LayerNorm over (C, L)": (GroupNorm(C, C), LayerNorm((C, L))),
-    }
-    off = {}
-    for name, pair in ends.items():
-        a, b = (norm.double()(x) for norm in pair)
-        off[name] = (a - b).abs().max().item()
-        print(f"   {name:<33} {off[name]:.0e}")
-    assert max(list(off.values())[:2]) < 1e-12
-    return list(off.values())
-
-
-def show_noise(log_dir, trials, sigma=2.0):
-    print("4. mean that BatchNorm takes of B examples of N(0, 4), squared: measured, theory 4 / B")
-    noise = {}
+def show_batch_norm(trials):
+    print(f"2. What does BatchNorm keep of one batch? {trials:,} channels of mean 5, variance 4")
+    print("   batch    running_mean:            4 / B   running_var:   variance if      complete")
+    print("   size B   mean of (it - 5)^2               mean of it     divided by B   minus torch")
+    kept = {}
     for B in (2, 8, 32, 128):
-        norm = BatchNorm(trials, momentum=1.0)  # each channel is a trial
-        norm(sigma * torch.randn(B, trials))
-        noise[B] = norm.running_mean.square().mean().item()
-    for name in ("measured", "theory"):
-        with SummaryWriter(log_dir / "noise" / name, purge_step=0) as writer:
-            for B, value in noise.items():
-                square = value if name == "measured" else sigma**2 / B
-                writer.add_scalar("noise/log2_mean", math.log2(square), round(math.log2(B)))
-    print("   " + "   ".join(f"B {B} {v:.4f} {sigma**2 / B:.4f}" for B, v in noise.items()))
-    return noise
+        ours, library = BatchNorm(trials, momentum=1.0), nn.BatchNorm1d(trials, momentum=1.0)
+        ours, library = ours.double(), library.double()  # momentum 1 keeps the last batch alone
+        x = 5 + 2 * torch.randn(B, trials, dtype=torch.float64)
+        off = (ours(x) - library(x)).abs().max(), (ours.eval()(x) - library.eval()(x)).abs().max()
+        error, var = (library.running_mean - 5).square().mean(), library.running_var.mean()
+        kept[B] = [t.item() for t in (error, var, x.var(0, correction=0).mean(), max(off))]
+        print("   {:6}   {:18.4f}   {:8.4f}   {:12.3f}   {:13.3f}   {:11.0e}".format(
+            B, kept[B][0], 4 / B, *kept[B][1:]))  # fmt: skip
+    few, many = (math.sqrt(kept[B][0]) for B in (2, 128))
+    print(f"   -> a mean of 2 examples is off by {few:.1f}, one of 128 by {many:.1f}; for B = 2, "
+          f"running_var\n      is {kept[2][1] / kept[2][2]:.0f} times the variance divided by B: "
+          "it divides by B - 1")  # fmt: skip
+    return kept
 
 
-# --- what they are good for --------------------------------------------------------------------
+# --- 3. what a norm cannot see -----------------------------------------------------------------
 
-SIGNAL = 32  # length of a signal
-NORMS = {
-    "none": lambda C: nn.Identity(),
-    "BatchNorm": BatchNorm,
-    "LayerNorm": lambda C: GroupNorm(1, C),  # over (C, L), any L
-    "GroupNorm": lambda C: GroupNorm(4, C),
-    "InstanceNorm": lambda C: InstanceNorm(C, affine=True),
-}
+
+def norms_of(x, trained):
+    """What each norm makes of x (B, C, L); `trained` is a BatchNorm in evaluation."""
+    return {"no norm": x,
+            "BatchNorm in train()": normalize(x, (0, 2)), "BatchNorm in eval()": trained(x),
+            "GroupNorm of 2 groups": group_normalize(x, 2), "InstanceNorm": normalize(x, 2),
+            "LayerNorm over C and L": group_normalize(x, 1),
+            "LayerNorm over C": normalize(x, 1), "RMSNorm over C": rms_normalize(x, 1)}  # fmt: skip
+
+
+def show_blindness(B=4, C=4, L=8):
+    print("3. What can a norm not see? Largest change of its output for example 0, where in x")
+    print("                            other examples   example 0   its channel 0   all numbers")
+    print("   norm                          times 5      times 5       times 5         plus 3")
+    trained, x = BatchNorm(C), 2 * torch.arange(C).view(C, 1) + torch.randn(B, C, L)
+    trained(x), trained.eval()
+    others, example, channel = x.clone(), x.clone(), x.clone()
+    others[1:] *= 5
+    example[0] *= 5
+    channel[0, 0] *= 5
+    after = [norms_of(z, trained) for z in (others, example, channel, x + 3)]
+    moved = {}
+    for name, y in norms_of(x, trained).items():
+        moved[name] = [(outputs[name] - y)[0].abs().max().item() for outputs in after]
+        print("   {:<22} {:13.2f} {:12.2f} {:13.2f} {:14.2f}".format(name, *moved[name]))
+    deaf = [name for name, changes in moved.items() if changes[1] < 0.01]
+    company = [name for name, changes in moved.items() if changes[0] > 0.01]
+    print(f"   -> no later layer can see how large example 0 was behind\n      {', '.join(deaf)};\n"
+          f"      its output depends on other examples in: {', '.join(company)}")  # fmt: skip
+    return moved
+
+
+# --- 4. trained: the form of a wave, or its loudness -------------------------------------------
+
+NAMES = ("none", "BatchNorm", "GroupNorm", "LayerNorm", "InstanceNorm")
 
 
 def signals(n, task):
-    """Waves x (n, 1, 32), labels (n,): which of 4 forms ("waveform") or how loud ("loudness")."""
+    """Waves x (n, 1, 32), labels (n,): which of 4 forms ("form") or how loud ("loudness")."""
     form, loud = torch.randint(4, (2, n))
-    t = torch.arange(SIGNAL) / SIGNAL
-    phase = 2 * math.pi * (t * (2 + 2 * torch.rand(n, 1)) + torch.rand(n, 1))  # 2 to 4 periods
-    saw = (phase / (2 * math.pi)) % 1 * 2 - 1
-    forms = torch.stack([phase.sin(), phase.sin().sign(), saw, 2 * saw.abs() - 1], dim=1)
-    wave = forms[torch.arange(n), form] / forms[torch.arange(n), form].std(1, keepdim=True)
-    gain = 2.0 ** (loud[:, None] - 1.5)  # 0.35 to 2.8
-    x = gain * (wave + 0.3 * torch.randn(n, SIGNAL))
-    return x[:, None], form if task == "waveform" else loud
+    periods = torch.arange(32) / 32 * (2 + 2 * torch.rand(n, 1)) + torch.rand(n, 1)  # 2 to 4
+    sine, saw = (2 * math.pi * periods).sin(), 2 * (periods % 1) - 1
+    wave = torch.stack([sine, sine.sign(), saw, 2 * saw.abs() - 1], 1)[torch.arange(n), form]
+    wave = wave / wave.std(1, keepdim=True) + 0.3 * torch.randn(n, 32)
+    x = 2.0 ** (loud[:, None] - 1.5) * wave  # 0.35, 0.71, 1.4 or 2.8 times
+    return x[:, None], form if task == "form" else loud
 
 
-def network(norm, bias=False):
-    """(B, 1, 32) -> (B, 4)"""
-    layers, channels = [], (1, 16, 32)
-    for c_in, c_out in pairwise(channels):
-        conv = nn.Conv1d(c_in, c_out, 5, stride=2, padding=2, bias=bias)  # a norm has its own
-        layers += [conv, norm(c_out), nn.ReLU()]
+def norm_layer(name, C):
+    """GroupNorm with one group is LayerNorm over C and L; with C groups it is InstanceNorm."""
+    groups = {"GroupNorm": 4, "LayerNorm": 1, "InstanceNorm": C}
+    if name in groups:
+        return nn.GroupNorm(groups[name], C)
+    return nn.BatchNorm1d(C) if name == "BatchNorm" else nn.Identity()
+
+
+def network(name):
+    """(B, 1, 32) -> logits (B, 4): a number for each class, the largest is the answer."""
+    layers = []
+    for c_in, c_out in ((1, 16), (16, 32)):
+        conv = nn.Conv1d(c_in, c_out, 5, stride=2, padding=2, bias=False)  # the norm has a bias
+        layers += [conv, norm_layer(name, c_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(32, 4))
 
 
-def accuracy(model, x, labels):
-    with torch.no_grad():
-        return (model(x).argmax(1) == labels).double().mean().item()
-
-
-def fit(norm, task, B, steps, seed):
-    """Test accuracy after `steps` batches of B signals: compare norms, not batch sizes."""
+def fit(name, task, B, steps, seed):
+    """{step: accuracy on 1000 other waves}, eight times during `steps` batches of B waves."""
     torch.manual_seed(seed)
-    model = network(norm)
+    model, curve = network(name), {}
+    test, labels = signals(1000, task)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    batches = zip(*(t.split(B) for t in signals(steps * B, task)), strict=True)
-    for x, labels in batches:
-        loss = F.cross_entropy(model(x), labels)
+    for step in range(1, steps + 1):
+        x, t = signals(B, task)
         optimizer.zero_grad()
-        loss.backward()
+        F.cross_entropy(model.train()(x), t).backward()
         optimizer.step()
-    x, labels = signals(2000, task)
-    return accuracy(model.eval(), x, labels)
+        if step % max(steps // 8, 1) == 0 or step == steps:
+            with torch.no_grad():
+                curve[step] = (model.eval()(test).argmax(1) == labels).double().mean().item()
+    return curve
 
 
-def show_tasks(seed, log_dir, norms, sizes, steps):
-    print(
-        f"5. which waveform at any loudness, {steps} steps: accuracy by batch size B, chance 0.25"
-    )
+def show_tasks(seed, log_dir, names, sizes, steps):
+    columns = [("form", B) for B in sizes] + [("loudness", sizes[-1])]
+    print(f"4. Which of 4 forms, or 4 loudnesses, has a wave? Accuracy after {steps} batches of B")
+    print("   (guess 0.25)  " + "".join(f"   {task}, B = {B:<2}" for task, B in columns))
     table = {}
-    for name in tqdm(norms, leave=False, disable=None):
-        with SummaryWriter(log_dir / "waveform" / name, purge_step=0) as writer:
-            for B in sizes:
-                table[name, B] = fit(NORMS[name], "waveform", B, steps, seed)
-                writer.add_scalar("val/accuracy", table[name, B], round(math.log2(B)))
-        shown = "   ".join(f"B {B:2} {table[name, B]:.3f}" for B in sizes)
-        tqdm.write(f"   {name:<12}   {shown}")
-    print(f"6. how loud, B {sizes[-1]}: accuracy")
-    for name in norms:
-        table["loudness", name] = fit(NORMS[name], "loudness", sizes[-1], steps, seed)
-    print("   " + "   ".join(f"{name} {table['loudness', name]:.3f}" for name in norms))
+    for name in tqdm(names, leave=False, disable=None):
+        row, table[name] = "", []
+        with SummaryWriter(log_dir / name, purge_step=0) as writer:
+            for task, B in columns:
+                for step, accuracy in fit(name, task, B, steps, seed).items():
+                    writer.add_scalar(f"accuracy/{task}_batch_{B}", accuracy, step)
+                table[name].append(accuracy)
+                row += f"   {accuracy:{len(task) + 7}.2f}"
+        tqdm.write(f"   {name:<12}{row}")
+    small, *_, loud = (a - b for a, b in zip(table["BatchNorm"], table["GroupNorm"], strict=True))
+    print(f"   -> BatchNorm minus GroupNorm: {small:+.2f} for forms in batches of {sizes[0]}, "
+          f"{loud:+.2f} for loudness")  # fmt: skip
     return table
 
 
-def main(seed=0, log_dir=LOG_DIR, trials=20_000, norms=tuple(NORMS), sizes=(2, 8, 32), steps=400):
+def main(seed=0, log_dir=LOG_DIR, trials=10_000, names=NAMES, sizes=(2, 32), steps=320):
     torch.manual_seed(seed)
-    return {
-        "rest": show_axes(),
-        "biased": show_running(),
-        "ends": show_ends(),
-        "noise": show_noise(log_dir, trials),
-        "table": show_tasks(seed, log_dir, norms, sizes, steps),
-    }
+    measured = {"everyday": show_everyday(), "kept": show_batch_norm(trials)}
+    measured["moved"] = show_blindness()
+    measured["table"] = show_tasks(seed, log_dir, names, sizes, steps)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 def guard(main, *flags):

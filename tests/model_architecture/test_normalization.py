@@ -1,8 +1,15 @@
+import io
+import math
+from contextlib import redirect_stdout
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+F64 = torch.float64
 HALF = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # after three batches in 16 bits
+SMALL = {"trials": 4000, "names": ("BatchNorm", "GroupNorm"), "sizes": (2,), "steps": 120}
 
 
 @pytest.fixture(scope="module")
@@ -10,40 +17,139 @@ def lesson(load):
     return load("model_architecture/normalization.py")
 
 
-@pytest.fixture(scope="module", params=range(3))
-def measured(request, lesson, tmp_path_factory):
-    log_dir = tmp_path_factory.mktemp("runs")
-    norms = ("BatchNorm", "GroupNorm", "InstanceNorm")
-    small = {"trials": 1000, "norms": norms, "sizes": (2,), "steps": 300}
-    return lesson.main(request.param, log_dir, **small), log_dir
+# --- the plain functions -----------------------------------------------------------------------
 
 
 def test_normalize_by_hand(lesson):
     x = torch.tensor([[1.0, 3.0], [10.0, 10.0]])
+    torch.testing.assert_close(lesson.normalize(x, 1, eps=3)[0], torch.tensor([-0.5, 0.5]))
     y = lesson.normalize(x, 1, eps=1e-12)
     torch.testing.assert_close(y[0], torch.tensor([-1.0, 1.0]))
     assert y[1].tolist() == [0, 0]
 
 
-TWINS = {  # of the lesson, of torch, arguments, shape
-    "three axes": ("BatchNorm", nn.BatchNorm1d, (6, 1e-3, 0.3), (5, 6, 7)),
-    "no length": ("BatchNorm", nn.BatchNorm1d, (6,), (5, 6)),
-    "cumulative": ("BatchNorm", nn.BatchNorm2d, (6, 1e-5, None), (2, 6, 3, 5)),
-    "no weights": ("BatchNorm", nn.BatchNorm2d, (6, 1e-5, 0.1, False), (2, 6, 3, 5)),
-    "InstanceNorm": ("InstanceNorm", nn.InstanceNorm2d, (6, 1e-2), (2, 6, 3, 5)),
-    "GroupNorm": ("GroupNorm", nn.GroupNorm, (3, 6, 1e-2), (2, 6, 3, 5)),
-    "vectors": ("GroupNorm", nn.GroupNorm, (2, 6), (4, 6)),
-    "LayerNorm": ("LayerNorm", nn.LayerNorm, (5, 1e-2), (2, 3, 5)),
-    "two axes": ("LayerNorm", nn.LayerNorm, ((3, 5),), (2, 6, 3, 5)),
+def test_rms_and_groups_by_hand(lesson):
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])  # the mean square of (3, 4) is 12.5
+    expected = torch.tensor([[3.0, 4.0], [0.0, 0.0]]) / math.sqrt(13)
+    torch.testing.assert_close(lesson.rms_normalize(x, 1, eps=0.5), expected)
+    x = torch.tensor([[[1.0], [3.0], [7.0], [9.0]]])  # 4 channels in 2 groups: (1, 3), (7, 9)
+    y = lesson.group_normalize(x, 2, eps=0.0)
+    assert y.flatten().tolist() == [-1, 1, -1, 1] and y.shape == x.shape
+
+
+def plain_and_library(lesson, name, x, w, b, eps):
+    """By the plain functions, times w plus b; by torch. x (B, C, L), w and b (C,)."""
+    column, last = (w[:, None], b[:, None]), ((w.shape[0],), w, b, eps)
+    if name == "BatchNorm":
+        y = lesson.normalize(x, (0, 2), eps)
+        twin = F.batch_norm(x, None, None, w, b, training=True, eps=eps)
+    elif name == "InstanceNorm":
+        y, twin = lesson.normalize(x, 2, eps), F.instance_norm(x, weight=w, bias=b, eps=eps)
+    elif name == "GroupNorm":
+        y, twin = lesson.group_normalize(x, 3, eps), F.group_norm(x, 3, w, b, eps)
+    elif name == "LayerNorm":
+        y, twin = lesson.normalize(x, 1, eps), F.layer_norm(x.mT, *last).mT
+    elif name == "LayerNorm of two axes":
+        y = lesson.normalize(x, (1, 2), eps)
+        twin = F.layer_norm(x, x.shape[1:], w[:, None].expand(x.shape[1:]).contiguous(),
+                            b[:, None].expand(x.shape[1:]).contiguous(), eps)  # fmt: skip
+    else:
+        y, twin = lesson.rms_normalize(x, 1, eps), F.rms_norm(x.mT, (w.shape[0],), w, eps).mT
+        return y * column[0], twin
+    return y * column[0] + column[1], twin
+
+
+NAMES = ["BatchNorm", "InstanceNorm", "GroupNorm", "LayerNorm", "LayerNorm of two axes", "RMSNorm"]
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_with_weights_is_torch_with_its_gradients(lesson, name, dtype):
+    torch.manual_seed(0)
+    x, w, b = 3 + 2 * torch.randn(5, 6, 7), torch.randn(6), torch.randn(6)
+    leaves = [t.to(dtype).requires_grad_() for t in (x, w, b)]
+    results = []
+    for y in plain_and_library(lesson, name, *leaves, 1e-2):
+        grads = torch.autograd.grad(y.sin().sum(), leaves, allow_unused=True)
+        results.append((y, *(g for g in grads if g is not None)))
+    tolerance = 1e-12 if dtype == F64 else 2e-5
+    assert len(results[0]) == len(results[1]) == (3 if name == "RMSNorm" else 4)
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+def test_one_group_is_layer_norm_and_a_group_a_channel_is_instance_norm(lesson):
+    torch.manual_seed(0)
+    x = 3 + 2 * torch.randn(3, 6, 10, dtype=F64) + torch.arange(6)[:, None]
+    one, all_groups = lesson.group_normalize(x, 1), lesson.group_normalize(x, 6)
+    torch.testing.assert_close(one, F.layer_norm(x, (6, 10)))
+    torch.testing.assert_close(all_groups, F.instance_norm(x))
+    assert (one - all_groups).abs().max() > 0.5
+    images = torch.randn(2, 6, 3, 5, dtype=F64)
+    torch.testing.assert_close(lesson.group_normalize(images, 3), F.group_norm(images, 3))
+    torch.testing.assert_close(lesson.group_normalize(x[..., 0], 3), F.group_norm(x[..., 0], 3))
+
+
+def test_layer_norm_is_rms_norm_of_what_is_centred(lesson):
+    torch.manual_seed(0)
+    x = torch.randn(4, 7, dtype=F64)
+    centred = x - x.mean(1, keepdim=True)
+    torch.testing.assert_close(lesson.normalize(x, 1), lesson.rms_normalize(centred, 1))
+    torch.testing.assert_close(lesson.normalize(x + 3, 1), lesson.normalize(x, 1))
+    moved = lesson.rms_normalize(x + 3, 1) - lesson.rms_normalize(x, 1)
+    assert moved.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", list(HALF))
+def test_torch_widens_half_precision_and_rounds_last(lesson, dtype):
+    torch.manual_seed(0)
+    x = (300 * torch.randn(4, 6, 5)).to(dtype)  # 300^2 is beyond float16
+    wide, close = x.float(), {"rtol": torch.finfo(dtype).eps, "atol": 1e-3}
+    eps = torch.finfo(torch.float32).eps  # that of the computation: RMSNorm's without an eps
+    torch.testing.assert_close(
+        F.rms_norm(x, (5,)), lesson.rms_normalize(wide, -1, eps).to(dtype), **close
+    )
+    torch.testing.assert_close(F.layer_norm(x, (5,)), lesson.normalize(wide, -1).to(dtype), **close)
+    torch.testing.assert_close(
+        F.group_norm(x, 3), lesson.group_normalize(wide, 3).to(dtype), **close
+    )
+
+
+@pytest.mark.parametrize("name", NAMES[:5])
+def test_mean_0_and_variance_1_over_the_axes_of_a_norm_and_over_no_others(lesson, name):
+    torch.manual_seed(0)
+    B, C, L = 6, 6, 50
+    b, c = torch.arange(1, B + 1, dtype=F64).view(B, 1, 1), torch.arange(C, dtype=F64)[:, None]
+    x = 2 * b + 3 * c + (b + c) / 2 * torch.randn(B, C, L, dtype=F64)
+    y, _ = plain_and_library(lesson, name, x, torch.ones(C).double(), torch.zeros(C).double(), 1e-5)
+    rows = {"BatchNorm": y.transpose(0, 1).flatten(1), "InstanceNorm": y.flatten(0, 1),
+            "GroupNorm": y.reshape(3 * B, -1), "LayerNorm": y.mT.flatten(0, 1),
+            "LayerNorm of two axes": y.flatten(1)}  # fmt: skip
+    contained = {"InstanceNorm": {"BatchNorm", "GroupNorm", "LayerNorm of two axes"},
+                 "GroupNorm": {"LayerNorm of two axes"},
+                 "LayerNorm": {"LayerNorm of two axes"}}  # fmt: skip
+    for other, values in rows.items():
+        var, mean = torch.var_mean(values, 1, correction=0)
+        if other == name:
+            assert (var - 1).abs().max() < 1e-4
+        zero = other == name or other in contained.get(name, ())
+        assert (mean.abs().max() < 1e-12) if zero else (mean.abs().max() > 0.1)
+
+
+# --- BatchNorm, complete -----------------------------------------------------------------------
+
+TWINS = {  # of torch, options, shape
+    "three axes": (nn.BatchNorm1d, {"eps": 1e-3, "momentum": 0.3}, (5, 6, 7)),
+    "no length": (nn.BatchNorm1d, {}, (5, 6)),
+    "cumulative": (nn.BatchNorm2d, {"momentum": None}, (2, 6, 3, 5)),
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+@pytest.mark.parametrize("dtype", [F64, torch.float32, *HALF])
 @pytest.mark.parametrize("name", TWINS)
-def test_outputs_gradients_and_state_are_torchs(lesson, name, dtype):
+def test_batch_norm_outputs_gradients_and_state_are_torchs(lesson, name, dtype):
     torch.manual_seed(0)
-    ours, library, args, shape = TWINS[name]
-    ours, library = getattr(lesson, ours)(*args), library(*args)
+    library, options, shape = TWINS[name]
+    ours, library = lesson.BatchNorm(6, **options), library(6, **options)
     for parameter in library.parameters():
         nn.init.normal_(parameter)
     ours.load_state_dict(library.state_dict())
@@ -69,19 +175,16 @@ def test_outputs_gradients_and_state_are_torchs(lesson, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", list(HALF))
-def test_half_input_with_float32_weights_stays_half_as_in_torch(lesson, dtype):
+def test_half_input_with_float32_weights_stays_half_and_is_tracked_in_float32(lesson, dtype):
     torch.manual_seed(0)
-    x = (3 + 2 * torch.randn(4, 6, 5)).to(dtype)
-    for ours, library in (
-        (lesson.BatchNorm(6), nn.BatchNorm1d(6)),
-        (lesson.GroupNorm(3, 6), nn.GroupNorm(3, 6)),
-        (lesson.LayerNorm(5), nn.LayerNorm(5)),
-        (lesson.InstanceNorm(6, affine=True), nn.InstanceNorm1d(6, affine=True)),
-    ):
-        for mode in (True, False):
-            y, expected = ours.train(mode)(x), library.train(mode)(x.float()).to(dtype)
-            assert y.dtype == dtype
-            torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
+    x = (3 + 2 * torch.randn(64, 6, 9)).to(dtype)
+    ours, library = lesson.BatchNorm(6), nn.BatchNorm1d(6)
+    for mode in (True, False):
+        y, expected = ours.train(mode)(x), library.train(mode)(x.float()).to(dtype)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
+    torch.testing.assert_close(ours.running_mean, library.running_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.running_var, library.running_var, rtol=1e-6, atol=0)
 
 
 def test_running_variance_is_unbiased_and_momentum_weighs_the_new(lesson):
@@ -89,88 +192,256 @@ def test_running_variance_is_unbiased_and_momentum_weighs_the_new(lesson):
     norm(torch.tensor([[1.0], [5.0]]))  # mean 3, variance 8 by n - 1, 4 by n
     assert norm.running_mean.item() == pytest.approx(0.25 * 3)
     assert norm.running_var.item() == pytest.approx(0.75 + 0.25 * 8)
+    assert norm.running_mean.grad_fn is None and norm.num_batches_tracked == 1
+
+
+def test_running_statistics_weigh_an_old_batch_less_by_a_power(lesson):
+    torch.manual_seed(0)
+    norm, x = lesson.BatchNorm(3, momentum=0.3).double(), torch.randn(30, 4, 3, dtype=F64)
+    for batch in x:
+        norm(batch)
+    weights = 0.3 * 0.7 ** torch.arange(29, -1, -1, dtype=F64)[:, None]  # of each batch
+    expected = (weights * x.var(1, correction=1)).sum(0) + 0.7**30  # it began at 1
+    torch.testing.assert_close(norm.running_var, expected)
+    torch.testing.assert_close(norm.running_mean, (weights * x.mean(1)).sum(0))
 
 
 def test_half_precision_sums_do_not_overflow(lesson):
     x = torch.full((4, 2, 100), 6e4, dtype=torch.float16)
     x[:, :, ::2] = -6e4
-    for norm in (lesson.BatchNorm(2), lesson.InstanceNorm(2), lesson.LayerNorm(100)):
-        y = norm.half()(x)
-        torch.testing.assert_close(y.abs(), torch.ones_like(y), rtol=1e-2, atol=0)
+    y = lesson.BatchNorm(2).half()(x)
+    torch.testing.assert_close(y.abs(), torch.ones_like(y), rtol=1e-2, atol=0)
 
 
-def test_shapes_that_do_not_fit_are_refused(lesson):
-    for norm, x, message in (
-        (lesson.BatchNorm(3), torch.randn(4, 5), r"BatchNorm needs \(B, 3, \.\.\.\), not \(4, 5\)"),
-        (lesson.BatchNorm(3), torch.randn(1, 3), "a mean over 1 value"),
-        (lesson.BatchNorm(3), torch.randn(0, 3), "a mean over 0 value"),
-        (lesson.InstanceNorm(3), torch.randn(2, 3, 1), "a mean over 1 value"),
-        (lesson.GroupNorm(3, 3), torch.randn(1, 3), "a mean over 1 value"),
-        (lesson.BatchNorm(3), torch.randn(3), "BatchNorm needs"),
-        (lesson.InstanceNorm(3), torch.randn(4, 3), r"InstanceNorm needs \(B, 3, L, \.\.\.\)"),
-        (lesson.GroupNorm(3, 6), torch.randn(2, 9), r"GroupNorm needs \(B, 6, \.\.\.\)"),
-        (lesson.LayerNorm(4), torch.randn(2, 1), "LayerNorm needs"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            norm(x)
-    for groups in (2, 0, -7):
-        with pytest.raises(ValueError, match=f"7 channels do not split into {groups} groups"):
-            lesson.GroupNorm(groups, 7)
+@pytest.mark.parametrize("shape", [(4, 5), (1, 3), (0, 3), (3,), (1, 3, 1)])
+def test_shapes_that_do_not_fit_are_refused(lesson, shape):
+    with pytest.raises(ValueError, match=r"x must be \(B, 3, \.\.\.\), 2 values a channel, not \("):
+        lesson.BatchNorm(3)(torch.zeros(shape))
+    if shape == (1, 3):  # evaluation needs no variance of its own
+        assert lesson.BatchNorm(3).eval()(torch.ones(shape)).shape == shape
 
 
-def test_a_batch_norm_output_depends_on_its_company_in_training_alone(lesson):
+def test_batch_norm_depends_on_its_company_in_training_alone(lesson):
     torch.manual_seed(0)
-    x, company = torch.randn(2, 1, 3, 5), torch.randn(1, 3, 5) + 4
-    for norm in (lesson.BatchNorm(3), lesson.GroupNorm(3, 3), lesson.InstanceNorm(3)):
-        alone, together = norm(x[0]), norm(torch.cat([x[0], company]))[:1]
-        assert torch.allclose(alone, together) == (not isinstance(norm, lesson.BatchNorm))
-    norm = lesson.BatchNorm(3).eval()
-    torch.testing.assert_close(norm(x[0]), norm(torch.cat([x[0], company]))[:1])
+    x, company = torch.randn(1, 3, 5), torch.randn(1, 3, 5) + 4
+    norm = lesson.BatchNorm(3)
+    together = norm(torch.cat([x, company]))[:1]
+    assert (norm(x) - together).abs().max() > 0.1
+    torch.testing.assert_close(norm.eval()(x), norm(torch.cat([x, company]))[:1])
 
 
-def test_layer_norm_is_rms_norm_of_what_is_centred(lesson):
+def test_the_table_of_batches_tells_the_noise_of_a_mean_and_the_divisor(lesson, capsys):
     torch.manual_seed(0)
-    x = torch.randn(4, 7, dtype=torch.float64)
-    rms = nn.RMSNorm(7, eps=1e-5, dtype=torch.float64)
-    torch.testing.assert_close(lesson.LayerNorm(7).double()(x), rms(x - x.mean(1, keepdim=True)))
-    torch.testing.assert_close(lesson.LayerNorm(7).double()(x + 3), lesson.LayerNorm(7).double()(x))
-    assert (rms(x + 3) - rms(x)).abs().max() > 0.1
+    kept = lesson.show_batch_norm(20_000)
+    out = capsys.readouterr().out
+    for B, (error, var, by_n, off) in kept.items():
+        assert error == pytest.approx(4 / B, rel=0.03)  # the standard error is 0.01
+        assert var == pytest.approx(4, rel=0.03) and by_n / var == pytest.approx((B - 1) / B)
+        assert off < 1e-10
+        row = f"   {B:6}   {error:18.4f}   {4 / B:8.4f}   {var:12.3f}   {by_n:13.3f}   {off:11.0e}"
+        assert row in out.splitlines()
+    assert "20,000 channels of mean 5, variance 4" in out
+    assert "-> a mean of 2 examples is off by 1.4, one of 128 by 0.2; for B = 2, running_var" in out
+    assert "is 2 times the variance divided by B: it divides by B - 1\n" in out
 
 
-def test_main_normalises_its_own_axes_and_no_others(measured):
-    # where a mean over some axes is 0, so it is over more axes: those of InstanceNorm are in all
-    contained = {
-        "InstanceNorm": {"BatchNorm", "GroupNorm", "LayerNorm"},
-        "GroupNorm": {"LayerNorm"},
+def test_a_complete_norm_that_were_not_torchs_would_show_in_the_table(lesson, monkeypatch):
+    monkeypatch.setattr(lesson.BatchNorm, "forward", lambda self, x: 0 * x)
+    assert min(off for *_, off in lesson.show_batch_norm(10).values()) > 0.1
+
+
+# --- what a norm cannot see --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_moves_the_output_of_which_norm(lesson, capsys, seed):
+    torch.manual_seed(seed)
+    moved = lesson.show_blindness()
+    # other examples, the example, its channel 0, all numbers plus 3: does the output move?
+    expected = {
+        "no norm": (0, 1, 1, 1),
+        "BatchNorm in train()": (1, 1, 1, 0),
+        "BatchNorm in eval()": (0, 1, 1, 1),
+        "GroupNorm of 2 groups": (0, 0, 1, 0),
+        "InstanceNorm": (0, 0, 0, 0),
+        "LayerNorm over C and L": (0, 0, 1, 0),
+        "LayerNorm over C": (0, 0, 1, 0),
+        "RMSNorm over C": (0, 0, 1, 1),
     }
-    for name, means in measured[0]["rest"].items():
-        for other, mean in means.items():
-            if other == name or other in contained.get(name, ()):
-                assert mean < 1e-12
-            else:
-                assert mean > 0.1
+    assert list(moved) == list(expected)
+    for name, changes in moved.items():
+        for change, moves in zip(changes, expected[name], strict=True):
+            assert change > 0.1 if moves else change < 1e-3
+    out = capsys.readouterr().out
+    assert all(len(line) <= 100 for line in out.splitlines())
+    rows = [line[26:].split() for line in out.splitlines() if line[3:25].strip() in moved]
+    assert rows == [[f"{change:.2f}" for change in changes] for changes in moved.values()]
+    assert "GroupNorm of 2 groups, InstanceNorm, LayerNorm over C and L, LayerNorm over C," in out
+    assert "RMSNorm over C;\n" in out
+    assert out.endswith("its output depends on other examples in: BatchNorm in train()\n")
 
 
-def test_main_measures_noise_and_ends(measured):
-    result, _ = measured
-    assert result["biased"] == pytest.approx(3 / 4, abs=1e-3)
-    assert result["ends"][0] < 1e-12 and result["ends"][1] < 1e-12 and result["ends"][2] > 0.1
-    for B, value in result["noise"].items():
-        assert value == pytest.approx(4 / B, rel=0.2)
-
-
-def test_main_small_batches_break_batch_norm_and_loudness_the_others(measured, events):
-    table, log_dir = measured[0]["table"], measured[1]
-    assert table["BatchNorm", 2] < table["GroupNorm", 2]
-    assert table["loudness", "BatchNorm"] > 0.38
-    assert max(table["loudness", name] for name in ("GroupNorm", "InstanceNorm")) < 0.35
-    assert len(events(log_dir / "waveform" / "BatchNorm").Scalars("val/accuracy")) == 1
-
-
-def test_try_with_a_bias_group_norm_hears_the_scale(lesson):
+def test_the_rows_are_the_norms_that_they_say(lesson):
     torch.manual_seed(0)
+    x = 3 + 2 * torch.randn(4, 4, 8) + torch.arange(4)[:, None]
+    trained = nn.BatchNorm1d(4)
+    trained(x), trained.eval()
+    expected = {
+        "no norm": x,
+        "BatchNorm in train()": nn.BatchNorm1d(4)(x),
+        "BatchNorm in eval()": trained(x),
+        "GroupNorm of 2 groups": nn.GroupNorm(2, 4)(x),
+        "InstanceNorm": nn.InstanceNorm1d(4)(x),
+        "LayerNorm over C and L": nn.LayerNorm((4, 8))(x),
+        "LayerNorm over C": nn.LayerNorm(4)(x.mT).mT,
+        "RMSNorm over C": nn.RMSNorm(4, eps=1e-5)(x.mT).mT,
+    }
+    torch.testing.assert_close(lesson.norms_of(x, trained), expected)
+
+
+# --- networks ----------------------------------------------------------------------------------
+
+
+def test_every_network_has_its_norm_between_convolution_and_relu(lesson):
+    kinds = {"none": nn.Identity, "BatchNorm": nn.BatchNorm1d}
+    groups = {"GroupNorm": (4, 4), "LayerNorm": (1, 1), "InstanceNorm": (16, 32)}
+    for name in lesson.NAMES:
+        layers = list(lesson.network(name))
+        assert [type(layer) for layer in layers[:6:3]] == [nn.Conv1d] * 2
+        assert [type(layer) for layer in layers[2:6:3]] == [nn.ReLU] * 2
+        norms = layers[1:6:3]
+        assert {type(norm) for norm in norms} == {kinds.get(name, nn.GroupNorm)}
+        if name in groups:
+            assert tuple(norm.num_groups for norm in norms) == groups[name]
+        if name != "none":
+            assert [norm.weight.numel() for norm in norms] == [16, 32]
+        assert lesson.network(name)(torch.randn(3, 1, 32)).shape == (3, 4)
+
+
+def test_signals_are_what_they_say(lesson):
+    torch.manual_seed(0)
+    x, loud = lesson.signals(4000, "loudness")
+    assert x.shape == (4000, 1, 32) and loud.bincount().tolist() == pytest.approx(
+        [1000] * 4, abs=150
+    )
+    size = torch.stack([x[loud == k].square().mean().sqrt() for k in range(4)])
+    expected = 2.0 ** (torch.arange(4) - 1.5) * math.sqrt(31 / 32 + 0.09)
+    torch.testing.assert_close(size, expected, rtol=0.03, atol=0)
+    torch.manual_seed(0)
+    again, form = lesson.signals(4000, "form")
+    assert torch.equal(x, again)
+    assert abs(torch.corrcoef(torch.stack([form, loud]).double())[0, 1]) < 0.1
+    wave = x[:, 0] / 2.0 ** (loud[:, None] - 1.5)
+    fourth = [(wave[form == k] ** 4).mean().item() for k in range(4)]
+    assert max(fourth) == fourth[2] or max(fourth) == fourth[3]
+    assert min(fourth) == fourth[1]  # a square wave is flat: its fourth moment is least
+
+
+def test_accuracy_is_that_of_evaluation_on_other_waves_after_each_eighth(lesson, monkeypatch):
+    seen = []
+
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.tensor([0.0, 5, 0, 0]))
+
+        def forward(self, x):
+            seen.append((self.training, len(x)))
+            return self.bias.expand(len(x), 4)
+
+    monkeypatch.setattr(lesson, "network", lambda name: Watched())
+    curve = lesson.fit("", "form", 4, 16, seed=0)
+    assert list(curve) == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert list(lesson.fit("", "form", 4, 9, seed=0))[-2:] == [8, 9]
+    assert seen[:3] == [(True, 4), (True, 4), (False, 1000)]
+    torch.manual_seed(0)
+    _, labels = lesson.signals(1000, "form")
+    assert curve[2] == (labels == 1).double().mean().item()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_try_with_a_bias_all_but_instance_norm_hear_the_scale(lesson, edited, bias):
+    torch.manual_seed(0)
+    code = edited(lesson, "bias=False", f"bias={bias}")
     x = torch.randn(2, 1, 32)
-    for bias in (True, False):
-        model = lesson.network(lesson.NORMS["GroupNorm"], bias=bias).eval()
-        same = torch.allclose(model(x), model(50 * x), rtol=1e-2, atol=1e-3)
-        assert same == (not bias)
+    hears = {}
+    for name in ("GroupNorm", "LayerNorm", "InstanceNorm"):
+        model = code.network(name).eval()
+        hears[name] = not torch.allclose(model(x), model(50 * x), rtol=1e-2, atol=1e-3)
+    assert hears == {"GroupNorm": bias, "LayerNorm": bias, "InstanceNorm": False}
+    if bias:
+        names = ("none", "GroupNorm", "InstanceNorm")
+        heard = [list(code.fit(name, "loudness", 16, 80, 0).values())[-1] for name in names]
+        assert min(heard[:2]) > 0.6 and heard[2] < 0.35
+
+
+# --- main --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(lesson, tmp_path_factory):
+    """For each of three seeds what main returned and printed, and where it logged."""
+    found = []
+    for seed in range(3):
+        log_dir, out = tmp_path_factory.mktemp("runs"), io.StringIO()
+        with redirect_stdout(out):
+            measured = lesson.main(seed, log_dir, **SMALL)
+        found.append((measured, out.getvalue(), log_dir))
+    return found
+
+
+def test_batch_norm_hears_loudness_and_group_norm_forms_in_batches_of_two(runs):
+    tables = [measured["table"] for measured, _, _ in runs]
+    gaps = [table["GroupNorm"][0] - table["BatchNorm"][0] for table in tables]
+    assert sum(gaps) / 3 > 0.03
+    for table in tables:
+        assert table["BatchNorm"][1] > 0.4 and table["GroupNorm"][1] < 0.35
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_main_prints_and_logs_what_it_measures(runs, events, seed):
+    measured, out, log_dir = runs[seed]
+    lines = out.splitlines()
+    assert [line[:2] for line in lines if line[0] != " "][:-1] == ["1.", "2.", "3.", "4."]
+    assert lines[-1].startswith(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?")
+
+    rows, off = measured["everyday"]
+    assert off < 1e-5 and f"give the same: largest difference {off:.0e}\n" in out
+    expected = {
+        "x": [1, 3, 10, 14, 5, 7, 20, 24],
+        "BatchNorm1d(2)": [-1.34, -0.45, -1.30, -0.56, 0.45, 1.34, 0.56, 1.30],
+        "GroupNorm(1, 2)": [-1.14, -0.76, 0.57, 1.33, -1.10, -0.86, 0.74, 1.23],
+        "InstanceNorm1d(2)": [-1, 1] * 4,
+        "LayerNorm(2)": [-1, -1, 1, 1] * 2,
+        "RMSNorm(2)": [0.14, 0.30, 1.41, 1.38, 0.34, 0.40, 1.37, 1.36],
+    }
+    assert list(rows) == list(expected)
+    for line, (name, numbers) in zip(lines[3:9], expected.items(), strict=True):
+        assert rows[name].flatten().tolist() == pytest.approx(numbers, abs=6e-3)
+        assert line.split() == [*name.split(), *(f"{number:.2f}" for number in numbers)]
+
+    table = measured["table"]
+    for name, numbers in table.items():
+        row = next(line for line in lines[-5:] if line.split()[0] == name)
+        assert row.split()[1:] == [f"{number:.2f}" for number in numbers]
+        run = events(log_dir / name)
+        assert sorted(run.Tags()["scalars"]) == [
+            "accuracy/form_batch_2",
+            "accuracy/loudness_batch_2",
+        ]
+        for tag, last in zip(sorted(run.Tags()["scalars"]), numbers, strict=True):
+            logged = run.Scalars(tag)
+            assert [event.step for event in logged] == list(range(15, 121, 15))
+            assert logged[-1].value == pytest.approx(last)
+    small, loud = (a - b for a, b in zip(*table.values(), strict=True))
+    assert f"{small:+.2f} for forms in batches of 2, {loud:+.2f} for loudness\n" in out
+
+
+def test_main_says_how_long_it_trains_in_which_batches(lesson, tmp_path, capsys):
+    table = lesson.show_tasks(0, tmp_path, ("BatchNorm", "GroupNorm"), (2, 3), 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("4. ") and lines[0].endswith("Accuracy after 2 batches of B")
+    assert lines[1].endswith("   form, B = 2    form, B = 3    loudness, B = 3 ")
+    small, _, loud = (a - b for a, b in zip(*table.values(), strict=True))
+    words = f"{small:+.2f} for forms in batches of 2, {loud:+.2f} for loudness"
+    assert lines[-1] == f"   -> BatchNorm minus GroupNorm: {words}"
