@@ -1,41 +1,39 @@
-"""Under Adam, L2 decay is divided by the size of the gradients; AdamW shrinks every weight alike.
+"""A learning rate that falls to 0 along a cosine ends with less error than a constant one, each at
+its best size of three; and weight decay in AdamW shrinks all weights alike, in Adam it does not.
 
-    SGD     g <- g + wd w;  b <- mu b + g;  w <- w - lr b
-    Adam    g <- g + wd w;  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  then, in step t,
-            w <- w - lr m' / (sqrt(v') + eps),  m' = m / (1 - b1^t),  v' = v / (1 - b2^t)
-    AdamW   w <- (1 - lr wd) w,  then Adam's step with wd = 0
+An optimizer moves the weights, and a scheduler sets its learning rate for the next step. Start with
+AdamW, a short warm-up (the rate rises in the first steps) and half a cosine down to 0. Weight decay
+pulls weights towards 0, so that a network does not learn the noise of few examples by heart. In
+torch.optim.Adam it goes through the gradient, and is divided by the size of the gradients too.
 
-A learning rate is a function of the step t. A resumed scheduler needs its own state back, which
-holds t, and the optimizer's, which holds the rate: StepLR and CosineAnnealingLR compute the next
-rate from the last. OneCycleLR also moves beta1 from 0.95 down to 0.85 and back, unless told not to.
+    w  one weight    g  its gradient    t  the step: 1, 2, ...    lr  learning rate    <-  becomes
+    m, v     running means of g and g^2, 0 at first. Of their old value a step keeps b1, or b2
+    m', v'   the same, made fair: at first m and v are too small, because they start at 0
+    wd       weight decay    eps  a small number against division by 0    s  size of g
 
-    step           lr gamma^floor(t / k)
-    cosine         end + (lr - end) (1 + cos(pi t / T)) / 2
-    one cycle      cosine from lr / 25 up to lr at 0.3 T - 1, then down to lr / 250,000 at T - 1
-    warm-up        lr (t + 1) / w in the first w steps (t / w would waste one), then cosine
+    m <- b1 m + (1 - b1) g;    m' = m / (1 - b1^t);    v and v' likewise, with b2 and g^2
+    AdamW   w <- (1 - lr wd) w - lr m' / (sqrt(v') + eps), so decay leaves (1 - lr wd)^t of w
+    Adam    g <- g + wd w first, then the same with wd = 0. If g is noise whose size s is far above
+            wd w, sqrt(v') is about s, so that decay leaves about (1 - lr wd / s)^t of w
 
-Checked here   ours = torch.optim after every step; the shrinkage of weights by the size s of their
-               gradients: (1 - lr wd)^t under AdamW, (1 - lr wd / s)^t under Adam for s >> wd w;
-               who decays, by count; the four schedules at every step; order; resuming
-TensorBoard    decay/weight in sgd, adam and adamw/s_0.01 …; optim/lr, train/loss and val/loss by
-               step in schedule/constant, constant_low, step, cosine, one_cycle, warmup_cosine
-Try            gradients 1,000 times as large, wd = 0: whose steps stay? Adam's, for eps << sqrt(v')
-Source         Kingma & Ba 2015, arXiv:1412.6980, algorithm 1; Loshchilov & Hutter 2019,
-               arXiv:1711.05101, algorithm 2 (there 1 - wd, times a schedule, without lr), and
-               2017, arXiv:1608.03983, eq. 5 (cosine); Smith & Topin 2018, arXiv:1708.07120 (one
-               cycle, of straight lines; the cosines are PyTorch's default, after fastai)
+To go on after a stop, load the states of optimizer and scheduler too (train.py does).
+
+Needs          nn_optim.py, train.py
+Checked here   ten lines = torch.optim.AdamW; what decay leaves; five schedules; two hard cases
+TensorBoard    val/loss, train/loss and optim/lr by step in the runs schedule/...: constant ends on
+               top in val/loss. decay/weight by step: adam/s_20 hardly falls, adamw/s_20 does
+Try            in show_everyday, write loss = 1000 * F.mse_loss(model(x), y). Which numbers change?
+Answer         None of section 1: Adam's step is divided by the gradient's size, so 1000 cancels
+Source         Kingma & Ba 2015, arXiv:1412.6980, algorithm 1 (Adam); Loshchilov & Hutter, AdamW:
+               arXiv:1711.05101, algorithm 2, cosine: arXiv:1608.03983, equation 5
 """
 
 import argparse
-import copy
-import io
 import math
 import os
 import signal
 import sys
 import threading
-import warnings
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -44,14 +42,12 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parameters_to_vector
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, OneCycleLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-TOPIC = "training_engineering"
-LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / TOPIC / "optimizer_scheduler"
-F64 = torch.float64
+LOG_DIR = Path(__file__).resolve().parents[1] / "runs/training_engineering/optimizer_scheduler"
+SCHEDULES = ("constant", "step", "cosine", "one_cycle", "warmup_cosine")
 
 
 def draw(log_dir, curves):
@@ -62,187 +58,79 @@ def draw(log_dir, curves):
                 writer.add_scalar(tag, value, step)
 
 
-# --- optimizers --------------------------------------------------------------------------------
+# --- 1. in everyday code -----------------------------------------------------------------------
 
 
-class ByParameter(torch.optim.Optimizer):
-    """An optimizer that is `update(w, g, state, group)`; the base class keeps groups and state."""
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for w in group["params"]:
-                if w.grad is not None:
-                    self.update(w, w.grad, self.state[w], group)
-
-
-class SGD(ByParameter):
-    def __init__(self, params, lr, momentum=0.0, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    def update(self, w, g, state, group):
-        """One step of weight w with gradient g, in place, which is first g + weight_decay w.
-
-        b <- momentum b + g, kept in state["b"] and 0 at first; w <- w - lr b. `group` holds "lr",
-        "momentum", "weight_decay". Exercise.
-        """
-        g = g + group["weight_decay"] * w
-        state["b"] = group["momentum"] * state.get("b", 0) + g
-        w -= group["lr"] * state["b"]
-
-
-class Adam(ByParameter):
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
-
-    def update(self, w, g, state, group):
-        self.adam_step(w, g + group["weight_decay"] * w, state, group)
-
-    def adam_step(self, w, g, state, group):
-        """One step of Adam of weight w with gradient g, in place.
-
-        m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2; t <- t + 1; all begin at 0 and are kept in
-        `state` under "m", "v", "t". With m' = m / (1 - b1^t) and v' = v / (1 - b2^t): w <- w - lr
-        m' / (sqrt(v') + eps). `group` holds "betas" = (b1, b2), "lr", "eps". Exercise.
-        """
-        (b1, b2), lr, eps = group["betas"], group["lr"], group["eps"]
-        t = state["t"] = state.get("t", 0) + 1
-        m = state["m"] = b1 * state.get("m", 0) + (1 - b1) * g
-        v = state["v"] = b2 * state.get("v", 0) + (1 - b2) * g**2
-        w -= lr * m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + eps)
-
-
-class AdamW(Adam):
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
-        super().__init__(params, lr, betas, eps, weight_decay)
-
-    def update(self, w, g, state, group):
-        """Decoupled decay, then Adam: w <- (1 - lr weight_decay) w in place, then adam_step.
-
-        `group` holds "lr" and "weight_decay"; the gradient g does not see the decay. Exercise.
-        """
-        w *= 1 - group["lr"] * group["weight_decay"]
-        self.adam_step(w, g, state, group)
+def adamw_step(w, g, m, v, t, lr, wd=0.01, b1=0.9, b2=0.999, eps=1e-8):
+    """Step t = 1, 2, ... of AdamW, as on top: changes w, m and v in place. Exercise."""
+    w *= 1 - lr * wd
+    m += (1 - b1) * (g - m)
+    v += (1 - b2) * (g**2 - v)
+    m_fair = m / (1 - b1**t)
+    v_fair = v / (1 - b2**t)
+    w -= lr * m_fair / (v_fair.sqrt() + eps)
 
 
 def decay_groups(model, weight_decay):
-    """Two parameter groups: vectors (biases, gains of norm layers) do not decay, all else does.
+    """Two groups of parameters: matrices decay, vectors (biases, the gains of norm layers) do not.
 
-    [{"params": […], "weight_decay": weight_decay}, {"params": […], "weight_decay": 0.0}], of the
-    parameters that require a gradient: first those of two or more axes. Embeddings decay, and so
-    would the gain of a LayerNorm over several dimensions. Exercise.
+    [{"params": [...], "weight_decay": weight_decay}, {"params": [...], "weight_decay": 0.0}], of
+    the parameters that require a gradient: first those of two or more axes. Exercise.
     """
-    parameters = [w for w in model.parameters() if w.requires_grad]
-    return [
-        {"params": [w for w in parameters if w.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [w for w in parameters if w.dim() < 2], "weight_decay": 0.0},
-    ]
-
-
-# --- schedules ---------------------------------------------------------------------------------
-
-
-def step_lr(t, lr, k, gamma):
-    """The rate at step t: lr, times gamma after every k steps. Exercise."""
-    return lr * gamma ** (t // k)
-
-
-def cosine_lr(t, lr, T, end=0.0):
-    """The rate at step t: half a cosine from lr, at t = 0, to `end`, at t = T. Exercise."""
-    return end + (lr - end) * (1 + math.cos(math.pi * t / T)) / 2
-
-
-def one_cycle_lr(t, lr, T, start=0.3, div=25.0, final_div=1e4):
-    """The rate at step t: half a cosine up from lr / div to lr, then one down.
-
-    The way down ends at step T - 1, at lr / div / final_div. The first phase ends at start T - 1,
-    one step before a reader would think, and need not be whole. Exercise.
-    """
-    top, first = start * T - 1, lr / div
-    if t <= top:
-        return cosine_lr(t, first, top, lr)
-    return cosine_lr(t - top, lr, T - 1 - top, first / final_div)
+    trained = [w for w in model.parameters() if w.requires_grad]
+    matrices, vectors = [w for w in trained if w.dim() > 1], [w for w in trained if w.dim() < 2]
+    decay = {"params": matrices, "weight_decay": weight_decay}
+    return [decay, {"params": vectors, "weight_decay": 0.0}]
 
 
 def warmup_cosine_lr(t, lr, T, warmup):
-    """The rate at step t: lr (t + 1) / warmup for `warmup` steps, then a cosine to 0 at step T.
+    """The rate at t = 0, 1, ...: in `warmup` steps it is lr (t + 1) / warmup, so never 0.
 
-    Exercise.
+    Then half a cosine from lr, at t = warmup, to 0, at t = T. Exercise.
     """
     if t < warmup:
         return lr * (t + 1) / warmup
-    return cosine_lr(t - warmup, lr, T - warmup)
+    return lr * (1 + math.cos(math.pi * (t - warmup) / (T - warmup))) / 2
 
 
-def schedules(lr, T):
-    """{name: (lr by step, scheduler of an optimizer)}, for T steps."""
-    k, warmup = T // 4, T // 10
-    relative = partial(warmup_cosine_lr, lr=1.0, T=T, warmup=warmup)
-    return {
-        "constant": (lambda t: lr, partial(LambdaLR, lr_lambda=lambda t: 1.0)),
-        "constant_low": (lambda t: lr / 10, partial(LambdaLR, lr_lambda=lambda t: 0.1)),
-        "step": (partial(step_lr, lr=lr, k=k, gamma=0.3), partial(StepLR, step_size=k, gamma=0.3)),
-        "cosine": (partial(cosine_lr, lr=lr, T=T), partial(CosineAnnealingLR, T_max=T)),
-        "one_cycle": (
-            partial(one_cycle_lr, lr=lr, T=T), partial(OneCycleLR, max_lr=lr, total_steps=T)
-        ),
-        "warmup_cosine": (lambda t: lr * relative(t), partial(LambdaLR, lr_lambda=relative)),
-    }  # fmt: skip
-
-
-def train(model, optimizer, scheduler, batches):
-    """One step for each batch (x, y); yields the rate that the step used, and its loss."""
-    for x, y in batches:
+def show_everyday(T=10, warmup=2):
+    print("1. In everyday code: AdamW, a schedule and the loop, for a Linear with one input")
+    print("   (weight and bias start at 1, the input is 1, the target 0; only the weight decays)")
+    print("   step       lr   weight, torch's AdamW   weight, adamw_step   bias, torch's AdamW")
+    model = nn.Linear(1, 1)
+    nn.init.ones_(model.weight)
+    nn.init.ones_(model.bias)
+    optimizer = torch.optim.AdamW(decay_groups(model, weight_decay=0.5), lr=0.1)
+    scheduler = LambdaLR(optimizer, lambda t: warmup_cosine_lr(t, 1.0, T, warmup))  # times 0.1
+    x, y = torch.ones(1, 1), torch.zeros(1, 1)
+    w, m, v, rows = torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(1, 1), []
+    for step in range(1, T + 1):
         loss = F.mse_loss(model(x), y)
         optimizer.zero_grad()
         loss.backward()
-        lr = optimizer.param_groups[0]["lr"]
+        lr = optimizer.param_groups[0]["lr"]  # the rate that this step uses
         optimizer.step()
-        scheduler.step()  # after: the rate of step t is used up, this sets that of t + 1
-        yield lr, loss.item()
+        scheduler.step()  # after optimizer.step(): sets the rate of the next step
+        adamw_step(w, model.weight.grad, m, v, step, lr, wd=0.5)  # the same by hand
+        assert torch.allclose(w, model.weight, atol=1e-5)
+        rows.append((lr, model.weight.item(), w.item(), model.bias.item()))
+        if step in (1, 2, 3, T):
+            print("   {:4}   {:6.4f}   {:21.4f}   {:18.4f}   {:19.4f}".format(step, *rows[-1]))
+    lr, weight, _, bias = rows[0]
+    print(f"   -> step 1 moves the bias by {1 - bias:.4f}, and lr is {lr:.4f}; decay takes "
+          f"{bias - weight:.4f} more from the weight")  # fmt: skip
+    return rows
 
 
-# --- the sections ------------------------------------------------------------------------------
+# --- 2. what weight decay does -----------------------------------------------------------------
 
 
-def two_layers(width=64):
-    """A network (B, 8) -> (B, 1) with a norm layer: its parameters are matrices and vectors."""
-    return nn.Sequential(nn.Linear(8, width), nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, 1))
-
-
-def sine(steps, batch=32):
-    """A network in float64 and `steps` batches x (B, 8), y = sin x_0 (B, 1) to learn."""
-    x = torch.randn(steps, batch, 8, dtype=F64)
-    return two_layers(16).double(), [(x_b, x_b[:, :1].sin()) for x_b in x]
-
-
-def show_twins(steps):
-    print(
-        f"1. ours and torch.optim with weight decay, {steps} steps: largest difference of a weight"
-    )
-    start, batches = sine(steps)
-    for ours, options in ((SGD, {"momentum": 0.9}), (Adam, {}), (AdamW, {"betas": (0.8, 0.99)})):
-        weights = []
-        for make in (ours, getattr(torch.optim, ours.__name__)):
-            model = copy.deepcopy(start)
-            optimizer = make(model.parameters(), lr=0.01, weight_decay=0.1, **options)
-            for _ in train(model, optimizer, StepLR(optimizer, 20), batches):
-                weights.append(parameters_to_vector(model.parameters()).detach())
-        off = (torch.stack(weights[:steps]) - torch.stack(weights[steps:])).abs().max().item()
-        assert off < 1e-9
-        print(f"   {ours.__name__:<5} {off:.0e}")
-
-
-def mean_path(make, size, steps, pairs=128, **options):
-    """Mean w_0 … w_steps of weights that start at 1, under noise of standard deviation `size`.
-
-    Each has a twin that gets the opposite gradients, so that what the mean loses is decay.
-    """
-    w = torch.ones(2, pairs, dtype=F64, requires_grad=True)
+def mean_path(make, s, steps, pairs=128, **options):
+    """The mean weight after 0, 1, ... steps of noise g and -g, by which it loses decay alone."""
+    w = torch.ones(2, pairs, dtype=torch.float64, requires_grad=True)
     optimizer, path = make([w], **options), [1.0]
     for _ in range(steps):
-        noise = size * torch.randn(pairs, dtype=F64)
+        noise = s * torch.randn(pairs, dtype=torch.float64)
         w.grad = torch.stack([noise, -noise])
         optimizer.step()
         path.append(w.mean().item())
@@ -250,164 +138,138 @@ def mean_path(make, size, steps, pairs=128, **options):
 
 
 def show_decay(seed, log_dir, steps, lr=0.01, wd=0.1):
-    print(f"2. mean weight after {steps} steps, from 1, by the size s of its gradients")
-    ends, exact = {}, (1 - lr * wd) ** steps
-    for size in (0.01, 2, 20):
-        for make in (SGD, AdamW, Adam):
+    print(f"2. How much of a weight does decay leave after {steps} steps? lr {lr}, wd {wd}")
+    print("   size s of the noise   SGD     AdamW   (1 - lr wd)^t   Adam    (1 - lr wd / s)^t")
+    left, exact = {}, (1 - lr * wd) ** steps
+    for s in (0.01, 2, 20):
+        for make in (torch.optim.SGD, torch.optim.AdamW, torch.optim.Adam):
             torch.manual_seed(seed)  # the same noise for all three
-            path = mean_path(make, size, steps, lr=lr, weight_decay=wd)
-            ends[make.__name__, size] = path[-1]
-            draw(log_dir / make.__name__.lower() / f"s_{size}", {"decay/weight": path})
-        assert all(abs(ends[name, size] - exact) < 1e-9 for name in ("SGD", "AdamW"))
-        shown = "   ".join(  # + 0 turns -0.0 into 0.0
-            f"{name} {round(ends[name, size], 3) + 0:.3f}" for name in ("SGD", "AdamW", "Adam")
-        )
-        theory = f"   theory {(1 - lr * wd / size) ** steps:.3f}" if size > wd else ""
-        print(f"   s {size:<5} {shown}{theory}")
-    print(f"   theory  SGD {exact:.3f}   AdamW {exact:.3f}")
-    return ends
+            path = mean_path(make, s, steps, lr=lr, weight_decay=wd)
+            left[make.__name__, s] = path[-1]
+            draw(log_dir / make.__name__.lower() / f"s_{s}", {"decay/weight": path})
+        sgd, adamw, adam = (left[name, s] for name in ("SGD", "AdamW", "Adam"))
+        assert abs(sgd - exact) < 1e-9 and abs(adamw - exact) < 1e-9
+        law = f"{(1 - lr * wd / s) ** steps:.3f}" if s > wd else "only for s far above wd"
+        print(f"   {s:<19}   {sgd:.3f}   {adamw:.3f}   {exact:<13.3f}   {abs(adam):.3f}   {law}")
+    lost = {key: 1 - share for key, share in left.items()}
+    print(f"   -> from s = 2 to s = 20 Adam's loss by decay changes by a factor "
+          f"{lost['Adam', 20] / lost['Adam', 2]:.2f}, AdamW's by a factor "
+          f"{lost['AdamW', 20] / lost['AdamW', 2]:.2f}")  # fmt: skip
+    return left
 
 
-def show_groups(lr=0.1, wd=0.5):
-    print("3. parameter groups: AdamW's first step with gradients of 0")
-    groups = decay_groups(model := two_layers(), wd)
-    counts = [sum(w.numel() for w in group["params"]) for group in groups]
-    assert counts == [8 * 64 + 64, 64 + 2 * 64 + 1]  # matrices; biases, the norm's gain and bias
-    before = [[w.detach().clone() for w in group["params"]] for group in groups]
-    optimizer = AdamW(groups, lr)
-    for w in model.parameters():
-        w.grad = torch.zeros_like(w)
-    optimizer.step()
-    for group, old, factor in zip(groups, before, (1 - lr * wd, 1.0), strict=True):
-        torch.testing.assert_close(group["params"], [factor * w for w in old])
-    print(f"   {counts[0]} numbers in matrices: times {1 - lr * wd}   {counts[1]} others: times 1")
-    return counts
+# --- 3. which schedule -------------------------------------------------------------------------
 
 
-def rates(make, steps, lr=1.0, scheduler_first=False):
-    """The learning rates that `steps` steps use under the scheduler make(optimizer)."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr)
-    scheduler, used = make(optimizer), []
-    for _ in range(steps):
-        if scheduler_first:
-            scheduler.step()
-        used.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        if not scheduler_first:
-            scheduler.step()
-    return used
+def make_scheduler(name, optimizer, lr, T):
+    """PyTorch's scheduler for T steps of an optimizer whose rate is lr."""
+    if name == "step":
+        return StepLR(optimizer, step_size=T // 4, gamma=0.3)  # times 0.3 after each quarter
+    if name == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=T)
+    if name == "one_cycle":  # moves b1 too, the other way
+        return OneCycleLR(optimizer, max_lr=lr, total_steps=T)
+    if name == "warmup_cosine":
+        return LambdaLR(optimizer, lambda t: warmup_cosine_lr(t, 1.0, T, T // 10))
+    return LambdaLR(optimizer, lambda t: 1.0)
 
 
-def show_schedules(lr, T):
-    print(f"4. schedules of {T} steps, lr {lr}: largest difference from the closed form")
-    used = {}
-    for name, (closed, make) in schedules(lr, T).items():
-        used[name] = rates(make, T, lr)
-        if name == "warmup_cosine":  # LambdaLR takes the closed form: its twins are these two
-            warm = partial(LinearLR, start_factor=1 / (T // 10), total_iters=T // 10 - 1)
-            cool = partial(CosineAnnealingLR, T_max=T - T // 10)
-            used[name] = rates(warm, T // 10, lr) + rates(cool, T - T // 10, lr)
-        off = max(abs(a - closed(t)) for t, a in enumerate(used[name]))
-        assert off < 1e-12
-        peak = max(range(T), key=closed)
-        print(f"   {name:<13} {off:.0e}   first {used[name][0]:.1e}   highest at step {peak:3}   "
-              f"last {used[name][-1]:.1e}")  # fmt: skip
-    return used
+class PostNorm(nn.Module):  # the block of the first transformers: x -> norm(x + f(x))
+    def __init__(self, n):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(n, n), nn.Linear(n, n), nn.LayerNorm(n)
+
+    def forward(self, x):
+        return self.norm(x + self.b(self.a(x).relu()))
 
 
-def show_order():
-    print("5. StepLR, a factor 0.1 every 3 steps: rates that 6 steps use")
-    make, used = partial(StepLR, step_size=3), {}
-    for first in (False, True):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            used[first] = rates(make, 6, scheduler_first=first)
-        name = "scheduler first" if first else "optimizer first"
-        told = sum("lr_scheduler.step" in str(warning.message) for warning in caught)
-        print(f"   {name}   {'  '.join(f'{rate:.2f}' for rate in used[first])}   warnings {told}")
-    assert used[True] == [*used[False][1:], used[True][-1]]
-    return used
+def network(blocks=0, n=64):
+    """A network (B, 8) -> (B, 1)."""
+    first = nn.Sequential(nn.Linear(8, n), nn.LayerNorm(n), nn.SiLU())
+    return nn.Sequential(first, *[PostNorm(n) for _ in range(blocks)], nn.Linear(n, 1))
 
 
-def stored(state):
-    """What comes back of a state dict from a file."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+def train(seed, name, lr, steps, wd=0.01, blocks=0, N=10_000):
+    """Learn from N examples, another network's answers plus noise. Curves of the loop of section 1.
 
-
-def show_resume(T=60, lr=0.01):
-    print(f"6. stopped after {T // 2} of {T} steps and resumed: largest differences")
-    start, batches = sine(T)
-
-    def session(parts, states, batches):
-        """Train with the states of `parts` put back: the rates, and the state of each part."""
-        model = copy.deepcopy(start)
-        optimizer = AdamW(model.parameters(), lr)
-        scheduler = CosineAnnealingLR(optimizer, T)  # by recursion, from the optimizer's rate
-        objects = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-        for name in parts:
-            objects[name].load_state_dict(stored(states[name]))
-        used = [rate for rate, _ in train(model, optimizer, scheduler, batches)]
-        return used, {name: part.state_dict() for name, part in objects.items()}
-
-    used, states = session((), {}, batches)
-    _, half = session((), {}, batches[: T // 2])
-    off, every = {}, ("model", "optimizer", "scheduler")
-    for left_out in ("nothing", "scheduler", "optimizer"):
-        parts = [part for part in every if part != left_out]
-        again, resumed = session(parts, half, batches[T // 2 :])
-        rate = max(abs(a - b) for a, b in zip(used[T // 2 :], again, strict=True))
-        pairs = zip(states["model"].values(), resumed["model"].values(), strict=True)
-        weight = max((a - b).abs().max().item() for a, b in pairs)
-        off[left_out] = rate, weight
-        print(f"   left out: {left_out:<9}   rate {rate:.1e}   weight {weight:.1e}")
-    assert off["nothing"] == (0, 0)
-    return off
-
-
-def noisy_teacher(steps, batch, noise):
-    """A network that learns, `steps` batches of a teacher's noisy answers, and a noiseless test."""
-    model, teacher = two_layers(), two_layers()
+    {"optim/lr", "train/loss", "val/loss": lists by step}; "val" is 256 new answers without noise.
+    """
+    torch.manual_seed(seed)
+    model, teacher = network(blocks), network()
     with torch.no_grad():
         teacher[-1].weight *= 4
-        x, x_val = torch.randn(steps, batch, 8), torch.randn(512, 8)
-        batches = [(x_b, teacher(x_b) + noise * torch.randn(batch, 1)) for x_b in x]
-        return model, batches, (x_val, teacher(x_val))
+        x, x_new = torch.randn(N, 8), torch.randn(256, 8)
+        y, y_new = teacher(x) + torch.randn(N, 1), teacher(x_new)
+    optimizer = torch.optim.AdamW(decay_groups(model, wd), lr)
+    scheduler = make_scheduler(name, optimizer, lr, steps)
+    curves = {"optim/lr": [], "train/loss": [], "val/loss": []}
+    for i in torch.randint(N, (steps, 32)):  # a batch of 32
+        loss = F.mse_loss(model(x[i]), y[i])
+        optimizer.zero_grad()
+        loss.backward()
+        curves["optim/lr"].append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+        curves["train/loss"].append(loss.item())
+        with torch.no_grad():
+            curves["val/loss"].append(F.mse_loss(model(x_new), y_new).item())
+    return curves
 
 
-def show_training(seed, log_dir, steps, lr, batch=32, noise=1.0):
-    print(f"7. AdamW, {steps} batches of a teacher with noise {noise}: squared error without noise")
-    torch.manual_seed(seed)
-    start, batches, (x_val, y_val) = noisy_teacher(steps, batch, noise)
+def show_schedules(log_dir, seeds, steps, peaks):
+    print(f"3. Which schedule? {steps} steps of AdamW. Squared error at the end on new examples, "
+          f"mean of {len(seeds)}")  # fmt: skip
+    cells = "".join(f"   {lr:<6}" for lr in peaks)
+    print(f"   {'':<13}   rate / peak at step       error by peak")
+    print(f"   {'schedule':<13}   0       {steps // 2:<5}   {steps - 1:<5}{cells}")
+    used, ends = {}, {}
+    for name in tqdm(SCHEDULES, disable=None):
+        for lr in peaks:
+            runs = [train(seed, name, lr, steps) for seed in seeds]
+            ends[name, lr] = sum(curves["val/loss"][-1] for curves in runs) / len(seeds)
+        draw(log_dir / "schedule" / name, runs[0])  # with the last of the peaks
+        used[name] = [rate / lr for rate in runs[0]["optim/lr"]]
+    for name in SCHEDULES:
+        shares = "   ".join(f"{used[name][t]:.3f}" for t in (0, steps // 2, steps - 1))
+        print(f"   {name:<13}   {shares}" + "".join(f"   {ends[name, lr]:<6.3f}" for lr in peaks))
+    best = {name: min(ends[name, lr] for lr in peaks) for name in SCHEDULES}
+    shares = [best[name] / best["constant"] for name in ("cosine", "warmup_cosine")]
+    print(f"   -> at its best peak cosine leaves {shares[0]:.2f} of the constant rate's error, "
+          f"warmup_cosine {shares[1]:.2f}")  # fmt: skip
+    return used, ends
+
+
+# --- 4. when warm-up and weight decay matter ---------------------------------------------------
+
+
+def show_hard_cases(seeds, steps, lr=0.03):
+    print(f"4. When do warm-up and weight decay matter? Peak {lr}, {steps} steps, as in section 3")
+    print(f"   squared error on new examples            mean    lowest   highest of {len(seeds)}")
     ends = {}
-    for name, (_, make) in tqdm(schedules(lr, steps).items(), disable=None):
-        model, curves = copy.deepcopy(start), {"optim/lr": [], "train/loss": [], "val/loss": []}
-        optimizer = AdamW(decay_groups(model, 0.01), lr)
-        for rate, loss in train(model, optimizer, make(optimizer), batches):
-            with torch.no_grad():
-                val = F.mse_loss(model(x_val), y_val).item()
-            for values, value in zip(curves.values(), (rate, loss, val), strict=True):
-                values.append(value)
-        ends[name] = val
-        draw(log_dir / "schedule" / name, curves)
-    print("   " + "   ".join(f"{name} {end:.3f}" for name, end in ends.items()))
+    for what, name, peak, options in (
+        ("not trained, lr 0", "constant", 0.0, {}),
+        ("4 blocks of PostNorm, no warm-up", "cosine", lr, {"blocks": 4}),
+        ("4 blocks of PostNorm, warm-up", "warmup_cosine", lr, {"blocks": 4}),
+        ("64 examples only, weight decay 0.01", "warmup_cosine", lr, {"N": 64}),
+        ("64 examples only, weight decay 10", "warmup_cosine", lr, {"N": 64, "wd": 10}),
+    ):
+        errors = [train(seed, name, peak, steps, **options)["val/loss"][-1] for seed in seeds]
+        ends[what] = sum(errors) / len(seeds)
+        print(f"   {what:<38}   {ends[what]:.3f}   {min(errors):.3f}    {max(errors):.3f}")
+    _, cold, warm, weak, strong = ends.values()
+    print(f"   -> with blocks warm-up leaves {warm / cold:.2f} of the error, with 64 examples "
+          f"weight decay 10 leaves {strong / weak:.2f} of it")  # fmt: skip
     return ends
 
 
-def main(seed=0, log_dir=LOG_DIR, twin_steps=50, decay_steps=1000, schedule_steps=100,
-         train_steps=600, lr=0.02):  # fmt: skip
+def main(seed=0, log_dir=LOG_DIR, decay_steps=1000, steps=200, runs=3, peaks=(0.003, 0.01, 0.03)):
     torch.manual_seed(seed)
-    show_twins(twin_steps)
-    return {
-        "decay": show_decay(seed, log_dir, decay_steps),
-        "groups": show_groups(),
-        "rates": show_schedules(lr, schedule_steps),
-        "order": show_order(),
-        "resume": show_resume(),
-        "training": show_training(seed, log_dir, train_steps, lr),
-    }
+    seeds = range(seed * runs, (seed + 1) * runs)
+    measured = {"everyday": show_everyday(), "decay": show_decay(seed, log_dir, decay_steps)}
+    measured["rates"], measured["schedules"] = show_schedules(log_dir, seeds, steps, peaks)
+    measured["hard"] = show_hard_cases(seeds, steps)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 def guard(main, *flags):

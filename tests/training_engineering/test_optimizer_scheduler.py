@@ -1,14 +1,16 @@
 import copy
+import io
 import math
-from functools import partial
+import re
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parameters_to_vector
 from torch.optim import lr_scheduler
 
-SMALL = {"twin_steps": 12, "decay_steps": 300, "schedule_steps": 40, "train_steps": 600}
+SMALL = {"decay_steps": 300, "steps": 80, "runs": 1, "peaks": (0.03,)}
 
 
 @pytest.fixture(scope="module")
@@ -16,114 +18,200 @@ def lesson(load):
     return load("training_engineering/optimizer_scheduler.py")
 
 
-@pytest.fixture(scope="module", params=range(3))
-def measured(request, lesson, tmp_path_factory):
-    log_dir = tmp_path_factory.mktemp("runs")
-    return lesson.main(seed=request.param, log_dir=log_dir, **SMALL), log_dir
+def one_weight(lr=1.0):
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr)
 
 
-def test_two_steps_of_sgd_by_hand(lesson):
-    w = torch.tensor([2.0], requires_grad=True)
-    optimizer = lesson.SGD([w], lr=0.1, momentum=0.5, weight_decay=0.25)
-    # b = 1 + 0.5 = 1.5, then b = 0.75 + 3 + 0.25 * 1.85
-    for grad, after in ((1.0, 2 - 0.15), (3.0, 1.85 - 0.1 * 4.2125)):
-        w.grad = torch.tensor([grad])
+def rates(optimizer, scheduler, steps, scheduler_first=False):
+    used = []
+    for _ in range(steps):
+        if scheduler_first:
+            scheduler.step()
+        used.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        assert w.item() == pytest.approx(after)
+        if not scheduler_first:
+            scheduler.step()
+    return used
 
 
-@pytest.mark.parametrize(
-    ("name", "after"),
-    [
-        ("Adam", 3 - 0.1 * 5 / (5 + 0.5)),  # g = 2 + 1 * 3, m' = g, sqrt(v') = |g|
-        ("AdamW", 3 * 0.9 - 0.1 * 2 / (2 + 0.5)),
-    ],
-)
-def test_the_first_step_of_adam_by_hand(lesson, name, after):
-    w = torch.tensor([3.0], requires_grad=True)
-    w.grad = torch.tensor([2.0])
-    getattr(lesson, name)([w], lr=0.1, eps=0.5, weight_decay=1.0).step()
-    assert w.item() == pytest.approx(after)
+# --- the step ----------------------------------------------------------------------------------
+
+
+def test_the_first_step_by_hand(lesson):
+    w, m, v = torch.tensor([3.0]), torch.zeros(1), torch.zeros(1)
+    assert lesson.adamw_step(w, torch.tensor([2.0]), m, v, 1, 0.1, wd=1.0, eps=0.5) is None
+    assert w.item() == pytest.approx(3 * 0.9 - 0.1 * 2 / (2 + 0.5))  # m' = g, sqrt(v') = |g|
+    assert (m.item(), v.item()) == pytest.approx((0.1 * 2, 0.001 * 4))
+
+
+@pytest.mark.parametrize("g", [1e-4, -1e-2, 1.0, -1e4])
+def test_the_first_step_has_the_length_of_the_rate(lesson, g):
+    w = torch.zeros(1)
+    lesson.adamw_step(w, torch.tensor([g]), torch.zeros(1), torch.zeros(1), 1, 0.03)
+    assert w.item() == pytest.approx(-math.copysign(0.03, g), rel=2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    ("name", "options"),
+    "options",
     [
-        ("SGD", {}),
-        ("SGD", {"momentum": 0.7, "weight_decay": 0.3}),
-        ("Adam", {}),
-        ("Adam", {"betas": (0.7, 0.95), "eps": 1e-3, "weight_decay": 0.3}),
-        ("AdamW", {}),
-        ("AdamW", {"betas": (0.95, 0.9), "eps": 1e-4, "weight_decay": 0.7}),
+        {},
+        {"betas": (0.95, 0.9), "eps": 1e-4, "weight_decay": 0.7},
+        {"betas": (0.7, 0.95), "eps": 1e-3, "weight_decay": 0.3},
     ],
 )
-def test_every_step_is_torchs_in_two_groups_under_a_schedule(lesson, name, options, dtype):
+def test_every_step_is_that_of_adamw_and_with_decay_in_the_gradient_that_of_adam(
+    lesson, options, dtype
+):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1)).to(dtype)
-    runs = []
-    for make in (getattr(lesson, name), getattr(torch.optim, name)):
-        twin = copy.deepcopy(model)
-        groups = [{"params": twin[:2].parameters(), "lr": 0.003}, {"params": twin[2:].parameters()}]
-        optimizer = make(groups, lr=0.03, **options)
-        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
-        torch.manual_seed(1)
-        batches = [(torch.randn(7, 8, dtype=dtype), torch.randn(7, 1, dtype=dtype))] * 15
-        runs.append([
-            (rate, loss, parameters_to_vector(twin.parameters()).detach())
-            for rate, loss in lesson.train(twin, optimizer, scheduler, batches)
-        ])  # fmt: skip
+    start, gradients = torch.randn(3, 4, dtype=dtype), torch.randn(15, 3, 4, dtype=dtype)
     tight = 1e-12 if dtype == torch.float64 else 2e-6
-    for (rate, loss, w), (rate_torch, loss_torch, w_torch) in zip(*runs, strict=True):
-        assert (rate, loss) == pytest.approx((rate_torch, loss_torch), rel=100 * tight)
-        torch.testing.assert_close(w, w_torch, rtol=tight, atol=tight)
+    for make in (torch.optim.AdamW, torch.optim.Adam):
+        theirs = start.clone().requires_grad_()
+        optimizer = make([theirs], lr=0.03, **options)
+        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+        w, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+        for t, g in enumerate(gradients, 1):
+            theirs.grad = g.clone()
+            (group,) = optimizer.param_groups
+            (b1, b2), wd = group["betas"], group["weight_decay"]
+            if make is torch.optim.Adam:
+                g, wd = g + wd * w, 0.0
+            lesson.adamw_step(w, g, m, v, t, group["lr"], wd, b1, b2, group["eps"])
+            optimizer.step()
+            scheduler.step()
+            torch.testing.assert_close(w, theirs.detach(), rtol=tight, atol=tight)
 
 
-def test_parameters_without_a_gradient_stay_and_do_not_decay(lesson):
-    w, idle = (torch.ones(2, requires_grad=True) for _ in range(2))
-    optimizer = lesson.AdamW([w, idle], lr=0.1, weight_decay=0.5)
-    w.grad = torch.ones(2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradients_size_matters_to_sgd_and_not_to_adam(lesson, dtype):
+    torch.manual_seed(0)
+    gradients, ends = torch.randn(20, 9, dtype=dtype), {}
+    for size in (1, 1024):  # a power of two: exact in any dtype
+        w, m, v = (torch.zeros(9, dtype=dtype) for _ in range(3))
+        sgd = torch.zeros(9, dtype=dtype)
+        for t, g in enumerate(gradients, 1):
+            lesson.adamw_step(w, size * g, m, v, t, 0.01, wd=0.0)
+            sgd -= 0.01 * size * g
+        assert w.dtype == dtype
+        ends[size] = w.float(), sgd.float()
+    torch.testing.assert_close(ends[1][0], ends[1024][0], rtol=1e-2, atol=1e-5)
+    torch.testing.assert_close(1024 * ends[1][1], ends[1024][1], rtol=2e-2, atol=1e-2)
+
+
+def test_try_a_loss_1000_times_as_large_leaves_section_1_as_it_is(lesson, edited, tmp_path, capsys):
+    copy = edited(lesson, "loss = F.mse_loss(model(x), y)", "loss = 1000 * F.mse_loss(model(x), y)")
+    result = copy.main(log_dir=tmp_path, decay_steps=2, steps=4, runs=1, peaks=(0.03,))
+    changed = capsys.readouterr().out.partition("\n2. ")[0]
+    rows = lesson.show_everyday()
+    assert capsys.readouterr().out.strip() == changed.strip()
+    for row, other in zip(rows, result["everyday"], strict=True):
+        assert row == pytest.approx(other, abs=1e-5)
+
+
+def test_the_everyday_rows_are_those_of_a_weight_and_a_bias(lesson, capsys):
+    rows = lesson.show_everyday(T=6, warmup=3)
+    assert [row[0] for row in rows[:4]] == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1])
+    weight, bias = rows[0][1], rows[0][3]
+    assert bias == pytest.approx(1 - 0.1 / 3) and weight == pytest.approx(bias - 0.5 * 0.1 / 3)
+    assert all(row[1] == pytest.approx(row[2], abs=1e-6) for row in rows)
+    assert all(0 < later[1] < row[1] for row, later in pairwise(rows))
+    assert "moves the bias by 0.0333, and lr is 0.0333; decay takes 0.0167" in (
+        capsys.readouterr().out
+    )
+
+
+# --- who decays, and how much ------------------------------------------------------------------
+
+
+def test_decay_groups_split_every_trainable_parameter(lesson):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(5, 6), nn.Embedding(7, 8)
+    )
+    model.temperature = nn.Parameter(torch.tensor(1.0))  # of no axis
+    model[2].weight.requires_grad_(False)
+    decay, rest = lesson.decay_groups(model, 0.2)
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.2, 0.0)
+    assert [id(w) for w in decay["params"]] == [id(model[0].weight), id(model[3].weight)]
+    assert sorted(id(w) for w in rest["params"]) == sorted(
+        id(w)
+        for w in (model.temperature, model[0].bias, model[1].weight, model[1].bias, model[2].bias)
+    )
+
+
+def test_without_a_gradient_only_the_matrices_shrink(lesson):
+    model = lesson.network(blocks=1, n=4)
+    before = copy.deepcopy(model.state_dict())
+    idle = nn.Parameter(torch.ones(2, 2))  # has no gradient at all
+    groups = lesson.decay_groups(model, 0.5)
+    groups[0]["params"].append(idle)
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    for w in model.parameters():
+        w.grad = torch.zeros_like(w)
     optimizer.step()
-    assert torch.equal(idle, torch.ones(2)) and (w < 0.9).all()
+    for name, w in model.state_dict().items():
+        torch.testing.assert_close(w, before[name] * (0.95 if w.dim() == 2 else 1.0))
+    assert torch.equal(idle, torch.ones(2, 2))
 
 
-@pytest.mark.parametrize("T", [10, 37, 100])
+def test_mean_path_shows_decay_alone(lesson):
+    torch.manual_seed(0)
+    for make in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        path = lesson.mean_path(make, 3.0, 20, pairs=5, lr=0.01, weight_decay=0.0)
+        assert path == pytest.approx([1.0] * 21, abs=1e-12)
+    for make in (torch.optim.SGD, torch.optim.AdamW):
+        path = lesson.mean_path(make, 3.0, 20, pairs=5, lr=0.02, weight_decay=0.5)
+        assert path == pytest.approx([0.99**t for t in range(21)], abs=1e-12)
+
+
+# --- schedules ---------------------------------------------------------------------------------
+
+
+def cosine(t, first, last, T):
+    return last + (first - last) * (1 + math.cos(math.pi * t / T)) / 2
+
+
+def one_cycle(t, lr, T):
+    top = 0.3 * T - 1  # one step earlier than one would think, and it need not be whole
+    if t <= top:
+        return cosine(t, lr / 25, lr, top)
+    return cosine(t - top, lr, lr / 250_000, T - 1 - top)
+
+
+@pytest.mark.parametrize("T", [20, 37, 100])
 @pytest.mark.parametrize("lr", [0.3, 1e-3])
-def test_closed_forms_are_torchs_schedulers(lesson, T, lr):
-    rates = partial(lesson.rates, steps=T, lr=lr)
-    twins = {
-        "step": rates(partial(lr_scheduler.StepLR, step_size=3, gamma=0.7)),
-        "cosine": rates(partial(lr_scheduler.CosineAnnealingLR, T_max=T - 4, eta_min=lr / 7)),
-        "one_cycle": rates(
-            partial(lr_scheduler.OneCycleLR, max_lr=lr, total_steps=T, pct_start=0.45,
-                    div_factor=10, final_div_factor=50)
-        ),
-    }  # fmt: skip
+def test_schedules_are_their_closed_forms(lesson, T, lr):
+    used = {}
+    for name in lesson.SCHEDULES:
+        optimizer = one_weight(lr)
+        used[name] = rates(optimizer, lesson.make_scheduler(name, optimizer, lr, T), T)
     for t in range(T):
         expected = {
-            "step": lesson.step_lr(t, lr, 3, 0.7),
-            "cosine": lesson.cosine_lr(t, lr, T - 4, lr / 7),
-            "one_cycle": lesson.one_cycle_lr(t, lr, T, 0.45, 10, 50),
+            "constant": lr,
+            "step": lr * 0.3 ** (t // (T // 4)),
+            "cosine": cosine(t, lr, 0, T),
+            "one_cycle": one_cycle(t, lr, T),
+            "warmup_cosine": lesson.warmup_cosine_lr(t, lr, T, T // 10),
         }
-        assert {name: values[t] for name, values in twins.items()} == pytest.approx(expected)
+        assert {name: values[t] for name, values in used.items()} == pytest.approx(expected)
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter")  # older SequentialLR warns of itself
 @pytest.mark.parametrize("warmup", [2, 5, 9])
 def test_warmup_cosine_is_pytorchs_two_in_sequence(lesson, warmup):
-    def make(optimizer):
-        warm = lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)
-        cool = lr_scheduler.CosineAnnealingLR(optimizer, 30 - warmup)
-        return lr_scheduler.SequentialLR(optimizer, [warm, cool], milestones=[warmup])
-
+    optimizer = one_weight(0.2)
+    warm = lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)
+    cool = lr_scheduler.CosineAnnealingLR(optimizer, 30 - warmup)
+    both = lr_scheduler.SequentialLR(optimizer, [warm, cool], milestones=[warmup])
     ours = [lesson.warmup_cosine_lr(t, 0.2, 30, warmup) for t in range(30)]
-    assert lesson.rates(make, 30, 0.2) == pytest.approx(ours)
+    assert rates(optimizer, both, 30) == pytest.approx(ours)
     assert ours[0] == pytest.approx(0.2 / warmup) and max(ours) == pytest.approx(0.2)
+    assert lesson.warmup_cosine_lr(30, 0.2, 30, warmup) == pytest.approx(0)
 
 
-def test_one_cycle_also_moves_the_momentum_the_other_way():
+def test_one_cycle_also_moves_the_momentum_the_other_way(lesson):
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-    scheduler = lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=20)
+    scheduler = lesson.make_scheduler("one_cycle", optimizer, 1.0, 20)
     betas = []
     for _ in range(20):
         betas.append(optimizer.param_groups[0]["betas"][0])
@@ -132,74 +220,197 @@ def test_one_cycle_also_moves_the_momentum_the_other_way():
     assert betas[0] == betas[-1] == 0.95 and min(betas) == betas[5] == pytest.approx(0.85)
 
 
-def test_decay_groups_split_every_trainable_parameter(lesson):
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(5, 6), nn.Embedding(7, 8)
-    )
-    model[2].weight.requires_grad_(False)
-    decay, rest = lesson.decay_groups(model, 0.2)
-    assert (decay["weight_decay"], rest["weight_decay"]) == (0.2, 0.0)
-    assert sum(w.numel() for w in decay["params"]) == 4 * 3 * 9 + 7 * 8
-    assert sum(w.numel() for w in rest["params"]) == 4 + 2 * 4 + 6
+def test_a_scheduler_that_steps_before_the_optimizer_warns_and_is_one_step_early():
+    def step_lr():
+        optimizer = one_weight()
+        return optimizer, lr_scheduler.StepLR(optimizer, 3, 0.1)
+
+    right = rates(*step_lr(), 6)
+    with pytest.warns(UserWarning, match=r"lr_scheduler\.step"):
+        early = rates(*step_lr(), 6, scheduler_first=True)
+    assert right == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1])
+    assert early == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.01])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_try_adam_steps_do_not_depend_on_the_gradients_size(lesson, dtype):
+def test_resuming_needs_the_states_of_optimizer_and_scheduler(lesson):
     torch.manual_seed(0)
-    gradients, ends = torch.randn(20, 9, dtype=dtype), {}
-    for make in (lesson.SGD, lesson.Adam, lesson.AdamW):
-        for size in (1, 1024):  # a power of two: exact in any dtype
-            w = torch.zeros(9, dtype=dtype, requires_grad=True)
-            optimizer = make([w], lr=0.01, weight_decay=0.0)
-            for g in gradients:
-                w.grad = size * g
-                optimizer.step()
-            assert w.dtype == dtype
-            ends[make.__name__, size] = w.detach().float()
-    for name in ("Adam", "AdamW"):
-        torch.testing.assert_close(ends[name, 1], ends[name, 1024], rtol=1e-2, atol=1e-5)
-    torch.testing.assert_close(1024 * ends["SGD", 1], ends["SGD", 1024], rtol=2e-2, atol=1e-2)
+    start, x = lesson.network(n=8), torch.randn(20, 4, 8)
+
+    def session(batches, states=None, left_out=None):
+        model = copy.deepcopy(start)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 20)
+        parts, used = {"model": model, "optimizer": optimizer, "scheduler": scheduler}, []
+        for name in parts if states else ():
+            if name != left_out:
+                parts[name].load_state_dict(states[name])
+        for batch in batches:
+            F.mse_loss(model(batch), batch[:, :1].sin()).backward()
+            used.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        file = io.BytesIO()
+        torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+        file.seek(0)
+        return used, torch.load(file, weights_only=True)
+
+    used, whole = session(x)
+    _, half = session(x[:10])
+    for left_out in ("nothing", "scheduler", "optimizer", "model"):
+        again, end = session(x[10:], half, left_out)
+        same = [torch.equal(w, end["model"][name]) for name, w in whole["model"].items()]
+        assert all(same) == (left_out == "nothing")
+        assert (again == used[10:]) == (left_out in ("nothing", "model"))
 
 
-@pytest.mark.parametrize("g", [1e-4, -1e-2, 1.0, -1e4])
-def test_the_first_step_of_adam_has_the_length_of_the_rate(lesson, g):
-    w = torch.zeros(1, requires_grad=True)
-    w.grad = torch.tensor([g])
-    lesson.Adam([w], lr=0.03).step()
-    assert w.item() == pytest.approx(-math.copysign(0.03, g), rel=2e-4)
+# --- training ----------------------------------------------------------------------------------
 
 
-def test_main_decays_as_predicted(measured):
-    decay, steps = measured[0]["decay"], SMALL["decay_steps"]
-    assert abs(decay["Adam", 0.01]) < 0.01  # lr a step, for the decay alone fills the gradient
-    for size in (2, 20):
-        assert decay["Adam", size] == pytest.approx((1 - 0.001 / size) ** steps, abs=0.01)
-    for size in (0.01, 2, 20):
-        assert decay["AdamW", size] == pytest.approx(0.999**steps)
+def test_training_starts_at_the_seeds_network_and_learns_the_teachers_answers(lesson):
+    curves = lesson.train(5, "constant", 0.0, 3, blocks=1, N=64)
+    torch.manual_seed(5)
+    model, teacher = lesson.network(1), lesson.network()
+    with torch.no_grad():
+        teacher[-1].weight *= 4
+        x, x_new = torch.randn(64, 8), torch.randn(256, 8)
+        y = teacher(x) + torch.randn(64, 1)
+        i = torch.randint(64, (3, 32))
+        expected = [F.mse_loss(model(x[row]), y[row]).item() for row in i]
+        error = F.mse_loss(model(x_new), teacher(x_new)).item()
+    assert curves["train/loss"] == pytest.approx(expected)
+    assert curves["val/loss"] == pytest.approx([error] * 3)
+    assert curves["optim/lr"] == [0.0] * 3
 
 
-def test_main_schedules_reorders_and_resumes(measured):
-    result, _ = measured
-    assert result["groups"] == [576, 193]
-    assert result["order"][False] == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1])
-    assert result["order"][True] == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.01])
-    assert result["resume"]["nothing"] == (0, 0)
-    for left_out in ("scheduler", "optimizer"):
-        assert min(result["resume"][left_out]) > 1e-3
-    steps = range(SMALL["schedule_steps"])
-    peaks = {
-        name: max(steps, key=lambda t: round(used[t], 9)) for name, used in result["rates"].items()
-    }
-    at_once = dict.fromkeys(("constant", "constant_low", "step", "cosine"), 0)
-    assert peaks == {**at_once, "one_cycle": 11, "warmup_cosine": 3}
+def test_a_block_is_the_norm_of_the_sum(lesson):
+    torch.manual_seed(0)
+    block, x = lesson.PostNorm(6), torch.randn(4, 6)
+    y = x + block.b(torch.relu(block.a(x)))
+    torch.testing.assert_close(block(x), F.layer_norm(y, (6,)))
+    assert lesson.network(2, 8)(torch.randn(3, 8)).shape == (3, 1)
+    assert sum(isinstance(m, lesson.PostNorm) for m in lesson.network(2, 6).modules()) == 2
 
 
-def test_main_ends_lower_with_every_schedule_than_with_a_constant_rate(measured, events):
-    result, log_dir = measured
-    ends = result["training"]
-    flat = [ends["constant"], ends["constant_low"]]
-    assert max(end for name, end in ends.items() if "constant" not in name) < 0.9 * min(flat)
-    for name in ends:
-        run = events(log_dir / "schedule" / name)
-        assert len(run.Scalars("optim/lr")) == SMALL["train_steps"]
-        assert run.Scalars("val/loss")[-1].value == pytest.approx(ends[name])
+def test_only_matrices_decay_in_training(lesson, monkeypatch):
+    asked = []
+
+    def watched(model, wd):
+        asked.append(wd)
+        return [{"params": list(model.parameters()), "lr": 0.0}]
+
+    monkeypatch.setattr(lesson, "decay_groups", watched)
+    curves = lesson.train(0, "constant", 0.1, 3, wd=0.7)
+    assert asked == [0.7] and curves["optim/lr"] == [0.0] * 3  # the groups are those it gave
+
+
+# --- main --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(lesson, tmp_path_factory):
+    """(result, folder, printed) of three seeds."""
+    runs = []
+    for seed in range(3):
+        log_dir = tmp_path_factory.mktemp("runs")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.stdout", out := io.StringIO())
+            result = lesson.main(seed=seed, log_dir=log_dir, **SMALL)
+        runs.append((result, log_dir, out.getvalue()))
+    return runs
+
+
+def test_main_decays_as_predicted(lesson, measured, events):
+    steps = SMALL["decay_steps"]
+    for seed, (result, log_dir, printed) in enumerate(measured):
+        left = result["decay"]
+        assert abs(left["Adam", 0.01]) < 0.01  # lr in each step, for the decay alone fills g
+        for s in (2, 20):
+            assert left["Adam", s] == pytest.approx((1 - 0.001 / s) ** steps, abs=0.01)
+        for s in (0.01, 2, 20):
+            assert (left["AdamW", s], left["SGD", s]) == pytest.approx([0.999**steps] * 2)
+            for name in ("SGD", "Adam", "AdamW"):
+                curve = events(log_dir / name.lower() / f"s_{s}").Scalars("decay/weight")
+                assert [event.step for event in curve] == list(range(steps + 1))
+                assert curve[-1].value == pytest.approx(left[name, s], abs=1e-6)
+        torch.manual_seed(seed)
+        path = lesson.mean_path(torch.optim.Adam, 20, steps, lr=0.01, weight_decay=0.1)
+        assert path[-1] == left["Adam", 20]
+        lost = (1 - left["Adam", 20]) / (1 - left["Adam", 2])
+        assert lost < 0.2
+        assert f"changes by a factor {lost:.2f}, AdamW's by a factor 1.00" in printed
+
+
+def test_main_trains_best_along_a_cosine_with_warm_up_and_decay(measured):
+    def mean(part, key):
+        return sum(result[part][key] for result, *_ in measured) / len(measured)
+
+    for name in ("cosine", "warmup_cosine"):
+        assert mean("schedules", (name, 0.03)) < 0.8 * mean("schedules", ("constant", 0.03))
+    assert mean("schedules", ("constant", 0.03)) < 0.3
+    none, cold, warm, weak, strong = measured[0][0]["hard"]
+    assert mean("hard", warm) < 0.4 * mean("hard", cold) and mean("hard", cold) < mean("hard", none)
+    assert mean("hard", strong) < 0.95 * mean("hard", weak)
+
+
+def test_main_prints_what_it_measured(lesson, measured):
+    for result, log_dir, printed in measured:
+        ends, hard = result["schedules"], result["hard"]
+        shares = [ends[n, 0.03] / ends["constant", 0.03] for n in ("cosine", "warmup_cosine")]
+        assert f"leaves {shares[0]:.2f} of" in printed
+        assert f"warmup_cosine {shares[1]:.2f}" in printed
+        _, cold, warm, weak, strong = hard.values()
+        assert f"blocks warm-up leaves {warm / cold:.2f} of the error" in printed
+        assert f"decay 10 leaves {strong / weak:.2f} of it" in printed
+        for name in lesson.SCHEDULES:
+            row = re.search(rf"^   {name} +[01]\.\d.*$", printed, re.MULTILINE)[0].split()
+            shares = [result["rates"][name][t] for t in (0, 40, 79)]
+            assert [float(cell) for cell in row[1:]] == pytest.approx(
+                [*shares, ends[name, 0.03]], abs=6e-4
+            )
+        for what, error in hard.items():
+            assert re.search(rf"^   {what} +{error:.3f}   {error:.3f} +{error:.3f}$", printed, re.M)
+        assert f"look: tensorboard --logdir {log_dir} " in printed
+
+
+def test_main_logs_the_rate_and_both_losses_of_each_schedule(lesson, measured, events):
+    for seed, (result, log_dir, _) in enumerate(measured[:2]):
+        assert {path.name for path in (log_dir / "schedule").iterdir()} == set(lesson.SCHEDULES)
+        for name in ("warmup_cosine", "step") if seed else ("constant",):
+            run = events(log_dir / "schedule" / name)
+            curves = lesson.train(seed, name, 0.03, 80)
+            for tag, values in curves.items():
+                logged = run.Scalars(tag)
+                assert [event.step for event in logged] == list(range(80))
+                assert [event.value for event in logged] == pytest.approx(values, rel=1e-4)
+            assert result["schedules"][name, 0.03] == pytest.approx(curves["val/loss"][-1])
+            assert [lr * 0.03 for lr in result["rates"][name]] == pytest.approx(curves["optim/lr"])
+
+
+def test_means_and_extremes_are_over_the_runs(lesson, tmp_path, capsys):
+    seeds = range(7, 9)
+    used, ends = lesson.show_schedules(tmp_path, seeds, 4, (0.01, 0.1))
+    (row,) = re.findall(r"^   cosine .*$", capsys.readouterr().out, re.MULTILINE)
+    assert used["cosine"] == pytest.approx([cosine(t, 1, 0, 4) for t in range(4)])
+    for lr, column in ((0.01, 4), (0.1, 5)):
+        found = [lesson.train(seed, "cosine", lr, 4)["val/loss"][-1] for seed in seeds]
+        assert ends["cosine", lr] == pytest.approx(sum(found) / 2)
+        assert float(row.split()[column]) == pytest.approx(sum(found) / 2, abs=6e-4)
+    hard = lesson.show_hard_cases(seeds, 4)
+    printed = capsys.readouterr().out
+    for (what, mean), (name, lr, options) in zip(
+        hard.items(),
+        (
+            ("constant", 0.0, {}),
+            ("cosine", 0.03, {"blocks": 4}),
+            ("warmup_cosine", 0.03, {"blocks": 4}),
+            ("warmup_cosine", 0.03, {"N": 64, "wd": 0.01}),
+            ("warmup_cosine", 0.03, {"N": 64, "wd": 10}),
+        ),
+        strict=True,
+    ):
+        found = [lesson.train(seed, name, lr, 4, **options)["val/loss"][-1] for seed in seeds]
+        assert mean == pytest.approx(sum(found) / 2)
+        assert re.search(
+            rf"^   {what} +{mean:.3f}   {min(found):.3f} +{max(found):.3f}$", printed, re.M
+        )
