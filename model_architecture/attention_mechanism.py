@@ -3,8 +3,9 @@
 Attention lets one position of a sequence read from others. Learned matrices make three vectors of
 each input: the query q (what it looks for), the key k (what it is found by) and the value v (what
 it gives). In self-attention all come from one sequence, in cross-attention k and v come from
-another. A mask says which keys a query may see: without one, a network that shall predict the next
-token can read it. Several heads are several attentions side by side, each with its own weights.
+another. A mask says which keys a query may see: without one, a network that should predict the next
+token could simply read it. Several heads are several attentions side by side, each with its own
+weights.
 
     score    s_ij = q_i . k_j / sqrt(d)              how well key j fits query i
     weight   p_ij = exp(s_ij) / sum_j exp(s_ij)      the softmax of row i of the scores
@@ -19,9 +20,9 @@ divided by sqrt(d), the scores of a large d leave nearly all weight to one key.
 Needs          nn_linear.py, nn_loss.py
 Checked here   plain = complete = torch.nn, with gradients and masks; what True in a mask means; no
                output depends on a later input; decoding with a cache; what sqrt(d) and memory do
-TensorBoard    train/loss by step in lookup/attention and lookup/mean; attention/lookup: the framed
-               cell, where the answer stands, is dark; attention/causality: white above the
-               diagonal; scores/variance and softmax/entropy by log2 d; memory/MB by T
+TensorBoard    attention/lookup in lookup/attention: the framed cell, where the answer stands, is
+               dark; attention/causality: white above the diagonal; train/loss by step: attention's
+               falls to 0, mean's does not
 Try            in show_everyday, write q = 10 * torch.tensor(...): which value comes out?
 Answer         1, 10: the value of the first key, whose weight is 59049 / 59050 = 1.000
 Source         Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Dao et al. 2022 (FlashAttention,
@@ -86,10 +87,12 @@ def show_everyday():
     y = F.scaled_dot_product_attention(q, k, v)  # the call; below, the two lines that it stands for
     by_hand, weights = attention(q, k, v)
 
-    print("   key   score   weight   value")
+    print("   the query is (2, 0, 0, 0)")
+    print("   key                         score   weight   value")
     for j in range(2):
-        score = q[0] @ k[j] / 2
-        print(f"   {j}     {score:5.3f}    {weights[0, j]:5.3f}   {v[j, 0]:5.3f} {v[j, 1]:6.3f}")
+        score, key = q[0] @ k[j] / 2, ", ".join(f"{number:.3g}" for number in k[j].tolist())
+        print(f"   ({key})".ljust(28) + f"   {score:5.3f}    {weights[0, j]:5.3f}   "
+              f"{v[j, 0]:5.3f} {v[j, 1]:6.3f}")  # fmt: skip
     print(f"   output by torch        {y[0, 0]:5.3f} {y[0, 1]:6.3f}")
     print(f"   output by attention    {by_hand[0, 0]:5.3f} {by_hand[0, 1]:6.3f}")
     print(f"   -> {weights[0, 0]:.3f} times the first value plus {weights[0, 1]:.3f} times the "
@@ -302,6 +305,9 @@ def compare(pair, inputs):
 
 def show_twins(B=2, H=3, T=7, d=5):
     print("3. Is it torch's? Complete minus plain or torch's, largest difference, float64")
+    print(
+        "   mask: boolean (True: allowed), added to the scores, or causal; padding: keys left out"
+    )
     print("             mask      compared with                    outputs   gradients")
     ours, torchs = scaled_dot_product_attention, F.scaled_dot_product_attention
     qkv = [torch.randn(B, H, T, d, dtype=F64, requires_grad=True) for _ in range(3)]
@@ -331,7 +337,8 @@ def show_twins(B=2, H=3, T=7, d=5):
     for heads, mask, other, (outputs, gradients) in rows:
         print(f"   {heads:<8}  {mask:<8}  {other:<30}   {outputs:7.0e}   {gradients:9.0e}")
     worst = max(max(row[-1]) for row in rows)
-    print(f"   -> the largest of all is {worst:.0e}, and numbers near 1 are rounded by 1e-16")
+    rounding = torch.finfo(F64).eps / 2
+    print(f"   -> the largest of all is {worst:.0e}; numbers near 1 are rounded by {rounding:.0e}")
     return rows
 
 
@@ -359,7 +366,8 @@ def show_masks():
         print(f"   {words:<21}   {shown[0]:<17}   {shown[1]:<17}   {shown[2]}")
     keeps = ["keeps" if row[0] == 1 else "blocks" for row in rows["True False False"]]
     print(f"   -> True: attention_weights {keeps[0]}, F {keeps[1]}, nn.MultiheadAttention "
-          f"{keeps[2]} that key; ~mask turns one into the other")  # fmt: skip
+          f"{keeps[2]} that key;")  # fmt: skip
+    print("      ~mask turns one into the other")
     return rows
 
 
@@ -391,6 +399,7 @@ def show_causality(log_dir, T=8, C=12):
     print(f"   -> with is_causal=True {seen} of the {later.sum()} later inputs have an influence")
     with SummaryWriter(log_dir / "causality", purge_step=0) as writer:
         words = "is_causal: does output i (row) depend\non input j (column)? white: not at all"
+        J = found[True]
         cells = draw_cells((J / J.max()).sqrt(), words)  # sqrt: faint ones show as well
         writer.add_image("attention/causality", cells, 0, dataformats="HWC")
     return found
@@ -400,52 +409,50 @@ def show_causality(log_dir, T=8, C=12):
 
 
 def show_cache(T=12, C=24):
-    print(f"6. What must be kept to write on? {T} tokens one at a time, minus all in one pass")
+    print(f"6. Can old keys and values be kept? {T} tokens one by one, minus all {T} at once")
     module, x = MultiHeadAttention(C, 4).double(), torch.randn(1, T, C, dtype=F64)
-    full, cached, alone, cache = module(x, is_causal=True), [], [], {}
+    full, cached, alone, trap, cache = module(x, is_causal=True), [], [], [], {}
     for token in x.split(1, dim=1):  # (1, 1, C)
         cached.append(module(token, is_causal=True, cache=cache))
         alone.append(module(token, is_causal=True))
-    off = [(torch.cat(steps, dim=1) - full).abs().max().item() for steps in (cached, alone)]
+        q = module.heads(module.q_proj(token))
+        y = F.scaled_dot_product_attention(q, cache["k"], cache["v"], is_causal=True)
+        trap.append(module.out_proj(y.transpose(1, 2).flatten(2)))
+    runs = {"kept in a cache": cached, "not kept: each token sees itself alone": alone,
+            "kept, but F.scaled_dot...(is_causal=True)": trap}  # fmt: skip
+    off = [(torch.cat(steps, dim=1) - full).abs().max().item() for steps in runs.values()]
     assert off[0] < 1e-12
-    print("   keys and values of old tokens   outputs, largest difference")
-    print(f"   kept in a cache                 {off[0]:27.0e}")
-    print(f"   forgotten                       {off[1]:27.3f}")
+    print("   keys and values of old tokens               outputs, largest difference")
+    for name, difference in zip(runs, off, strict=True):
+        print(f"   {name:<41}   {difference:27.6f}")
     numbers = sum(kept.numel() for kept in cache.values())
-    print(
-        f"   -> keep {numbers} numbers for {T} tokens: {numbers / (T * C):g} C per token, C = {C}"
-    )
+    only_first = (torch.cat(trap, dim=1) - full[:, :1]).abs().max()  # token 0 sees itself alone
+    print(f"   -> {numbers} numbers for {T} tokens: {numbers / (T * C):g} C per token and layer;")
+    print(f"      F's is_causal lets a single query see key 0 alone (within {only_first:.0e}):")
+    print("      leave it out for one token")
     return off, numbers
 
 
 # --- 7. why sqrt(d) ----------------------------------------------------------------------------
 
 
-def show_scale(log_dir, keys=64, queries=512):
-    print(f"7. Why sqrt(d)? Means over {queries} random queries with {keys} keys; log {keys} = "
-          f"{math.log(keys):.3f}")  # fmt: skip
-    print("   entropy: how spread the weights are, 0 for one key alone, log 64 for all alike")
-    print("   slope: the sum of d p_j / d s_j, 0 where the weights no longer follow the scores")
-    print("          q . k, not divided             q . k / sqrt(d)")
-    print("      d   variance   entropy   slope     variance   entropy   slope")
+def show_scale(keys=64, queries=512):
+    print(
+        f"7. Why sqrt(d)? Largest of {keys} weights of a query, mean over {queries} random queries"
+    )
+    print("          q . k, not divided           q . k / sqrt(d)")
+    print("      d   variance   largest weight    variance   largest weight")
     table = {}
-    for d in (4, 16, 64, 256, 1024):
+    for d in (4, 64, 1024):
         scores, row = torch.randn(queries, d) @ torch.randn(d, keys), []
         for name, s in (("unscaled", scores), ("scaled", scores / math.sqrt(d))):
-            p = s.softmax(-1)
-            entropy, slope = torch.special.entr(p).sum(-1).mean(), (p * (1 - p)).sum(-1).mean()
-            table[name, d] = s.var().item(), entropy.item(), slope.item()
-            row.append(f"{table[name, d][0]:8.1f}   {entropy:7.3f}   {slope:5.3f}")
-        print(f"   {d:4}   " + "     ".join(row))
-    print(f"   -> from d = 4 to {d} the slope goes from {table['unscaled', 4][2]:.3f} to "
-          f"{table['unscaled', d][2]:.3f}, but with sqrt(d) from {table['scaled', 4][2]:.3f} to "
-          f"{table['scaled', d][2]:.3f}")  # fmt: skip
-    for name in ("unscaled", "scaled"):
-        with SummaryWriter(log_dir / name, purge_step=0) as writer:
-            for d in (4, 16, 64, 256, 1024):
-                variance, entropy, _ = table[name, d]
-                writer.add_scalar("scores/variance", variance, round(math.log2(d)))
-                writer.add_scalar("softmax/entropy", entropy, round(math.log2(d)))
+            table[name, d] = s.var().item(), s.softmax(-1).amax(-1).mean().item()
+            row.append(f"{table[name, d][0]:8.1f}   {table[name, d][1]:14.3f}")
+        print(f"   {d:4}   " + "    ".join(row))
+    one, divided = table["unscaled", d][1], table["scaled", d][1]
+    print(
+        f"   -> at d = {d} one key takes {one:.0%} of the weight, divided by sqrt(d) {divided:.0%}"
+    )
     return table
 
 
@@ -468,26 +475,24 @@ def saved_megabytes(run, *tensors):
     return sum(sizes.values()) / 2**20
 
 
-def show_fused(log_dir, lengths, H=4, d=32):
-    print(f"8. What does length cost? {H} heads of {d} numbers, float32; ours has all weights in "
-          "memory,")  # fmt: skip
-    print("   F.scaled_dot_product_attention (fused) a part of them at a time")
-    print("           MB kept for backward")
-    print("      T       ours      fused   4 H T (T + d) bytes in MB")
+def show_fused(lengths, H=4, d=32):
+    print(
+        f"8. What does length cost? MiB kept for backward, {H} heads of {d} numbers, float32: ours"
+    )
+    print(
+        "   keeps all T x T weights; F.scaled_dot_product_attention, fused here, never has them all"
+    )
+    print("      T       ours      fused   4 H T (T + d) bytes")
     runs = {"ours": scaled_dot_product_attention, "fused": F.scaled_dot_product_attention}
     kept = {}
     for T in lengths:
         tensors = [torch.randn(1, H, T, d, requires_grad=True) for _ in range(3)]
         kept[T] = {name: saved_megabytes(run, *tensors) for name, run in runs.items()}
         print(f"   {T:4}   {kept[T]['ours']:8.2f}   {kept[T]['fused']:8.2f}   "
-              f"{4 * H * T * (T + d) / 2**20:25.2f}")  # fmt: skip
+              f"{4 * H * T * (T + d) / 2**20:19.2f}")  # fmt: skip
     growth = {name: kept[lengths[-1]][name] / kept[lengths[0]][name] for name in runs}
     print(f"   -> {lengths[-1] / lengths[0]:.0f} times the length costs {growth['ours']:.0f} times "
           f"the memory, fused {growth['fused']:.0f} times")  # fmt: skip
-    for name in runs:
-        with SummaryWriter(log_dir / name, purge_step=0) as writer:
-            for T in lengths:
-                writer.add_scalar("memory/MB", kept[T][name], T)
     return kept
 
 
@@ -509,7 +514,7 @@ def draw_cells(cells, words, framed=(), size=40):
     return np.asarray(image)
 
 
-def main(seed=0, log_dir=LOG_DIR, lengths=(128, 256, 512, 1024), steps=400):
+def main(seed=0, log_dir=LOG_DIR, lengths=(128, 1024), steps=400):
     torch.manual_seed(seed)
     measured = {
         "everyday": show_everyday(),
@@ -518,8 +523,8 @@ def main(seed=0, log_dir=LOG_DIR, lengths=(128, 256, 512, 1024), steps=400):
         "masks": show_masks(),
         "influence": show_causality(log_dir),
         "cache": show_cache(),
-        "scale": show_scale(log_dir),
-        "kept": show_fused(log_dir, lengths),
+        "scale": show_scale(),
+        "kept": show_fused(lengths),
     }
     print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return measured
