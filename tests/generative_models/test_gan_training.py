@@ -1,9 +1,12 @@
 import copy
+import io
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -17,11 +20,13 @@ def lesson(load):
 
 @pytest.fixture(scope="module")
 def measured(lesson, tmp_path_factory):
-    """Three seeds of a shrunk main, and the folder of the last."""
+    """Three seeds of a shrunk main with what it printed, and the folder of the last."""
     results = []
     for seed in range(3):
-        folder = tmp_path_factory.mktemp("gan")
-        results.append(lesson.main(seed=seed, log_dir=folder, d_steps=120, gans=2, steps=5))
+        folder, printed = tmp_path_factory.mktemp("gan"), []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("builtins.print", lambda line, printed=printed: printed.append(line))
+            results.append((lesson.main(seed=seed, log_dir=folder, gans=2, steps=4), printed))
     return results, folder
 
 
@@ -122,7 +127,7 @@ def test_a_saturating_gan_has_the_same_discriminator(lesson, twins):
 
 
 def test_modes_and_good_samples_are_counted(lesson):
-    centres = lesson.centres()
+    centres = lesson.CENTRES
     torch.testing.assert_close(centres.norm(dim=1), torch.ones(8))
     off = torch.tensor([0.14, 0.0])
     x = torch.stack([
@@ -136,24 +141,58 @@ def test_modes_and_good_samples_are_counted(lesson):
     assert good.dtype == torch.float32  # Apple's accelerator has no float64
 
 
-def test_a_picture_has_a_panel_for_each(lesson):
-    x = torch.full((5, 10, 2), -0.01)
-    x[1] = torch.tensor([1.37, 1.37])
-    x[2] = -1.51  # outside, by less than a pixel
-    picture = lesson.ring_picture(x, side=30)
-    assert picture.shape == (1, 60, 120)
-    dots = (picture[0] == 1).nonzero().tolist()
-    assert dots == [[1, 30 + 28], [15, 14], [15, 90 + 14], [30 + 15, 14]]
+def test_a_point_lies_where_the_picture_shows_it(lesson):
+    rows = [torch.full((2, 10, 2), -0.01), torch.full((2, 10, 2), 9.0)]
+    rows[0][1] = torch.tensor([1.37, 1.37])
+    picture = torch.from_numpy(lesson.panels(rows, "a\nb", side=30).copy())
+    assert picture.shape == (31 * 2 + 1 + 38, 31 * 2 + 1, 3)
+    grid = picture[38:, :, 0]
+    assert (grid == 255).nonzero().tolist() == [[1 + 1, 32 + 28], [15 + 1, 14 + 1]]
+    assert grid[31].tolist() == [76] * 63 and grid[:, 31].tolist() == [76] * 63
+    assert picture[:19].min() < 100 and picture[19:38].min() < 100  # two lines of words
+
+
+def test_the_penalty_is_taken_on_the_way_from_fake_to_real(lesson):
+    """One u for all axes of an example: the points lie on the lines between the two."""
+    torch.manual_seed(0)
+    x, y, seen = torch.randn(2, 50, 3), torch.randn(2, 50, 3), []
+
+    def D(points):
+        seen.append(points.detach())
+        return points.sum(-1)
+
+    lesson.gradient_penalty(D, x, y)
+    u = (seen[0] - y) / (x - y)
+    torch.testing.assert_close(u, u[..., :1].expand_as(u), rtol=1e-2, atol=1e-3)
+    u = u[..., 0].flatten()
+    assert 0 <= u.min() < 0.1 and 0.9 < u.max() <= 1 and len(u.unique()) == 100
+
+
+def exact_w1(x, y):
+    """W1 of samples (n,): sorted, each goes to its partner."""
+    return (x.sort()[0] - y.sort()[0]).abs().mean().item()
+
+
+def penalised_distance(x, y, penalty, bins=500):
+    """E f(x) - E f(y) of the best f: W1 + int (F_y - F_x)^2 / (2 penalty rho), of samples (n,)."""
+    low, high = min(x.min(), y.min()).item(), max(x.max(), y.max()).item()
+    x_share, y_share, between = (
+        torch.histc(s, bins, low, high) / len(s) for s in (x, y, x + torch.rand_like(x) * (y - x))
+    )
+    dx = (high - low) / bins
+    apart = (y_share.cumsum(0) - x_share.cumsum(0)).square() * dx
+    rho = between / dx
+    return exact_w1(x, y) + (apart / rho)[rho > 0].sum().item() / (2 * penalty)
 
 
 def test_w1_is_that_of_shifts_and_the_formula_of_points(lesson):
     torch.manual_seed(0)
     x = torch.rand(5000)
-    assert lesson.exact_w1(x, x[torch.randperm(5000)] + 0.7) == pytest.approx(0.7, abs=1e-5)
+    assert exact_w1(x, x[torch.randperm(5000)] + 0.7) == pytest.approx(0.7, abs=1e-5)
     spread = 2 * (x - 0.5) + 0.5
-    assert lesson.exact_w1(x, spread) == pytest.approx(0.25, abs=0.01)
+    assert exact_w1(x, spread) == pytest.approx(0.25, abs=0.01)
     at_0, at_3 = 0.001 * torch.rand(50_000), 3 + 0.001 * torch.rand(50_000)
-    formula = lesson.penalised_distance(at_0, at_3, penalty=5.0)
+    formula = penalised_distance(at_0, at_3, penalty=5.0)
     assert formula == pytest.approx(3 + 9 / 10, rel=0.02)  # rho = 1/3 between: t + t^2 / (2 lambda)
 
 
@@ -170,77 +209,198 @@ def test_a_critic_that_starts_with_the_wrong_slope_keeps_it(lesson):
     assert slope.item() == pytest.approx(-(1 - t / 20), abs=1e-3)
 
 
+def test_a_trained_critic_measures_w1_and_what_the_penalty_adds(lesson):
+    """Real points in [0, 1], fakes in [t, t + 1]; its weight grows, so that f may turn round."""
+    torch.manual_seed(0)
+    t, steps, penalty = torch.tensor([0.0, 1.0, 3.0]), 150, 10.0
+    f = lesson.MLPs(3, (1, 64, 64, 1))
+    adam = torch.optim.Adam(f.parameters(), 4e-3, lesson.BETAS)
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = 4e-3 * (1 - step / steps)
+        x, y = torch.rand(3, 64, 1), torch.rand(3, 64, 1) + t.view(3, 1, 1)
+        now = penalty * min(1, 4 * step / steps) ** 2
+        lesson.minimise(adam, lesson.discriminator_loss(f, x, y, "wgan", now))
+    x, y = torch.rand(3, 20_000, 1), torch.rand(3, 20_000, 1) + t.view(3, 1, 1)
+    with torch.no_grad():
+        critic = (f(x) - f(y)).mean((1, 2)).tolist()
+    for i, shift in enumerate(t.tolist()):
+        formula = penalised_distance(x[i, :, 0], y[i, :, 0], penalty)
+        assert abs(exact_w1(x[i, :, 0], y[i, :, 0]) - shift) < 0.05
+        assert abs(critic[i] - formula) < 0.05 * shift + 0.05
+        assert shift < 1 or formula > 1.03 * shift
+
+
+def test_a_trained_d_has_nearly_the_best_value_and_kills_the_saturating_slope(lesson):
+    """Real in [0, 2], fake in [t, t + 2]: D* = 1/2 where both are, V(D*) = -log 4 (1 - t / 2)."""
+    torch.manual_seed(0)
+    t = torch.tensor([0.0, 1.0, 3.0])
+    D = lesson.MLPs(3, (1, 64, 64, 1))
+    adam = torch.optim.Adam(D.parameters(), 4e-3, lesson.BETAS)
+    slopes = {}
+    for step in range(251):
+        x, y = 2 * torch.rand(3, 128, 1), 2 * torch.rand(3, 128, 1) + t.view(3, 1, 1)
+        if step in (0, 250):
+            y.requires_grad_()
+            for loss in ("saturating", "ns"):
+                total = lesson.generator_loss(D(y), loss).sum()
+                slopes[loss, step] = torch.autograd.grad(total, y)[0].sum((1, 2)).abs().tolist()
+            y = y.detach()
+        lesson.minimise(adam, lesson.discriminator_loss(D, x, y, "ns", 0.0))
+    x, y = 2 * torch.rand(3, 5000, 1), 2 * torch.rand(3, 5000, 1) + t.view(3, 1, 1)
+    with torch.no_grad():
+        V = -lesson.discriminator_loss(D, x, y, "ns", 0.0)
+    best = -math.log(4) * (1 - t / 2).clamp(min=0)
+    assert ((best - 0.1 < V) & (best + 0.02 > V)).all()
+    for i in range(3):
+        assert 0.2 < slopes["saturating", 0][i] / slopes["ns", 0][i] < 5  # D about 1/2: alike
+    assert slopes["saturating", 250][2] < 0.1 < 1 < slopes["ns", 250][2]
+
+
+def test_v_of_the_best_d_is_2_jsd_minus_log_4():
+    grid = torch.linspace(-6, 6, 2401, dtype=torch.float64)
+    p, q = (torch.distributions.Normal(mean, 0.8).log_prob(grid).exp() for mean in (-1.0, 0.5))
+    D, middle = p / (p + q), (p + q) / 2
+    V = (p * D.log() + q * (1 - D).log()).sum() * 0.005
+    jsd = (p * (p / middle).log() + q * (q / middle).log()).sum() * 0.005 / 2
+    assert V.item() == pytest.approx(2 * jsd.item() - math.log(4), abs=1e-6)
+
+
+def test_the_plain_loop_is_the_loop_of_many_for_one(lesson):
+    """From the same weights, with the same random numbers, the same networks."""
+    torch.manual_seed(0)
+    G, D = lesson.MLPs(1, (8, 16, 16, 2)), lesson.MLPs(1, (2, 16, 16, 1))
+    plain = []
+    for net in (G, D):
+        layers = []
+        for W, b in zip(net.weights, net.biases, strict=True):
+            layers += [nn.Linear(W.size(1), W.size(2)), nn.ReLU()]
+            layers[-2].weight.data, layers[-2].bias.data = W[0].T.clone(), b[0, 0].clone()
+        plain.append(nn.Sequential(*layers[:-1]))
+    torch.manual_seed(1)
+    lesson.plain_train(*plain, lesson.ring, 3, 8)
+    torch.manual_seed(1)
+    of_g = torch.optim.Adam(G.parameters(), 2e-3, lesson.BETAS)
+    of_d = torch.optim.Adam(D.parameters(), 2e-3, lesson.BETAS)
+    for _ in range(3):
+        lesson.train_step(G, D, of_g, of_d, "ns", 0.0, 5, 128)
+    for net, single in ((G, plain[0]), (D, plain[1])):
+        x = torch.randn(9, net.weights[0].size(1))
+        torch.testing.assert_close(net(x[None])[0], single(x), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_main_keeps_its_claims(measured, seed):
-    result = measured[0][seed]
-    optimum = result["optimum"]
-    assert optimum["same"]["best"] == pytest.approx(-math.log(4), abs=1e-6)
-    for row in optimum.values():
-        assert row["best"] - 0.05 < row["trained"] <= row["best"] + 1e-6
-        assert row["off"] < 0.06
-    rows = result["gradients"]
-    first, last = rows[min(rows)], rows[max(rows)]
-    for i in range(4):
-        assert 0.2 < first[0][i] / first[1][i] < 5  # D about 1/2: alike
-    for i in (2, 3):  # disjoint
-        assert last[0][i] < 0.1 < 1 < last[1][i]
-        assert last[2][i] < 0.03
-    for t, (critic, formula, exact) in result["critic"].items():
-        assert abs(exact - t) < 0.05
-        assert abs(critic - formula) < 0.05 * t + 0.05
-        assert t < 1 or formula > 1.03 * exact
+def test_main_keeps_its_claims(measured, lesson, seed):
+    result, printed = measured[0][seed]
+    assert result["everyday"]["real points"][0] == 8
+    assert abs(result["everyday"]["real points"][1] - (1 - math.exp(-4.5))) < 0.01
     ring = result["ring"]
-    assert ring["real"][0] == 8 and abs(ring["real"][1] - (1 - math.exp(-4.5))) < 0.005
-    assert ring["circle"][0] == 8 and abs(ring["circle"][1] - 0.382) < 0.01  # 16 arcs of 0.1501
+    assert list(ring)[:2] == ["real points", "points of a whole circle"]
+    assert list(ring)[2:] == [kind for kind, _ in lesson.SETTINGS.values()]
+    assert ring["real points"][0] == [8] and abs(ring["real points"][1] - 0.989) < 0.01
+    circle = ring["points of a whole circle"]
+    assert circle[0] == [8] and abs(circle[1] - 0.382) < 0.04  # 16 arcs of 0.1501
+    losses = result["losses"]
+    assert losses["saturating"] == pytest.approx([-0.5, -0.1, -0.001])
+    assert losses["ns"] == pytest.approx([-0.5, -0.9, -0.999]) and losses["wgan"] == [-1] * 3
+    lines = [line for line in printed if "->" in line]
+    missing = 8 - result["everyday"]["G, trained"][0]
+    assert lines[0].endswith(f"leaves out: {missing} of 8") and "non-saturating" in lines[1]
+    shares = [ring[kind][1] for kind in ("non-saturating", "non-saturating, penalty 1")]
+    assert lines[-1].endswith(f"{shares[0]:.2f}; with penalty 1: {shares[1]:.2f}")
+    assert all(len(line) <= 100 for line in printed[:-1])
 
 
-def test_sizes_need_not_be_multiples_of_ten(lesson, tmp_path):
-    rows = lesson.show_gradients(tmp_path, 25)
-    assert len(rows) == 11 and min(rows) == 0 and max(rows) == 25
+def test_each_row_is_trained_with_its_own_setting_and_named_by_it(
+    lesson, tmp_path, monkeypatch, capsys
+):
+    calls = {}
+
+    def train(writer, gans, steps, z, **settings):
+        run = writer.log_dir.name
+        calls[run] = (gans, steps, z, settings, torch.initial_seed())
+        x = lesson.ring(gans, 100)
+        return x if "penalty" in run else x[:, :, :] * 0 + lesson.CENTRES[0]
+
+    monkeypatch.setattr(lesson, "train_gans", train)
+    found = lesson.show_ring(5, tmp_path, 3, 7, 4)
+    slow = {"d_per_g": 1, "lr_d": 2e-4}
+    expected = {
+        "ns": {"loss": "ns"},
+        "wgan": {"loss": "wgan"},
+        "ns_penalty": {"loss": "ns", "penalty": 1.0},
+        "wgan_penalty": {"loss": "wgan", "penalty": 1.0},
+        "wgan_penalty_10": {"loss": "wgan", "penalty": 10.0},
+        "slow_d": {"loss": "ns", **slow},
+        "slow_d_penalty": {"loss": "wgan", "penalty": 1.0, **slow},
+    }
+    assert calls == {run: (3, 7, 4, settings, 5) for run, settings in expected.items()}
+    for kind, settings in lesson.SETTINGS.values():
+        name = {"ns": "non-saturating", "wgan": "Wasserstein"}[settings["loss"]]
+        weight = settings.get("penalty")
+        assert kind.startswith(name) and ("slow D" in kind) == ("lr_d" in settings)
+        assert (f"penalty {weight:g}" in kind) if weight else ("penalty" not in kind)
+        assert found[kind][0] == ([8] * 3 if weight else [1] * 3)
+    out = capsys.readouterr().out
+    whole = [kind for kind, _ in lesson.SETTINGS.values() if "penalty" in kind]
+    assert f"-> all 3 GANs find all modes: {'; '.join(whole)}\n" in out
+
+
+def test_modes_and_share_are_logged_under_their_names(lesson, tmp_path, monkeypatch, events):
+    counts = torch.tensor([3, 4]), torch.tensor([0.25, 0.5])
+    monkeypatch.setattr(lesson, "count_modes", lambda x: counts)
+    torch.manual_seed(0)
+    with SummaryWriter(tmp_path) as writer:
+        samples = lesson.train_gans(writer, 2, "ns", steps=25)
+    assert samples.shape == (2, 2000, 2)
+    for tag, mean in (("ring/modes", 3.5), ("ring/near", 0.375)):
+        curve = events(tmp_path).Scalars(tag)
+        assert {e.value for e in curve} == {mean}
+        assert [e.step for e in curve] == [*range(0, 25, 2), 25][: len(curve)]
+        assert curve[-1].step == 25
 
 
 def test_main_writes_pictures_and_curves(measured, lesson, events):
     _, folder = measured
-    for name in lesson.SETTINGS:
-        run = events(folder / name)
-        assert [e.step for e in run.Images("samples/ring")] == list(range(6))
-        assert len(run.Scalars("ring/modes")) == 6
-    for name in ("d_trained", "d_best"):
-        assert len(events(folder / name).Scalars("discriminator/one_mode")) == 61
-    curves = [events(folder / n).Scalars("gradient/log10_norm")
-              for n in ("saturating", "non_saturating")]  # fmt: skip
-    assert [len(c) for c in curves] == [11, 11]
-    assert curves[0][-1].value < curves[1][-1].value - 1.5
-    assert [e.step for e in events(folder / "w1_exact").Scalars("wasserstein/distance")] == [
-        0, 5, 10, 20, 30, 40
-    ]  # fmt: skip
+    picture = events(folder / "samples").Images("samples/ring")[0]
+    assert (picture.width, picture.height) == (97 * 2 + 1, 97 * 7 + 1 + 38)
+    pixels = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
+    assert (pixels[39:] == 255).any()
+    for run in lesson.SETTINGS:
+        assert [e.step for e in events(folder / run).Scalars("ring/modes")] == list(range(5))
 
 
 def covered(lesson, log_dir, seed, gans, steps, **kwargs):
     """Modes that each of some GANs covers."""
     torch.manual_seed(seed)
     with SummaryWriter(log_dir) as writer:
-        return lesson.train_gans(writer, gans, steps=steps, **kwargs)[0]
+        return lesson.count_modes(lesson.train_gans(writer, gans, steps=steps, **kwargs))[0]
 
 
-@pytest.mark.parametrize("loss", ["ns", "wgan"])
-def test_the_penalty_keeps_the_modes_that_are_lost_without_it(lesson, tmp_path, loss):
-    kept = covered(lesson, tmp_path / "kept", 3, 4, 180, loss=loss, penalty=1.0, **QUICK)
-    lost = covered(lesson, tmp_path / "lost", 3, 4, 80, loss=loss, **QUICK)
-    assert sum(kept) >= 28 > 24 >= sum(lost)  # of 32; six seeds: 31 or more against 18 or less
+def test_the_penalty_keeps_the_modes_that_are_lost_without_it(lesson, tmp_path):
+    kept = covered(lesson, tmp_path / "kept", 1, 2, 120, loss="ns", penalty=1.0, **QUICK)
+    lost = covered(lesson, tmp_path / "lost", 1, 2, 60, loss="wgan", **QUICK)
+    assert sum(kept) >= 13 > 9 >= sum(lost)  # of 16; six seeds: 14 or more against 6 or less
 
 
-@pytest.mark.parametrize("name", ["slow_d_ns", "slow_d_wgan_penalty"])
-def test_a_slow_d_loses_nearly_all(lesson, tmp_path, name):
-    assert sum(covered(lesson, tmp_path, 1, 4, 120, batch=64, **lesson.SETTINGS[name])) <= 6
+@pytest.mark.parametrize("run", ["slow_d", "slow_d_penalty"])
+def test_a_slow_d_loses_nearly_all(lesson, tmp_path, run):
+    settings = lesson.SETTINGS[run][1]
+    assert sum(covered(lesson, tmp_path, 1, 4, 100, batch=64, **settings)) <= 6
 
 
-def test_try_two_numbers_of_noise_lose_hardly_a_mode(lesson, tmp_path):
-    assert sum(covered(lesson, tmp_path, 0, 4, 100, loss="ns", z=2, batch=64)) >= 27
+def test_try_two_numbers_of_noise_lose_hardly_a_mode(lesson, edited, tmp_path):
+    """As main gives its z to the GANs: of 32 modes nearly all, where z=8 loses some."""
+    copy = edited(lesson, "steps=400, z=8)", "steps=400, z=2)")
+    z = copy.main.__defaults__[-1]
+    assert z == 2
+    two, eight = (
+        sum(covered(copy, tmp_path / str(z), 0, 3, 80, loss="ns", z=z, batch=64)) for z in (2, 8)
+    )
+    assert two >= 22 > 19 >= eight  # of 24
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_gpu_takes_the_step_of_the_cpu(lesson, tmp_path):
+def test_a_gpu_takes_the_step_of_the_cpu(lesson):
     torch.manual_seed(0)
     D, x, y = lesson.MLPs(2, (2, 16, 1)), *torch.randn(2, 2, 32, 2)
     there = copy.deepcopy(D).cuda()
@@ -249,6 +409,3 @@ def test_a_gpu_takes_the_step_of_the_cpu(lesson, tmp_path):
         lesson.minimise(sgd, lesson.discriminator_loss(d, x.to(k), y.to(k), "ns", 0.0))
     for here, p in zip(D.parameters(), there.parameters(), strict=True):
         torch.testing.assert_close(here, p.cpu(), rtol=1e-4, atol=1e-5)
-    with SummaryWriter(tmp_path) as writer:
-        modes, good = lesson.train_gans(writer, 3, "wgan", 1.0, steps=2, device="cuda")
-    assert len(modes) == len(good) == 3
