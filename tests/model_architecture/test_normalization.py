@@ -245,9 +245,18 @@ def test_the_table_of_batches_tells_the_noise_of_a_mean_and_the_divisor(lesson, 
     assert "is 2 times the variance divided by B: it divides by B - 1\n" in out
 
 
-def test_a_complete_norm_that_were_not_torchs_would_show_in_the_table(lesson, monkeypatch):
-    monkeypatch.setattr(lesson.BatchNorm, "forward", lambda self, x: 0 * x)
-    assert min(off for *_, off in lesson.show_batch_norm(10).values()) > 0.1
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_complete_norm_that_is_not_torchs_shows_in_the_table(lesson, monkeypatch, mode):
+    right = lesson.BatchNorm.forward
+
+    def wrong(self, x):
+        y = right(self, x)
+        y[0, 0] += 2 * (self.training == mode)  # at one place
+        return y
+
+    monkeypatch.setattr(lesson.BatchNorm, "forward", wrong)
+    for *_, off in lesson.show_batch_norm(10).values():
+        assert off == pytest.approx(2, abs=1e-6)
 
 
 # --- what a norm cannot see --------------------------------------------------------------------
@@ -272,6 +281,10 @@ def test_what_moves_the_output_of_which_norm(lesson, capsys, seed):
     for name, changes in moved.items():
         for change, moves in zip(changes, expected[name], strict=True):
             assert change > 0.1 if moves else change < 1e-3
+    torch.manual_seed(seed)
+    x = 2 * torch.arange(4).view(4, 1) + torch.randn(4, 4, 8)
+    largest = [0, 4 * x[0].abs().max().item(), 4 * x[0, 0].abs().max().item(), 3]
+    assert moved["no norm"] == pytest.approx(largest, abs=1e-5)
     out = capsys.readouterr().out
     assert all(len(line) <= 100 for line in out.splitlines())
     rows = [line[26:].split() for line in out.splitlines() if line[3:25].strip() in moved]
@@ -309,6 +322,9 @@ def test_every_network_has_its_norm_between_convolution_and_relu(lesson):
         layers = list(lesson.network(name))
         assert [type(layer) for layer in layers[:6:3]] == [nn.Conv1d] * 2
         assert [type(layer) for layer in layers[2:6:3]] == [nn.ReLU] * 2
+        for conv, channels in zip(layers[:6:3], ((1, 16), (16, 32)), strict=True):
+            assert (conv.in_channels, conv.out_channels) == channels and conv.bias is None
+            assert (conv.kernel_size, conv.stride, conv.padding) == ((5,), (2,), (2,))
         norms = layers[1:6:3]
         assert {type(norm) for norm in norms} == {kinds.get(name, nn.GroupNorm)}
         if name in groups:
@@ -335,6 +351,16 @@ def test_signals_are_what_they_say(lesson):
     fourth = [(wave[form == k] ** 4).mean().item() for k in range(4)]
     assert max(fourth) == fourth[2] or max(fourth) == fourth[3]
     assert min(fourth) == fourth[1]  # a square wave is flat: its fourth moment is least
+
+
+def test_waves_have_two_to_four_periods(lesson, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch, "randn", torch.zeros)  # no noise
+    x, form = lesson.signals(2000, "form")
+    square = x[form == 1, 0].sign()
+    flips = (square[:, 1:] != square[:, :-1]).sum(1)
+    assert flips.min() >= 3 and flips.max() <= 8  # two a period, of which 31 / 32 are seen
+    assert flips.double().mean() == pytest.approx(6 * 31 / 32, abs=0.2)
 
 
 def test_accuracy_is_that_of_evaluation_on_other_waves_after_each_eighth(lesson, monkeypatch):

@@ -1,5 +1,7 @@
 import copy
+import io
 import math
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -7,11 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet
 
-SMALL = {"width": 192, "depth": 12, "blocks": 5, "steps": 20, "depths": (2, 8), "draws": 2,
-         "transformer_blocks": 3, "transformer_steps": 60, "lr": 2e-2}  # fmt: skip
+SMALL = {"width": 192, "depth": 12, "blocks": 5, "steps": 20, "layers": 3,
+         "transformer_steps": 60, "lr": 2e-2}  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def lesson(load):
     return load("model_architecture/residual_connection.py")
 
@@ -24,54 +26,49 @@ def gradients(module, x):
     return y, *torch.autograd.grad((weights * y).sum(), (x, *module.parameters()))
 
 
-# --- RMSNorm -----------------------------------------------------------------------------------
+# --- the plain functions -----------------------------------------------------------------------
 
 
-def test_rms_norm_by_hand(lesson):
-    norm = lesson.RMSNorm(2, eps=0.5)
-    norm.weight.data = torch.tensor([2.0, -1.0])
-    # mean square of (3, 4) is 12.5, sqrt(12.5 + 0.5) = sqrt 13
-    y = norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-    expected = torch.tensor([[6.0, -4.0], [0.0, 0.0]]) / math.sqrt(13)
-    torch.testing.assert_close(y, expected)
+def test_a_skip_is_a_plus_sign_and_the_norm_stands_before_or_after_it(lesson):
+    h = torch.tensor([1.0, 4.0])
+    assert lesson.residual(h, torch.sqrt).tolist() == [2, 6]
+    assert lesson.pre_norm(h, torch.square, torch.sqrt).tolist() == [2, 8]
+    assert lesson.post_norm(h, torch.square, torch.sqrt).tolist() == [4, 36]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("eps", [None, 0.3])
-@pytest.mark.parametrize("shape", [7, (5, 7)])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])  # 300^2 is beyond float16
-def test_rms_norm_is_torchs(lesson, dtype, eps, shape, scale):
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_transformer_layer_is_two_branches_each_with_its_norm(lesson, norm_first):
     torch.manual_seed(0)
-    ours, theirs = (make(shape, eps).to(dtype) for make in (lesson.RMSNorm, nn.RMSNorm))
-    nn.init.normal_(ours.weight)
-    theirs.load_state_dict(ours.state_dict())
-    x = (scale * torch.randn(3, 2, 5, 7)).to(dtype)
-    for a, b in zip(gradients(ours, x), gradients(theirs, x), strict=True):
-        assert a.dtype == dtype
-        unit = torch.finfo(dtype).eps * b.abs().max().item()  # rounded once more, or not
-        torch.testing.assert_close(a, b, rtol=8 * torch.finfo(dtype).eps, atol=8 * unit)
+    options = {"dropout": 0, "batch_first": True, "norm_first": norm_first}
+    layer = nn.TransformerEncoderLayer(12, 3, 20, **options).double()
+    for p in layer.parameters():
+        nn.init.normal_(p)
+
+    def attend(x):
+        return layer.self_attn(x, x, x, need_weights=False)[0]
+
+    def feed_forward(x):
+        return layer.linear2(layer.linear1(x).relu())
+
+    wrap = lesson.pre_norm if norm_first else lesson.post_norm
+    x = torch.randn(4, 5, 12, dtype=torch.float64)
+    y = wrap(wrap(x, layer.norm1, attend), layer.norm2, feed_forward)
+    torch.testing.assert_close(y, layer(x))
+    with torch.no_grad():  # branches of 0: Pre-LN is the identity then, Post-LN is not
+        for linear in (layer.self_attn.out_proj, layer.linear2):
+            nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
+    assert torch.equal(layer(x), x) == norm_first
 
 
-def test_rms_norm_keeps_half_precision_beside_float32_weights(lesson):
-    x = torch.randn(4, 6).bfloat16()
-    assert lesson.RMSNorm(6)(x).dtype == torch.bfloat16
-    without = lesson.RMSNorm(6, elementwise_affine=False)
-    assert not list(without.parameters())
-    torch.testing.assert_close(without(x), F.rms_norm(x, (6,)))
-
-
-def test_layer_norm_is_rms_norm_behind_the_mean(lesson):
-    x = 3 + torch.randn(5, 9, dtype=torch.float64)
-    layer_norm = F.layer_norm(x, (9,), eps=torch.finfo(x.dtype).eps)
-    torch.testing.assert_close(lesson.norm(x - x.mean(-1, keepdim=True)), layer_norm)
-    assert (lesson.norm(x) - layer_norm).abs().max() > 0.5
-    torch.testing.assert_close(lesson.norm(40 * x), lesson.norm(x))
-
-
-@pytest.mark.parametrize("shape", [(4, 1), (4, 8), (7, 4), ()])
-def test_rms_norm_refuses_a_shape_that_would_broadcast(lesson, shape):
-    with pytest.raises(ValueError, match="must end in"):
-        lesson.RMSNorm(7)(torch.ones(shape))
+def test_everyday_is_powers_of_a_half_of_three_halves_and_of_little_more_than_one(lesson, capsys):
+    found = lesson.show_everyday(8)
+    for name, factor in (("f(h)", 0.5), ("h + f(h)", 1.5), ("h + f(h) / 8", 1 + 0.5 / 8)):
+        assert found[name] == pytest.approx((factor, factor**8, factor**8))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "   next h          after 1 layer   after 8   gradient behind 8 layers"
+    assert lines[2].split()[1:] == ["0.500", "3.9e-03", "3.9e-03"]
+    assert lines[-1] == "   -> neither vanishes nor explodes: h + f(h) / 8"
+    assert list(lesson.show_everyday()) == ["f(h)", "h + f(h)", "h + f(h) / 20"]
 
 
 # --- BasicBlock --------------------------------------------------------------------------------
@@ -131,7 +128,39 @@ def test_zero_initialised_blocks_are_the_identity_and_its_gradient(lesson, dtype
     assert not torch.equal(lesson.BasicBlock(4, 4).to(dtype)(x), x)
 
 
-# --- the gradient by depth -----------------------------------------------------------------------
+def test_only_the_last_norm_of_a_branch_that_starts_at_zero_has_a_gradient_at_first(lesson):
+    torch.manual_seed(0)
+    block = lesson.BasicBlock(6, 10, stride=2, zero_init_residual=True)
+    x = torch.randn(4, 6, 9, 9).relu()
+    y = block(x)
+    assert torch.equal(y, block.downsample(x).relu())
+    y.square().sum().backward()
+    branch = [(n, p) for n, p in block.named_parameters() if "downsample" not in n]
+    assert [n for n, p in branch if p.grad.count_nonzero()] == ["bn2.weight", "bn2.bias"]
+
+
+def test_the_table_of_blocks_shows_a_block_that_is_not_torchvisions(lesson, monkeypatch, capsys):
+    torch.manual_seed(0)
+    off = lesson.show_block()
+    twin, usual, zero = off.values()
+    assert twin < 1e-5 and usual > 1 and zero == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line, (name, number) in zip(lines[2:5], off.items(), strict=True):
+        assert line == f"   {name:<42} {number:8.1g}"
+    words = f"change their input by up to {usual:.0f}; begun at zero, by 0"
+    assert lines[5] == f"   -> ten blocks {words}"
+    right = lesson.BasicBlock.forward
+
+    def wrong(self, x):
+        y = right(self, x)
+        y[0, 0, 0, 0] += 2  # at one place
+        return y
+
+    monkeypatch.setattr(lesson.BasicBlock, "forward", wrong)
+    assert lesson.show_block()["one block minus torchvision's"] == pytest.approx(2, abs=1e-4)
+
+
+# --- the gradient by depth ---------------------------------------------------------------------
 
 
 def test_a_sum_behind_a_norm_has_no_gradient_and_a_random_weight_has(lesson):
@@ -148,9 +177,9 @@ def test_gradients_are_those_of_the_chain_rule(lesson, monkeypatch):
     with monkeypatch.context() as m:
         normal = torch.randn
         m.setattr(torch, "randn", lambda *s: weights.append(normal(*s).double()) or weights[-1])
-        _, step, *_ = lesson.NETS["residual"]
-        g = lesson.gradients_by_depth(0.7, step, n, L, batch=1)
-    h, J = lesson.norm(weights[0])[0], torch.eye(n, dtype=torch.float64)
+        g = lesson.gradients_by_depth("skip", 0.7, n, L, batch=1)
+    h, J = lesson.rms(weights[0])[0], torch.eye(n, dtype=torch.float64)
+    assert h.square().mean().item() == pytest.approx(1)  # the input is normalised
     for W in (w * math.sqrt(0.7 / n) for w in weights[1:-1]):
         J_f = W @ torch.diag((h > 0).double())
         h, J = h + W @ h.relu(), (torch.eye(n, dtype=torch.float64) + J_f) @ J
@@ -158,32 +187,80 @@ def test_gradients_are_those_of_the_chain_rule(lesson, monkeypatch):
     torch.testing.assert_close(g[-1], weights[-1])
 
 
+def test_a_block_joins_its_branch_as_its_name_says(lesson):
+    h = torch.tensor([[3.0, -4.0]])
+    rms = h / math.sqrt(12.5)
+    torch.testing.assert_close(lesson.rms(h), rms)
+    expected = {"none": 2 * h, "skip": 3 * h, "scaled": 1.5 * h, "pre": h + 2 * rms, "post": rms}
+    for kind, y in expected.items():
+        torch.testing.assert_close(lesson.join(kind, h, lambda h: 2 * h, 16), y)
+
+
+def test_the_formulas_are_those_of_the_docstring(lesson):
+    for k, L in ((0, 6), (2, 6), (6, 6)):
+        d = L - k
+        expected = {
+            ("none", 2): (1, 0), ("none", 1 / 3): (6.0**-d, 0),
+            ("skip", 2): (2.0**d, 2.0**-d), ("skip", 1 / 3): ((7 / 6) ** d, (6 / 7) ** d),
+            ("scaled", 2): ((7 / 6) ** d, (6 / 7) ** d), ("post", 2): (1, 2.0**-d),
+            ("pre", 2): (7 / (k + 1), (k + 1) / 7),
+        }  # fmt: skip
+        for (kind, v), pair in expected.items():
+            assert lesson.theory(kind, v, k, L) == pytest.approx(pair)
+
+
 def test_the_table_holds_at_every_layer(lesson):
     torch.manual_seed(0)
     L = 32
-    laws = {
-        "plain_default": lambda k: 6.0 ** (k - L),
-        "residual": lambda k: 2.0 ** (L - k),
-        "residual_scaled": lambda k: (1 + 1 / L) ** (L - k),
-        "pre_norm": lambda k: (L + 1) / (k + 1),
-        "post_norm": lambda k: 1,
-        "plain_he": lambda k: 1,
-    }
-    for name, (variance, step, size, _) in lesson.NETS.items():
-        runs = [lesson.gradients_by_depth(variance, step, 192, L) for _ in range(4)]
-        assert size(L) == pytest.approx(laws[name](0))
+    for v, kind in lesson.NETS.values():
+        runs = [lesson.gradients_by_depth(kind, v, 192, L) for _ in range(4)]
         for k in (0, 1, 9, 24):
+            size, share = lesson.theory(kind, v, k, L)
             ratio = sum((g[k].norm() / g[-1].norm()).log2().item() for g in runs) / 4
-            assert ratio == pytest.approx(math.log2(laws[name](k)) / 2, abs=0.5)
+            assert ratio == pytest.approx(math.log2(size) / 2, abs=0.5)
+            cosines = [F.cosine_similarity(g[k].flatten(), g[-1].flatten(), 0) for g in runs]
+            assert sum(c.item() ** 2 for c in cosines) / 4 == pytest.approx(share, abs=0.06)
 
 
-def test_try_twice_the_scale_grows_by_e_to_the_fourth_at_most(lesson):
+def test_what_is_measured_owes_nothing_to_the_formula(
+    lesson, monkeypatch, tmp_path, events, capsys
+):
     torch.manual_seed(0)
-    for L in (8, 24):
-        g = lesson.gradients_by_depth(2, lambda h, f, L: h + 2 * L**-0.5 * f(h), 256, L)
-        growth = (g[0].norm() / g[-1].norm()).square().log().item()
-        assert growth == pytest.approx(L * math.log(1 + 4 / L), abs=0.7)
-        assert growth < 4.5
+    before = lesson.show_depth(tmp_path / "a", 32, 6)
+    monkeypatch.setattr(lesson, "theory", lambda *args: (16.0, 0.25))
+    torch.manual_seed(0)
+    after = lesson.show_depth(tmp_path / "b", 32, 6)
+    assert after == before
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-8:-1]]
+    assert [(row[3], row[5]) for row in rows] == [("+2.0", "0.250")] * 7
+    torch.manual_seed(0)
+    for name, (v, kind) in lesson.NETS.items():
+        g = lesson.gradients_by_depth(kind, v, 32, 6)
+        expected = [math.log2(g_k.norm() / g[-1].norm()) for g_k in g]
+        cosine = (g[2] * g[-1]).sum() / g[2].norm() / g[-1].norm()
+        assert after[name][0] == pytest.approx(expected, abs=1e-5)
+        assert after[name][1] == pytest.approx(cosine.item() ** 2, abs=1e-5)
+
+
+def test_depth_says_what_vanishes_and_what_explodes(lesson, tmp_path, capsys):
+    torch.manual_seed(0)
+    lesson.show_depth(tmp_path, 64, 24)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "   -> below 1 / 1000: no_skip_default; above 1000: skip_he"
+
+
+def test_try_twice_the_scale_grows_by_e_to_the_fourth_at_most(lesson, edited, tmp_path, capsys):
+    torch.manual_seed(0)
+    changed = edited(lesson, "L**-0.5 * f(h)", "2 * L**-0.5 * f(h)")
+    log2, _ = changed.show_depth(tmp_path, 256, 32)["skip_scaled"]
+    assert log2[0] == pytest.approx(2.7, abs=0.5)
+    row = next(s for s in capsys.readouterr().out.splitlines() if "skip_scaled" in s)
+    assert row.split()[2] == f"{log2[0]:+.1f}"
+    for L in (8, 24, 1000):
+        assert 0.5 * L * math.log2(1 + 4 / L) < math.log2(math.e**4) / 2 < 2.9
+
+
+# --- trained -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -191,38 +268,52 @@ def test_gradients_of_sixteen_blocks_explode_less_with_skips_and_not_at_all_from
     g = {}
     for name, options in lesson.STACKS.items():
         torch.manual_seed(seed)
-        net = lesson.stack(16, **options)
-        g[name] = lesson.stack_gradients(net, *lesson.gratings())
+        net, (x, t) = lesson.stack(16, **options), lesson.gratings()
+        states = [x]
+        for layer in net:
+            states.append(layer(states[-1]))
+        inputs = torch.autograd.grad(F.cross_entropy(states[-1], t), states[3:-4])  # of every block
+        g[name] = [grad.norm().item() for grad in inputs]
         assert len(g[name]) == 16
     assert set(g["from_zero"]) == {g["from_zero"][0]}
-    skip, plain = (g[name][0] / g[name][-1] for name in ("skip", "plain"))
+    skip, plain = (g[name][0] / g[name][-1] for name in ("skip", "no_skip"))
     assert 5 < skip < 40 < plain
 
 
-# --- Transformers --------------------------------------------------------------------------------
+def test_a_stack_has_he_weights_and_the_blocks_that_its_options_ask_for(lesson):
+    torch.manual_seed(0)
+    net = lesson.stack(3, skip=False)
+    assert [block.skip for block in net[3:6]] == [False] * 3 and len(net) == 9
+    assert lesson.STACKS["skip"] == {} and lesson.STACKS["no_skip"] == {"skip": False}
+    stds = [conv.weight.std().item() for block in net[3:6] for conv in (block.conv1, block.conv2)]
+    assert sum(stds) / 6 == pytest.approx(math.sqrt(2 / 72), rel=0.05)  # fan-out 8 * 9
+    assert net(torch.randn(2, 1, 8, 8)).shape == (2, 4)
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_transformer_block_is_torchs(lesson, norm_first):
-    torch.manual_seed(0)
-    ours = lesson.TransformerBlock(12, 3, 20, norm_first).double()
-    theirs = nn.TransformerEncoderLayer(
-        12, 3, 20, dropout=0, batch_first=True, norm_first=norm_first
-    ).double()
-    for p in ours.parameters():
-        nn.init.normal_(p)
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(4, 5, 12, dtype=torch.float64)
-    torch.testing.assert_close(gradients(ours, x), gradients(theirs, x))
+def test_a_transformer_has_as_many_layers_as_asked_and_pre_ln_one_more_norm(lesson, norm_first):
+    net = lesson.transformer(3, norm_first)
+    assert [layer.norm_first for layer in net[1:4]] == [norm_first] * 3 and len(net) == 6
+    assert isinstance(net[4], nn.LayerNorm) == norm_first
+    assert net[1].self_attn.num_heads == 4 and net[1].linear1.out_features == 128
+    assert net(lesson.reversals(5)[0]).shape == (5, 6, 8) and net[1].dropout.p == 0
+    for p in (net[0].weight, net[1].linear1.weight, net[5].weight):  # uniform: Glorot's bound
+        bound = math.sqrt(6 / sum(p.shape))
+        assert 0.9 * bound < p.abs().max() <= bound
 
 
-def test_a_pre_ln_block_with_zero_branches_is_the_identity_and_a_post_ln_one_is_not(lesson):
-    x = 2 + torch.randn(3, 5, 8)
+def test_gradient_of_the_last_weight_falls_with_depth_in_pre_ln_alone(lesson):
+    sizes = {}
     for norm_first in (True, False):
-        block = lesson.TransformerBlock(8, 2, 16, norm_first)
-        for linear in (block.self_attn.out_proj, block.linear2):
-            nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
-        assert torch.equal(block(x), x) == norm_first
+        for blocks in (2, 8):
+            torch.manual_seed(0)
+            logs = []
+            for _ in range(3):
+                net, (x, t) = lesson.transformer(blocks, norm_first), lesson.reversals(128)
+                F.cross_entropy(net(x).flatten(0, 1), t.flatten()).backward()
+                logs.append(net[blocks].linear2.weight.grad.norm().log2().item())
+            sizes[norm_first, blocks] = 2 ** (sum(logs) / 3)
+    assert sizes[True, 8] / sizes[True, 2] < 0.8 * sizes[False, 8] / sizes[False, 2]
 
 
 def test_gratings_and_reversals_are_what_they_say(lesson):
@@ -230,9 +321,13 @@ def test_gratings_and_reversals_are_what_they_say(lesson):
     x, t = lesson.gratings(4000, size=5, noise=0.0)
     assert x.shape == (4000, 1, 5, 5) and t.bincount().min() > 900
     torch.testing.assert_close(x[t == 0], x[t == 0][..., :1, :].expand(-1, -1, 5, -1))  # no rows
+    torch.testing.assert_close(x[t == 2], x[t == 2][..., :1].expand(-1, -1, -1, 5))
     assert x.mean(0).abs().max() < 0.05  # any phase: no linear classifier can tell them
-    x, t = lesson.reversals(3)
-    assert torch.equal(t[:, 0], x[:, -1]) and torch.equal(t.flip(1), x)
+    assert (lesson.gratings(4000, noise=0.5)[0].var() - 0.75).abs() < 0.05
+    x, t = lesson.reversals(300)
+    assert torch.equal(x % 8, t.flip(1))
+    assert torch.equal(x // 8, torch.arange(6).expand(300, 6))
+    assert t.unique().tolist() == list(range(8))
 
 
 def test_warm_up_rises_to_the_rate_and_stays(lesson):
@@ -246,35 +341,85 @@ def test_warm_up_rises_to_the_rate_and_stays(lesson):
     def sample():
         return torch.randn(4, 3), torch.zeros(4, dtype=torch.long)
 
-    lesson.fit("", model, Watched(model.parameters(), 0.4), sample, 6, warmup=4)
-    lesson.fit("", model, Watched(model.parameters(), 0.4), sample, 2)
+    losses = lesson.fit(model, Watched(model.parameters(), 0.4), sample, 6, warmup=4)
+    lesson.fit(model, Watched(model.parameters(), 0.4), sample, 2)
     assert seen == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4, 0.4])
+    assert len(losses) == 6 and losses[-1] < losses[0]
 
 
-# --- main ----------------------------------------------------------------------------------------
+# --- main --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(lesson, tmp_path_factory):
+    """For each of three seeds what main returned and printed, and where it logged."""
+    found = []
+    for seed in range(3):
+        log_dir, out = tmp_path_factory.mktemp("runs"), io.StringIO()
+        with redirect_stdout(out):
+            measured = lesson.main(seed, log_dir, **SMALL)
+        found.append((measured, out.getvalue(), log_dir))
+    return found
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_main_measures_what_the_docstring_says(lesson, tmp_path, events, seed, capsys):
-    measured = lesson.main(seed=seed, log_dir=tmp_path, **SMALL)
-    assert measured["learning"] == ["bn2.weight", "bn2.bias"]
-    L = SMALL["depth"]
-    for name, (_, _, size, share) in lesson.NETS.items():
-        result = measured["depth"][name]
-        assert result["log2"][0] == pytest.approx(math.log2(size(L)) / 2, abs=0.9)
-        assert result["share"] == pytest.approx(share(L), abs=0.06)
-    plain, skip, from_zero = (measured["stacks"][n] for n in ("plain", "skip", "from_zero"))
-    assert from_zero["gradient"] == 1 and min(plain["gradient"], skip["gradient"]) > 2
-    assert plain["losses"][1] > skip["losses"][1] + 0.2 < from_zero["losses"][1] < 1.35
-    post, pre = (
-        {depth: last for depth, (_, last) in measured["start"][name].items()}
-        for name in ("post_ln", "pre_ln")
-    )
-    assert pre[8] / pre[2] < 0.8 * post[8] / post[2]  # only Pre-LN's falls with depth
+def test_main_measures_what_the_docstring_says(lesson, runs, seed):
+    measured, out, log_dir = runs[seed]
+    lines = out.splitlines()
+    titles = [line for line in lines if line[0] != " "]
+    assert [title[:2] for title in titles[:-1]] == ["1.", "2.", "3.", "4.", "5."]
+    assert lines[-1].startswith(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?")
+    assert max(map(len, lines[:-1])) <= 100 and "behind 12 blocks of 192 units" in titles[2]
+    assert " 5 BasicBlocks " in titles[3] and " 3 Transformer layers " in titles[4]
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("   ")}
+
+    for name, (v, kind) in lesson.NETS.items():
+        log2, share = measured["depth"][name]
+        size, _ = lesson.theory(kind, v, 0, 12)
+        _, part = lesson.theory(kind, v, 8, 12)
+        assert log2[0] == pytest.approx(math.log2(size) / 2, abs=0.9)
+        assert share == pytest.approx(part, abs=0.06)
+        shown = [f"{v:.2f}", f"{log2[0]:+.1f}", f"{math.log2(size) / 2:+.1f}", f"{share:.3f}"]
+        assert rows[name] == [*shown, f"{part:.3f}"]
+    assert "   -> below 1 / 1000: no_skip_default; above 1000: -\n" in out  # 12 blocks of 2^0.5
+
+    stacks = measured["stacks"]
+    assert stacks["skip"][1] + 0.3 < min(stacks["no_skip"][1], stacks["from_zero"][1])
+    for name, losses in stacks.items():
+        assert rows[name] == [f"{loss:.2f}" for loss in losses]
+    order = " before ".join(sorted(stacks, key=lambda name: stacks[name][1]))
+    assert f"   -> by the loss in steps 11-20: {order}\n" in out
+
     loss = measured["transformers"]
-    assert loss["post_ln"] > 1.7 and loss["post_ln_tenth"] < 1.2
-    assert max(loss["post_ln_warmup"], loss["pre_ln"]) < 0.8
-    assert len(events(tmp_path / "net" / "pre_norm").Scalars("depth/log2_gradient")) == L + 1
-    assert len(events(tmp_path / "stack" / "skip").Scalars("stack/log2_gradient")) == 5
-    assert len(events(tmp_path / "transformer" / "pre_ln").Scalars("transformer/loss")) == 60
-    assert len(events(tmp_path / "start" / "pre_ln").Scalars("start/log2_gradient_8_blocks")) == 8
+    assert loss["post_ln"] > 1.95 and loss["pre_ln"] < 1.5
+    assert max(loss["post_ln_tenth"], loss["post_ln_warmup"]) < 1.9
+    settings = {"post_ln": ["0.02", "0"], "post_ln_tenth": ["0.002", "0"],
+                "post_ln_warmup": ["0.02", "30"], "pre_ln": ["0.02", "0"]}  # fmt: skip
+    for name, pair in settings.items():
+        assert rows[name] == [*pair, f"{loss[name]:.3f}"]
+    stuck = [name for name in loss if loss[name] > 1.6]
+    assert f"   -> has learned next to nothing: {', '.join(stuck)}\n" in out
+
+
+def test_main_logs_what_it_measures(lesson, runs, events):
+    measured, _, log_dir = runs[0]
+    names = sorted(p.relative_to(log_dir).as_posix() for p in log_dir.glob("*/*"))
+    expected = {"net": lesson.NETS, "stack": lesson.STACKS, "transformer": lesson.RECIPES}
+    assert names == sorted(f"{group}/{name}" for group, part in expected.items() for name in part)
+
+    def curve(run, tag):
+        assert events(log_dir / run).Tags()["scalars"] == [tag]
+        return [event.value for event in events(log_dir / run).Scalars(tag)]
+
+    for name, (log2, _) in measured["depth"].items():
+        assert curve(f"net/{name}", "depth/log2_gradient") == pytest.approx(log2, abs=1e-5)
+        assert len(log2) == 13 and log2[-1] == 0
+    for name, (first, second, last) in measured["stacks"].items():
+        losses = curve(f"stack/{name}", "stack/loss")
+        assert len(losses) == 20 and second == last  # the last ten of 20
+        assert sum(losses[:10]) / 10 == pytest.approx(first, abs=1e-5)
+        assert sum(losses[10:]) / 10 == pytest.approx(second, abs=1e-5)
+    for name, last in measured["transformers"].items():
+        losses = curve(f"transformer/{name}", "transformer/loss")
+        assert len(losses) == 60 and sum(losses[-10:]) / 10 == pytest.approx(last, abs=1e-5)
+    assert [name for name, (first, *_) in lesson.RECIPES.items() if first] == ["pre_ln"]
