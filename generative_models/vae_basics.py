@@ -1,32 +1,33 @@
-"""The ELBO misses log p(x) by KL(q(z | x) || p(z | x)): nothing is lost but what q is wrong by.
+"""A VAE learns to draw: its decoder makes new images of random numbers.
 
-    log p(x)  =  E_q[log p(x | z)] - KL(q(z | x) || p(z))  +  KL(q(z | x) || p(z | x))
-                 [------------------ ELBO -------------]      [ >= 0, the gap         ]
+A variational autoencoder (VAE) has two networks. The encoder turns an image x into a cloud of
+codes: a code z is a short list of numbers, and the cloud has a mean mu and a deviation sigma for
+each. The decoder turns a code back into an image. Training wants two things: a code must rebuild
+its image, and the clouds must stay close to N(0, 1), standard normal noise. Then you can draw
+noise and decode it. If the second demand is too weak, the decoder has not learned such codes; if
+it is too strong, the codes say nothing of the image.
 
-The line is log p(x) = log p(x, z) - log p(z | x), its mean taken over q, log q(z | x) added and
-taken away. -E_q[log p(x | z)] is the distortion D, KL(q(z | x) || p(z)) the rate R, both in nats.
+    loss = D + beta R           beta = 1 is the VAE, another beta is a beta-VAE
+    D = E_q[-log p(x | z)]      distortion: the cross-entropy of the pixels, which are 0 or 1
+    R = KL(q(z | x) || p(z))    rate: sum over z of (mu^2 + sigma^2 - 1 - log sigma^2) / 2
+    z = mu + sigma eps          eps ~ N(0, 1): so gradients reach mu and sigma through z
+    log p(x) = -(D + R) + KL(q(z | x) || p(z | x))      -(D + R) is called the ELBO
 
-    z = mu + sigma eps   so that the gradient goes through the sample; REINFORCE, the mean of
-                         f(z) d log q / d mu, is unbiased too, but here varies far more
-    KL to N(0, I)        sum over units of (mu^2 + sigma^2 - 1 - log sigma^2) / 2
-    beta-VAE             min D + beta R: a large beta buys a small rate, and at last q = p(z)
-    IWAE                 E[log mean of K weights p(x, z_k) / q(z_k | x)] climbs from the ELBO to
-                         log p(x) as K grows
+    q(z | x)  the cloud of image x            p(z)  the prior: N(0, 1) for each number of z
+    p(x | z)  what the decoder says of x      p(z | x)  the codes that x can come from, by Bayes
+    E_q  mean over z from q                   KL(a || b)  how far b is from a; 0 if they are equal
 
-Digits are MNIST if it lies in data/MNIST, else drawn; each pixel is a coin (Bernoulli), tossed anew
-for every batch: of zeros and ones, not of greys, cross-entropy is -log of a probability.
+A number of z is also called a unit. Losses are in nats, because log is the natural logarithm.
 
-Checked here   KL against torch.distributions and Monte Carlo; the variance of both gradients, with
-               theory; a linear model with known log p(x): the gap for three q, closed by IWAE;
-               rate, distortion, active units (rate > 0.1) by beta, next to a decoder without z
-TensorBoard    gradient/log10_variance by mu in reparameterised, reinforce; linear/gap by log10 K
-               in q_…; train/elbo by step and images/… in beta_…; rate/distortion by rate (in tenths
-               of a nat) in curve; images/latent_map in latent_2: what is drawn where, and where
-               digits of the test set lie
-Try            beta = 0: which rate? It has no limit: an autoencoder, whose prior samples are noise
-Source         Kingma & Welling 2014, arXiv:1312.6114, eqs. 1 and 3, appendix B; Higgins et al.
-               2017 (beta-VAE); Burda et al. 2016 (IWAE), arXiv:1509.00519, eq. 8; Alemi et al. 2018
-               (rate and distortion), arXiv:1711.00464
+Needs          nn_seq.py, nn_loss.py, loss_functions/kl_divergence.py
+Checked here   D and R against torch.distributions; the last formula where p(x) is known; the
+               gradient by two methods; D, R and the samples by beta, beside a model without codes
+TensorBoard    images/digits in beta_0.25, beta_1, ...: test digits, rebuilt ones, new ones;
+               train/elbo by step; linear/gap by log10 of the number of weights in q_prior, ...
+Try            in main, write betas=(32, 4, 0) for the three betas: what becomes of the samples?
+Answer         R is the largest of all, and the samples are the farthest from training images
+Source         Kingma & Welling 2014, arXiv:1312.6114, appendix B; Burda et al. 2016 (weights),
+               arXiv:1509.00519, eq. 8; Higgins et al. 2017 (beta-VAE)
 """
 
 import argparse
@@ -45,74 +46,75 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets import MNIST
-from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
 LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / "generative_models" / "vae_basics"
 DATA = Path(__file__).resolve().parents[1] / "data"
-PLACES = ("MNIST/raw", "MNIST", "mnist/raw", "mnist", "raw", "")  # in data/, torchvision's first
 MEND = "python generative_models/vae_basics.py --download"
 F64 = torch.float64
 
 
-# --- digits ------------------------------------------------------------------------------------
+# --- 1. in everyday code -----------------------------------------------------------------------
 
 
-def draw_digits(n):
-    """Images (n, 28, 28) uint8 and labels (n,): a font's digits, turned, slanted, sized, inked."""
-    labels, font = torch.arange(n) % 10, ImageFont.load_default(42)
-    glyphs = [Image.new("L", (48, 48)) for _ in range(10)]
-    for digit, glyph in enumerate(glyphs):
-        ImageDraw.Draw(glyph).text((24, 24), str(digit), 255, font, anchor="mm")
-    glyphs = torch.stack([torch.from_numpy(np.array(glyph)) for glyph in glyphs]) / 255
-    turn, slant, place = 0.15 * torch.randn(n), 0.2 * torch.randn(n), 0.06 * torch.randn(n, 2, 1)
-    size, ink = torch.empty(n, 2, 1).uniform_(1.0, 1.4), torch.empty(n, 1, 1, 1).uniform_(0.2, 0.6)
-    turned = torch.stack([turn.cos(), slant - turn.sin(), turn.sin(), turn.cos()], 1).view(n, 2, 2)
-    grid = F.affine_grid(torch.cat([size * turned, place], 2), (n, 1, 28, 28), align_corners=False)
-    soft = F.avg_pool2d(glyphs[:, None], 5, 1, 2)[labels]
-    x = F.grid_sample(soft, grid, align_corners=False)  # cut at the height `ink`: low is bold
-    return (255 * ((x - ink) / 0.25 + 0.5).clamp(0, 1)).byte().squeeze(1), labels
+class VAE(nn.Module):
+    """Encoder and decoder, for images of `pixels` numbers and codes of K units."""
+
+    def __init__(self, pixels, K, width):
+        super().__init__()
+        self.K = K
+        self.encoder = nn.Sequential(nn.Linear(pixels, width), nn.SiLU(), nn.Linear(width, 2 * K))
+        self.decoder = nn.Sequential(nn.Linear(K, width), nn.SiLU(), nn.Linear(width, pixels))
+
+    def forward(self, x):
+        """D (B,) and R (B,) of images x (B, pixels) of 0 and 1; the loss is the mean of D + R.
+
+        The encoder gives mu and log sigma^2, side by side; D is of one code z. Exercise.
+        """
+        mu, log_var = self.encoder(x).chunk(2, dim=1)  # (B, K) each
+        z = mu + (log_var / 2).exp() * torch.randn_like(mu)  # one code from the cloud
+        D = F.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="none").sum(1)
+        R = (mu.square() + log_var.exp() - 1 - log_var).sum(1) / 2
+        return D, R
+
+    @torch.no_grad()
+    def sample(self, n):
+        """n new images (n, pixels), as probabilities of a 1: decoded from noise z. Exercise."""
+        z = torch.randn(n, self.K, device=self.decoder[0].weight.device)
+        return self.decoder(z).sigmoid()
 
 
-def open_digits(root=DATA, train=True, count=8000, download=False):
-    """Images (N, 28, 28) uint8, labels (N,), a line on them: MNIST if it is there, else drawn ones.
+def show_everyday(steps):
+    print("1. In everyday code: what does a VAE of one unit make of two patterns of four pixels?")
+    patterns = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]])
+    model = VAE(pixels=4, K=1, width=32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        D, R = model(patterns.repeat(32, 1))
+        loss = (D + R).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    drawn = model.sample(1000).round()
 
-    Raises OSError if MNIST is there but damaged, or if it cannot be fetched.
-    """
-    folders = [Path(root, place) for place in PLACES]
-    there = [folder for folder in folders if any(folder.glob("t*-idx?-ubyte*"))]
-    if not there and not download:
-        found = {p.name for f in folders for kind in ("*ubyte*", "*mnist*.*") for p in f.glob(kind)}
-        other = f" (but {', '.join(sorted(found))})" if found else ""
-        missing = f"as {folders[0] / 'train-images-idx3-ubyte'} is not there{other}"
-        line = f"data: {count:,} drawn digits, {missing}; for the real MNIST: {MEND}"
-        return *draw_digits(count), line
-    raw = [*there, folders[0]][0]
-
-    class Found(MNIST):
-        raw_folder = str(raw)
-
-    try:
-        for name, md5 in () if download else MNIST.resources:
-            if not (raw / name).with_suffix("").is_file():
-                if not check_integrity(raw / name, md5):
-                    raise FileNotFoundError(f"{name} is missing or damaged")
-                extract_archive(raw / name)
-        mnist = Found(root, train, download=download)
-        images, labels = mnist.data, mnist.targets
-        if images.shape != (len(labels), 28, 28) or labels.max() > 9:
-            raise ValueError(f"images {tuple(images.shape)}, labels {tuple(labels.shape)}")
-    except Exception as error:  # torchvision has a dozen ways to say no
-        why = " ".join(str(error).split()) or type(error).__name__
-        mend = f"delete the *-ubyte* files there, then {MEND}"
-        raise OSError(f"{raw} holds no whole MNIST ({why}): {mend}") from error
-    return images, labels, f"data: MNIST, {len(images):,} images"
+    print("   pattern        mu   sigma   decoded from mu       share of 1,000 samples")
+    mu, log_var = model.encoder(patterns).detach().chunk(2, dim=1)
+    rebuilt, shares = model.decoder(mu).detach().sigmoid(), []
+    for i, x in enumerate(patterns):
+        shares.append((drawn == x).all(1).float().mean().item())
+        text, back = " ".join(f"{v:.0f}" for v in x), " ".join(f"{v:.2f}" for v in rebuilt[i])
+        print(f"   {text}   {mu[i, 0]:7.2f}   {(log_var[i, 0] / 2).exp():5.2f}   {back}   "
+              f"{shares[i]:22.2f}")  # fmt: skip
+    print(f"   none of the two{1 - sum(shares):58.2f}")
+    print(f"   -> {sum(shares):.0%} of what is decoded from noise are the two patterns; D + R is "
+          f"{loss:.2f} (least: log 2 = 0.69)")  # fmt: skip
+    return {"loss": loss.item(), "shares": shares, "mu": mu[:, 0].tolist()}
 
 
-# --- the two gradients, and KL -----------------------------------------------------------------
+# --- 2. the two terms of the loss --------------------------------------------------------------
 
 
 def kl_to_standard_normal(mu, log_var):
@@ -121,6 +123,168 @@ def kl_to_standard_normal(mu, log_var):
     (mu^2 + sigma^2 - 1 - log sigma^2) / 2, where log_var is log sigma^2. Exercise.
     """
     return (mu.square() + log_var.exp() - 1 - log_var) / 2
+
+
+def library_terms(model, x):
+    """D (B,) and R (B, K) as torch.distributions has them: also R of each unit apart."""
+    mu, log_var = model.encoder(x).chunk(2, dim=1)
+    q = Normal(mu, (log_var / 2).exp())
+    z = q.rsample()  # mu + sigma eps: "r" says that gradients pass through it
+    D = -Bernoulli(logits=model.decoder(z)).log_prob(x).sum(1)
+    return D, kl_divergence(q, Normal(torch.zeros_like(mu), 1.0))
+
+
+@torch.no_grad()
+def show_loss():
+    print("2. Are both terms of the loss right? A VAE of 3 units, 4 random images, the same noise")
+    model, x = VAE(20, 3, 8).double(), torch.bernoulli(torch.full((4, 20), 0.3, dtype=F64))
+    nn.init.normal_(model.encoder[2].bias)  # so that the clouds are not yet N(0, 1)
+    state = torch.get_rng_state()
+    D, R = model(x)
+    torch.set_rng_state(state)  # the same noise again
+    D_library, R_library = library_terms(model, x)
+    R_units = kl_to_standard_normal(*model.encoder(x).chunk(2, dim=1))
+    print("   mean of                     VAE.forward   torch.distributions   largest difference")
+    off = []
+    for name, ours, theirs in (
+        ("D, the pixels", D, D_library),
+        ("R, the code", R, R_library.sum(1)),
+        ("R of each unit", R_units, R_library),
+    ):
+        off.append((ours - theirs).abs().max().item())
+        print(f"   {name:<27} {ours.mean():11.6f}   {theirs.mean():19.6f}   {off[-1]:18.0e}")
+    print(f"   -> the formulas and the library differ by {max(off):.0e}: rounding")
+    assert max(off) < 1e-12
+    return max(off)
+
+
+# --- 3. digits ---------------------------------------------------------------------------------
+
+
+def toss(images):
+    """uint8 images (B, 28, 28) -> (B, 784) of 0 and 1, white with the probability of their grey"""
+    return torch.bernoulli(images.flatten(1).float() / 255)
+
+
+def train_vae(images, beta, K, steps, seed, writer, batch=64):
+    """A VAE of K units trained on D + beta R; the pixels are tossed anew for every batch."""
+    torch.manual_seed(seed)
+    model = VAE(784, K, 400).to(images.device)
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    for step in tqdm(range(steps), desc=f"beta {beta:g}, K {K}", leave=False, disable=None):
+        D, R = model(toss(images[torch.randint(len(images), (batch,), device=images.device)]))
+        loss = (D + beta * R).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            writer.add_scalar("train/elbo", -(D + R).mean().item(), step)
+    return model
+
+
+@torch.no_grad()
+def evaluate(model, x):
+    """Means over images x: D, R and ELBO in nats; active: the units whose R is above 0.1 nats."""
+    D, R = (values.mean().item() for values in model(x))
+    units = kl_to_standard_normal(*model.encoder(x).chunk(2, dim=1)).mean(0)
+    return {"D": D, "R": R, "elbo": -D - R, "active": (units > 0.1).sum().item()}
+
+
+def mean_image(images, x):
+    """A model without codes: p (784,), how often each pixel is white in training; its D on x."""
+    p = (images.float().mean(0).flatten() / 255).clamp(1e-4, 1 - 1e-4)
+    D = F.binary_cross_entropy(p.expand_as(x), x, reduction="none")
+    return p, D.sum(1).mean().item()
+
+
+def show_digits(seed, log_dir, images, x, steps):
+    print(f"3. What does a VAE learn in {steps} steps? Means over {len(x):,} test images, in nats")
+    print("   decoded from                      D       R     ELBO")
+    _, alone = mean_image(images, x)
+    print(f"   nothing: the mean image    {alone:8.1f} {0:7.1f} {-alone:8.1f}")
+    with SummaryWriter(log_dir / "beta_1", purge_step=0) as writer:
+        model = train_vae(images, 1.0, 16, steps, seed, writer)
+        writer.add_image("images/digits", picture(model, x), 0, dataformats="HW")
+    D, R, elbo, _ = evaluate(model, x).values()
+    print(f"   the image's own code       {D:8.1f} {R:7.1f} {elbo:8.1f}")
+    logits = model.decoder(model.encoder(x).chunk(2, dim=1)[0].roll(1, 0))
+    other = -Bernoulli(logits=logits).log_prob(x).sum(1).mean().item()
+    print(f"   another image's code       {other:8.1f}       -        -")
+    print(f"   -> codes of {model.K} units save {alone - D:.0f} of {alone:.0f} nats in D and cost "
+          f"{R:.0f} in R: see images/digits")  # fmt: skip
+    return model, {"alone": alone, "D": D, "R": R, "elbo": elbo, "other": other}
+
+
+# --- 4. the bound ------------------------------------------------------------------------------
+
+
+def importance_bound(log_w):
+    """log of the mean of n weights, (B,), of their logarithms (n, B); finite where exp is not.
+
+    By logsumexp over the first dimension, minus log n. For n = 1 it is the ELBO. Exercise.
+    """
+    return log_w.logsumexp(0) - math.log(len(log_w))
+
+
+def linear_gaussian(W, s, x):
+    """p(x) and p(z | x) for z ~ N(0, 1) and x (B, P) ~ N(W z, s^2), W (P, K): both are Gaussians.
+
+    Covariance W W^T + s^2 I; by Bayes precision A = W^T W / s^2 + I and mean A^-1 W^T x / s^2.
+    """
+    (P, K), kind = W.shape, {"dtype": W.dtype}
+    evidence = MultivariateNormal(torch.zeros(P, **kind), W @ W.T + s**2 * torch.eye(P, **kind))
+    A = W.T @ W / s**2 + torch.eye(K, **kind)
+    mean = torch.linalg.solve(A, x @ W / s**2, left=False)
+    return evidence, MultivariateNormal(mean, precision_matrix=A)
+
+
+def linear_elbo(W, s, x, q):
+    """E_q log p(x | z) - KL(q || p(z)) in closed form, (B,), for q a MultivariateNormal.
+
+    E_q |x - W z|^2 = |x - W mu|^2 + tr(W S W^T), mu and S the mean and covariance of q; log p is
+    that of P independent N(W z, s^2). Exercise.
+    """
+    prior = MultivariateNormal(torch.zeros_like(q.mean), torch.eye(W.size(1), dtype=W.dtype))
+    spread = (W @ q.covariance_matrix * W).sum((-2, -1)) / (2 * s**2)
+    return Normal(q.mean @ W.T, s).log_prob(x).sum(-1) - spread - kl_divergence(q, prior)
+
+
+def show_bound(log_dir, n, draws, s=0.25):
+    W = torch.tensor([[1.0, 0.0], [0.7, 0.7], [0.0, 0.5], [0.3, 0.0]], dtype=F64)
+    x = torch.randn(n, 2, dtype=F64) @ W.T + s * torch.randn(n, 4, dtype=F64)
+    evidence, exact = linear_gaussian(W, s, x)
+    log_p, prior = evidence.log_prob(x), MultivariateNormal(exact.mean * 0, torch.eye(2).double())
+    apart = torch.diag(exact.precision_matrix[0].diagonal())
+    clouds = {
+        "posterior": exact,
+        "diagonal": MultivariateNormal(exact.mean, precision_matrix=apart),
+        "prior": prior,
+    }
+    print("4. How far is the ELBO below log p(x)? A linear decoder, whose p(x) is known; three q:")
+    print("   p(z | x) itself, the best without covariances, and p(z), which is blind to x")
+    print("                  log p(x)         KL from    log p(x) minus the bound of n weights")
+    print("   q            minus ELBO   q to p(z | x)     n = 10    n = 100   n = 1000")
+    gaps = {}
+    for name, q in clouds.items():
+        gap, kl = log_p - linear_elbo(W, s, x, q), kl_divergence(q, exact)
+        torch.testing.assert_close(gap, kl, rtol=1e-9, atol=1e-9)
+        gaps[name] = [gap.mean().item()]
+        for count in (10, 100, 1000):
+            z = q.sample((count, draws))  # (count, draws, n, 2)
+            log_w = Normal(z @ W.T, s).log_prob(x).sum(-1) + prior.log_prob(z) - q.log_prob(z)
+            gaps[name].append((log_p - importance_bound(log_w)).mean().item())
+        draw(log_dir / f"q_{name}", {"linear/gap": gaps[name]})
+        shown = "  ".join(f"{gap:z9.3f}" for gap in gaps[name][1:])
+        print(f"   {name:<12} {gaps[name][0]:z12.3f}   {kl.mean():z13.3f}  {shown}")
+    lost, *_, left = gaps["prior"]
+    print(f"   -> the ELBO misses the KL of q; the blind q loses {lost:.1f} nats, of which 1,000 "
+          f"weights leave {left:.2f}")  # fmt: skip
+    return gaps
+
+
+# --- 5. the gradient through a random code -----------------------------------------------------
 
 
 def gradient_samples(f, mu, sigma, n):
@@ -136,194 +300,66 @@ def gradient_samples(f, mu, sigma, n):
     return through, value.detach()[:, None] * eps / sigma  # d log q / d mu = eps / sigma
 
 
-# --- a model whose log p(x) is known -----------------------------------------------------------
+def show_gradients(log_dir, n):
+    def square(z):
+        return z.square().sum(1)
+
+    print(f"5. Why z = mu + sigma eps? {n:,} estimates of the gradient of E[z^2], 2 mu; sigma = 1")
+    print("              through z = mu + eps          REINFORCE: z^2 eps, which needs no dz / dmu")
+    print("   2 mu      mean   variance   formula      mean   variance   mu^4 + 14 mu^2 + 15")
+    rows = {}
+    for mu in range(5):
+        mean = torch.tensor([float(mu)], dtype=F64)
+        estimates = gradient_samples(square, mean, torch.ones_like(mean), n)
+        rows[mu] = [(g.mean().item(), g.var().item()) for g in estimates]
+        (a, va), (b, vb) = rows[mu]
+        print(f"   {2 * mu:4}   {a:7.3f}   {va:8.3f}   {4:7}   {b:7.3f}   {vb:8.2f}   "
+              f"{mu**4 + 14 * mu**2 + 15:19}")  # fmt: skip
+    for i, name in enumerate(("reparameterised", "reinforce")):
+        variances = [math.log10(row[i][1]) for row in rows.values()]
+        draw(log_dir / name, {"gradient/log10_variance": variances})
+    print(f"   -> both have the right mean; at mu = 4 REINFORCE varies {vb / va:.0f} times as much")
+    return rows
 
 
-class LinearGaussian:
-    """z ~ N(0, I) of size K, x | z ~ N(W z, s^2 I) of size D: p(x) and p(z | x) are Gaussians."""
-
-    def __init__(self, D=6, K=2, s=0.25):
-        axes = torch.linalg.qr(torch.randn(D, K, dtype=F64)).Q
-        gram = 0.3 * torch.eye(K, dtype=F64) + 0.7  # W^T W, so that p(z | x) has covariances
-        self.W, self.s = axes @ torch.linalg.cholesky(gram).T, s
-        self.prior = MultivariateNormal(torch.zeros(K, dtype=F64), torch.eye(K, dtype=F64))
-
-    def likelihood(self, z):
-        return Normal(z @ self.W.T, self.s)
-
-    def log_evidence(self, x):
-        """log p(x), (B,), of x (B, D): a Gaussian of mean 0 and covariance W W^T + s^2 I.
-
-        Exercise.
-        """
-        D = len(self.W)
-        covariance = self.W @ self.W.T + self.s**2 * torch.eye(D, dtype=F64)
-        return MultivariateNormal(torch.zeros(D, dtype=F64), covariance).log_prob(x)
-
-    def posterior(self, x):
-        """p(z | x) for x (B, D): a MultivariateNormal.
-
-        Precision P = W^T W / s^2 + I, mean P^-1 W^T x / s^2. Exercise.
-        """
-        precision = self.W.T @ self.W / self.s**2 + torch.eye(self.W.size(1), dtype=F64)
-        mean = torch.linalg.solve(precision, x @ self.W / self.s**2, left=False)
-        return MultivariateNormal(mean, precision_matrix=precision)
-
-    def elbo(self, x, q):
-        """E_q log p(x | z) - KL(q || prior) in closed form, (B,), for q a MultivariateNormal.
-
-        E_q |x - W z|^2 = |x - W mu|^2 + tr(W S W^T), mu and S the mean and covariance of q.
-        Exercise.
-        """
-        spread = (self.W @ q.covariance_matrix * self.W).sum((-2, -1))
-        expected = self.likelihood(q.mean).log_prob(x).sum(-1) - spread / (2 * self.s**2)
-        return expected - kl_divergence(q, self.prior)
-
-    def iwae(self, x, q, K):
-        """log of the mean of K weights p(x, z_k) / q(z_k | x), one draw of it for each x: (B,).
-
-        z_1 … z_K from q, without gradient; logsumexp keeps it finite. Exercise.
-        """
-        z = q.sample((K,))
-        log_w = self.likelihood(z).log_prob(x).sum(-1) + self.prior.log_prob(z) - q.log_prob(z)
-        return log_w.logsumexp(0) - math.log(K)
+# --- 6. beta -----------------------------------------------------------------------------------
 
 
-def approximations(model, x):
-    """{name: q}: the posterior, the best q without covariances, and one that does not look at x."""
-    exact = model.posterior(x)
-    diagonal = torch.diag(exact.precision_matrix[0].diagonal())
-    return {
-        "posterior": exact,
-        "diagonal": MultivariateNormal(exact.mean, precision_matrix=diagonal),
-        "prior": model.prior.expand((len(x),)),
-    }
+def nearest_distance(a, b):
+    """Mean over images a (N, 784) of 0 and 1: pixels in which the nearest of b (M, 784) differs."""
+    differ = a.sum(1, keepdim=True) + b.sum(1) - 2 * a @ b.T  # (N, M), |a - b|^2 of zeros and ones
+    return differ.min(1).values.mean().item()
 
 
-# --- the VAE -----------------------------------------------------------------------------------
+def show_betas(seed, log_dir, vae, images, x, betas, steps):
+    print(f"6. Which beta? VAEs of 16 units after {steps} steps, and how real their samples are")
+    print("                                              units with   pixels (of 784) that differ")
+    print(
+        "                           D       R     ELBO   R above 0.1   from the nearest of training"
+    )
+    training, models = toss(images[:4000]), {1: vae}
+    p, alone = mean_image(images, x)
+    real = nearest_distance(x[:500], training)
+    mean = nearest_distance(torch.bernoulli(p.expand(500, -1)), training)
+    print(f"   test images           -       -        -             -   {real:16.0f}")
+    print(f"   mean image      {alone:7.1f} {0:7.1f} {-alone:8.1f}             -   {mean:16.0f}")
+    for beta in betas:
+        with SummaryWriter(log_dir / f"beta_{beta:g}", purge_step=0) as writer:
+            models[beta] = train_vae(images, beta, vae.K, steps, seed, writer)
+            writer.add_image("images/digits", picture(models[beta], x), 0, dataformats="HW")
+    rows = {}
+    for beta in sorted(models, reverse=True):
+        row = rows[beta] = evaluate(models[beta], x)
+        row["away"] = nearest_distance(torch.bernoulli(models[beta].sample(500)), training)
+        print(f"   beta {beta:<10g} {row['D']:7.1f} {row['R']:7.1f} {row['elbo']:8.1f} "
+              f"{row['active']:13}   {row['away']:16.0f}")  # fmt: skip
+    best, top = min(rows, key=lambda beta: rows[beta]["away"]), max(rows)
+    print(f"   -> beta = {best:g} draws what is most like real images; at beta = {top:g} "
+          f"{rows[top]['active']} units are in use")  # fmt: skip
+    return {"rows": rows, "real": real, "mean": mean}
 
 
-class VAE(nn.Module):
-    """Images (B, 28, 28) -> K latent units -> logits (B, 784) of the pixels."""
-
-    def __init__(self, K=16, width=256):
-        super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Flatten(), nn.Linear(784, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, 2 * K),
-        )  # fmt: skip
-        self.decoder = nn.Sequential(
-            nn.Linear(K, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, 784),
-        )  # fmt: skip
-
-    def encode(self, x):
-        return self.encoder(x).chunk(2, dim=1)  # mu, log_var: (B, K) each
-
-    def distortion(self, z, x):
-        """-log p(x | z), (..., B), for z (..., B, K) and pixels x (B, 28, 28) of 0 and 1.
-
-        The decoder gives the logits of 784 pixels, which are independent given z. Exercise.
-        """
-        logits = self.decoder(z)
-        return F.binary_cross_entropy_with_logits(
-            logits, x.flatten(1).expand_as(logits), reduction="none"
-        ).sum(-1)
-
-    def forward(self, x):
-        """D (B,), and R of each unit (B, K), from one sample of z."""
-        mu, log_var = self.encode(x)
-        z = mu + (log_var / 2).exp() * torch.randn_like(mu)
-        return self.distortion(z, x), kl_to_standard_normal(mu, log_var)
-
-    @torch.no_grad()
-    def iwae(self, x, K):
-        """The bound on log p(x) of K weights, (B,); K = 1 is the ELBO."""
-        mu, log_var = self.encode(x)
-        q, prior = Normal(mu, (log_var / 2).exp()), Normal(0.0, 1.0)
-        z = q.sample((K,))  # (K, B, units)
-        log_w = (prior.log_prob(z) - q.log_prob(z)).sum(-1) - self.distortion(z, x)
-        return log_w.logsumexp(0) - math.log(K)
-
-
-def toss(images):
-    """uint8 images (B, 28, 28) -> pixels of 0 and 1, white with the probability of their grey"""
-    return torch.bernoulli(images.float() / 255)
-
-
-def train_vae(images, beta, K, steps, seed, writer, batch=64):
-    """A VAE trained on D + beta R; beta rises from 0 over the first half, or units die early."""
-    torch.manual_seed(seed)
-    model = VAE(K).to(images.device)
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, total_steps=steps)
-    for step in tqdm(range(steps), desc=f"beta {beta:g}, K {K}", leave=False, disable=None):
-        D, R = model(toss(images[torch.randint(len(images), (batch,), device=images.device)]))
-        R = R.sum(1)
-        loss = (D + beta * min(1, 2 * (step + 1) / steps) * R).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            writer.add_scalar("train/elbo", -(D + R).mean().item(), step)
-    return model
-
-
-@torch.no_grad()
-def evaluate(model, x):
-    """Distortion, rate, ELBO in nats an image; active: the units of a rate above 0.1 nats."""
-    D, R = (values.mean(0) for values in model(x))  # (), (K,)
-    D, rate, active = D.item(), R.sum().item(), (R > 0.1).sum().item()
-    return {"distortion": D, "rate": rate, "elbo": -D - rate, "active": active}
-
-
-# --- pictures ----------------------------------------------------------------------------------
-
-
-def tile(images, columns):
-    """(N, 784) -> (1, 28 N / columns, 28 columns), row by row"""
-    cut = images.view(-1, columns, 28, 28)
-    return cut.transpose(1, 2).reshape(1, -1, 28 * columns).cpu()
-
-
-@torch.no_grad()
-def draw_pictures(model, x, writer, columns=12):
-    """Test images over their reconstructions, samples from the prior, and the units, one a row."""
-    mu, log_var = model.encode(x)
-    rebuilt = model.decoder(mu[:columns]).sigmoid()
-    rows = torch.cat([x[:columns].flatten(1), rebuilt])
-    writer.add_image("images/reconstructions", tile(rows, columns), 0)
-    samples = model.decoder(torch.randn(5 * columns, mu.size(1), device=x.device)).sigmoid()
-    writer.add_image("images/prior_samples", tile(samples, columns), 0)
-    order = kl_to_standard_normal(mu, log_var).mean(0).argsort(descending=True)[:8]
-    z = mu[3].repeat(len(order), columns, 1)
-    for row, unit in enumerate(order):
-        z[row, :, unit] = torch.linspace(-3, 3, columns)
-    writer.add_image("images/traversal", tile(model.decoder(z.flatten(0, 1)).sigmoid(), columns), 0)
-
-
-@torch.no_grad()
-def latent_map(model, x, labels, n=16):
-    """(3, 28 n, 56 n): what the decoder draws over both units, and where digits lie, by colour.
-
-    Both are laid out by the prior's quantiles, so that equal areas are equally probable; the first
-    unit grows to the right, the second upwards.
-    """
-    u = (torch.arange(n, device=x.device) + 0.5) / n
-    z = Normal(0.0, 1.0).icdf(torch.cartesian_prod(1 - u, u)).flip(1)  # rows from the top
-    drawn = tile(model.decoder(z).sigmoid(), n).expand(3, -1, -1)
-    hues = torch.tensor([(230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200),
-                         (245, 130, 48), (145, 30, 180), (70, 240, 240), (240, 50, 230),
-                         (170, 110, 40), (255, 255, 255)]) / 255  # fmt: skip
-    cells = 7 * n  # of 4 x 4 pixels
-    column, row = (Normal(0.0, 1.0).cdf(model.encode(x)[0]).cpu() * cells).long().T
-    dots = torch.zeros(3, cells, cells)
-    dots[:, (cells - 1 - row).clamp(min=0), column.clamp(max=cells - 1)] = hues[labels.cpu()].T
-    return torch.cat([drawn, dots.repeat_interleave(4, 1).repeat_interleave(4, 2)], dim=2)
-
-
-# --- the sections ------------------------------------------------------------------------------
+# --- pictures and curves -----------------------------------------------------------------------
 
 
 def draw(log_dir, curves):
@@ -334,122 +370,82 @@ def draw(log_dir, curves):
                 writer.add_scalar(tag, value, step)
 
 
-def show_kl(n):
-    print("1. KL(N(mu, sigma^2) || N(0, 1)): closed form, torch.distributions, Monte Carlo")
-    mu, log_var = torch.tensor([[0.0, 1.0, -2.0], [0.0, -2.0, 1.0]], dtype=F64)
-    q, prior = Normal(mu, (log_var / 2).exp()), Normal(torch.zeros_like(mu), 1.0)
-    closed, theirs = kl_to_standard_normal(mu, log_var), kl_divergence(q, prior)
-    torch.testing.assert_close(closed, theirs, rtol=0, atol=1e-12)
-    z = q.sample((n,))
-    log_ratio = q.log_prob(z) - prior.log_prob(z)  # (n, 3)
-    error = log_ratio.std(0) / math.sqrt(n)
-    assert ((log_ratio.mean(0) - closed).abs() <= 5 * error).all()
-    for row in zip(mu, q.stddev, closed, theirs, log_ratio.mean(0), error, strict=True):
-        print("   mu {:4.1f} sigma {:.2f}   {:.4f}   {:.4f}   {:.4f} +- {:.4f}".format(*row))
+def tile(images, columns):
+    """(N, 784) of 0 to 1 -> (56 N / columns, 56 columns) uint8, row by row, twice as large"""
+    cut = images.view(-1, columns, 28, 28).transpose(1, 2).reshape(-1, 28 * columns)
+    return (cut * 255).byte().cpu().numpy().repeat(2, 0).repeat(2, 1)
 
 
-def show_gradients(log_dir, n):
-    print("2. d E[z^2] / d mu = 2 mu, sigma = 1: mean of the samples, their variance (theory)")
-    rows = {}
-    for mu in range(5):
-        mean = torch.tensor([float(mu)], dtype=F64)
-        estimates = gradient_samples(lambda z: z.square().sum(1), mean, torch.ones_like(mean), n)
-        rows[mu] = [(g.mean().item(), g.var().item()) for g in estimates]
-        (a, va), (b, vb) = rows[mu]
-        print(
-            f"   mu {mu}   through z {a:6.3f}, {va:5.3f} (4)"
-            f"   REINFORCE {b:6.3f}, {vb:6.2f} ({mu**4 + 14 * mu**2 + 15})"
-        )
-    for i, name in enumerate(("reparameterised", "reinforce")):
-        variances = [math.log10(row[i][1]) for row in rows.values()]
-        draw(log_dir / name, {"gradient/log10_variance": variances})
-    return rows
+@torch.no_grad()
+def picture(model, x, columns=12):
+    """(H, W) uint8: test images, what they are rebuilt as, and new images, each with its words."""
+    strips = []
+    for words, images in (
+        ("test images: white is 1, black is 0", x[:columns]),
+        ("decoded from their codes mu: the brighter, the more probable a 1",
+         model.decoder(model.encoder(x[:columns]).chunk(2, dim=1)[0]).sigmoid()),
+        ("decoded from noise: new images", model.sample(4 * columns)),
+    ):  # fmt: skip
+        line = Image.new("L", (56 * columns, 20), 255)
+        ImageDraw.Draw(line).text((4, 2), words, 0, ImageFont.load_default(14))
+        strips += [np.asarray(line), tile(images, columns)]
+    return np.concatenate(strips)
 
 
-def show_gap(log_dir, n, draws):
-    model = LinearGaussian()
-    z = model.prior.sample((n,))
-    x = model.likelihood(z).sample()
-    evidence = model.log_evidence(x)
-    print(f"3. a linear model: log p(x) = {evidence.mean():.3f} nats, mean of {n} x; for three q:")
-    print("                 ELBO      gap   KL to p(z|x)   gap of IWAE with K = 10, 100, 1000")
-    gaps = {}
-    for name, q in approximations(model, x).items():
-        elbo, kl = model.elbo(x, q), kl_divergence(q, model.posterior(x))
-        torch.testing.assert_close(evidence - elbo, kl, rtol=1e-9, atol=1e-9)
-        iwae = [
-            (evidence - torch.stack([model.iwae(x, q, K) for _ in range(draws)]).mean(0)).mean()
-            for K in (10, 100, 1000)
-        ]
-        gaps[name] = [gap.item() for gap in ((evidence - elbo).mean(), *iwae)]
-        draw(log_dir / f"q_{name}", {"linear/gap": gaps[name]})
-        shown = "   ".join(f"{gap:z7.4f}" for gap in gaps[name][1:])
-        print(f"   {name:<9} {elbo.mean():9.3f} {gaps[name][0]:z8.3f} {kl.mean():z14.3f}   {shown}")
-    return gaps
+# --- digits, found or drawn --------------------------------------------------------------------
 
 
-def show_betas(seed, log_dir, images, x, betas, steps, K=16):
-    p = images.float().mean(0).flatten() / 255
-    p = p.clamp(1e-4, 1 - 1e-4).expand(len(x), -1)
-    alone = F.binary_cross_entropy(p, x.flatten(1), reduction="none").sum(1).mean().item()
-    print(f"4. {K} units, {steps} steps, {len(x):,} test images: D, R, ELBO in nats, active units")
-    print(f"   a mean image, no z {alone:7.1f} {0:7.1f} {-alone:8.1f} {0:4}")
-    rows, curve, models = {}, {}, {}
-    for beta in betas:
-        with SummaryWriter(log_dir / f"beta_{beta:g}", purge_step=0) as writer:
-            model = models[beta] = train_vae(images, beta, K, steps, seed, writer)
-            row = rows[beta] = evaluate(model, x)
-            draw_pictures(model, x, writer)
-        curve[round(10 * row["rate"])] = row["distortion"]
-        print(
-            f"   beta {beta:<13g} {row['distortion']:7.1f} {row['rate']:7.1f} {row['elbo']:8.1f}"
-            f" {row['active']:4}"
-        )
-    with SummaryWriter(log_dir / "curve", purge_step=0) as writer:
-        for tenths, D in sorted(curve.items()):
-            writer.add_scalar("rate/distortion", D, tenths)
-    return {"alone": alone, "rows": rows, **show_bounds(models[1], x)}
+def draw_digits(n):
+    """(n, 28, 28) uint8: a font's digits, moved, sized, turned, bold: image i is i % 10."""
+    fonts, images = [ImageFont.load_default(size) for size in range(20, 29)], []
+    dice = torch.rand(n, 5).tolist()
+    for i, (right, down, size, turn, bold) in enumerate(dice):
+        image, font = Image.new("L", (28, 28)), fonts[int(size * len(fonts))]
+        ImageDraw.Draw(image).text((12 + 4 * right, 12 + 4 * down), str(i % 10), 255, font,
+                                   anchor="mm", stroke_width=int(2 * bold))  # fmt: skip
+        images.append(np.asarray(image.rotate(30 * turn - 15, Image.Resampling.BILINEAR)))
+    return torch.from_numpy(np.stack(images))
 
 
-def show_bounds(model, x):
-    bounds = {k: model.iwae(x[:300], k).mean().item() for k in (1, 8, 64)}
-    print("   beta 1, bound on log p(x) of 300 images with K weights: "
-          + "   ".join(f"{k} {bound:.1f}" for k, bound in bounds.items()))  # fmt: skip
-    mu, log_var = (values[0].detach() for values in model.encode(x[:1]))
-    sigma = (log_var / 2).exp()
-    samples = gradient_samples(lambda z: model.distortion(z, x[:1]), mu, sigma, 2000)
-    through, score = (g.var(0).sum().item() for g in samples)
-    print(f"   beta 1, d D / d mu of one image, variance summed over units: through z "
-          f"{through:.2e}   REINFORCE {score:.2e}")  # fmt: skip
-    return {"bounds": bounds, "variance": (through, score)}
+def open_digits(root=DATA, train=True, count=8000, download=False):
+    """Images (N, 28, 28) uint8 and a line on them: MNIST if it is there, else drawn digits.
+
+    Raises OSError if MNIST is there but damaged, or if it cannot be fetched.
+    """
+    raw = Path(root, "MNIST", "raw")
+    if not download and not any(raw.glob("*-ubyte*")):
+        line = f"data: {count:,} drawn digits, as there is no MNIST in {raw}; to fetch it: {MEND}"
+        return draw_digits(count), line
+    try:
+        images = MNIST(root, train, download=download).data
+        if images.shape[1:] != (28, 28) or not len(images):
+            raise ValueError(f"images of shape {tuple(images.shape)}")
+    except Exception as error:  # torchvision has a dozen ways to say no
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"{raw} holds no whole MNIST ({why}): delete it, then {MEND}") from error
+    return images, f"data: MNIST, {len(images):,} images"
 
 
-def show_map(seed, log_dir, images, x, labels, steps):
-    print(f"5. two units, {steps} steps: D, R, ELBO; their map is a picture")
-    with SummaryWriter(log_dir / "latent_2", purge_step=0) as writer:
-        model = train_vae(images, 1.0, 2, steps, seed, writer)
-        writer.add_image("images/latent_map", latent_map(model, x, labels), 0)
-    row = evaluate(model, x)
-    print(f"   {row['distortion']:.1f} {row['rate']:.1f} {row['elbo']:.1f}")
-    return row
+# --- the lesson --------------------------------------------------------------------------------
 
 
-def main(seed=0, log_dir=LOG_DIR, root=DATA, n=200_000, draws=10, steps=1500,
-         betas=(32, 4, 1, 0.25), count=8000, test=1000, download=False):  # fmt: skip
+def main(seed=0, log_dir=LOG_DIR, root=DATA, n=200_000, draws=10, steps=1000,
+         betas=(32, 4, 0.25), count=8000, test=1000, tiny_steps=600, download=False):  # fmt: skip
     if download:  # first, since it may fail
         open_digits(root, download=True)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     torch.manual_seed(seed)
-    show_kl(n)
-    gradients = show_gradients(log_dir, n)
-    gaps = show_gap(log_dir, 200, draws)
-    images, _, line = open_digits(root, True, count)
-    x, labels, _ = open_digits(root, False, test)
-    print(line)
+    images, line = open_digits(root, True, count)
+    x, _ = open_digits(root, False, test)
     images, x = images.to(device), toss(x[:test]).to(device)
-    digits = show_betas(seed, log_dir, images, x, betas, steps)
-    two = show_map(seed, log_dir, images, x, labels[:test], steps)
-    return {"gradients": gradients, "gaps": gaps, "digits": digits, "two": two, "data": line}
+    measured = {"everyday": show_everyday(tiny_steps), "loss": show_loss(), "data": line}
+    print(line)
+    vae, measured["digits"] = show_digits(seed, log_dir, images, x, steps)
+    measured["gaps"] = show_bound(log_dir, 200, draws)
+    measured["gradients"] = show_gradients(log_dir, n)
+    measured["betas"] = show_betas(seed, log_dir, vae, images, x, betas, steps)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 def guard(main, *flags):
