@@ -72,11 +72,8 @@ def show_everyday(depth=20):
     f = nn.Linear(1, 1, bias=False)
     nn.init.constant_(f.weight, 0.5)
     found = {}
-    for name, skip, a in (
-        ("f(h)", 0, 1),
-        ("h + f(h)", 1, 1),
-        (f"h + f(h) / {depth}", 1, 1 / depth),
-    ):
+    rows = [("f(h)", 0, 1), ("h + f(h)", 1, 1), (f"h + f(h) / {depth}", 1, 1 / depth)]
+    for name, skip, a in rows:
         h = start = torch.ones(1, 1, requires_grad=True)
         states = [h := skip * h + a * f(h) for _ in range(depth)]
         h.backward()
@@ -189,8 +186,8 @@ def gradients_by_depth(kind, v, width, depth, batch=32):
 
 def show_depth(log_dir, width, depth):
     print(f"3. Gradient behind {depth} blocks of {width} units: log2 of |dL/dh_0| / |dL/dh_L|")
-    print("                              measured   formula   skips alone, share behind 4 blocks:")
-    print("   run                    v   log2       log2      measured   formula")
+    print("                     n * variance       log2:      log2:   share of skips, 4 blocks:")
+    print("   run                of a weight    measured    formula   measured    formula")
     measured = {}
     for name, (v, kind) in NETS.items():
         g = gradients_by_depth(kind, v, width, depth)
@@ -199,12 +196,13 @@ def show_depth(log_dir, width, depth):
         share = F.cosine_similarity(g[-5].flatten(), g[-1].flatten(), dim=0).item() ** 2
         draw(log_dir / "net" / name, {"depth/log2_gradient": log2})
         size, part = theory(kind, v, 0, depth)[0], theory(kind, v, depth - 4, depth)[1]
-        print(f"   {name:<18} {v:5.2f} {log2[0]:+10.1f} {math.log2(size) / 2:+9.1f} "
-              f"{share:12.3f} {part:9.3f}")  # fmt: skip
+        print(f"   {name:<15} {v:14.2f} {log2[0]:+11.1f} {math.log2(size) / 2:+10.1f} "
+              f"{share:10.3f} {part:10.3f}")  # fmt: skip
         measured[name] = log2, share
     lost = [name for name, (log2, _) in measured.items() if log2[0] < -10]
     huge = [name for name, (log2, _) in measured.items() if log2[0] > 10]
-    print(f"   -> below 1 / 1000: {', '.join(lost) or '-'}; above 1000: {', '.join(huge) or '-'}")
+    print(f"   -> less than 1 / 1000 is left in: {', '.join(lost) or '-'}; "
+          f"1000 times as much in: {', '.join(huge) or '-'}")  # fmt: skip
     return measured
 
 
@@ -250,6 +248,7 @@ def fit(model, optimizer, sample, steps, warmup=0):
 
 def show_stacks(seed, log_dir, blocks, steps):
     print(f"4. Do {blocks} BasicBlocks learn the direction of a wave? Mean loss; a guess: 1.39")
+    print("   no_skip: f(h); skip: h + f(h); from_zero: h + f(h), with f(h) = 0 at the start")
     print(f"   run         steps 1-10   steps 11-20   last ten of {steps}")
     measured = {}
     for name, options in STACKS.items():
@@ -292,6 +291,9 @@ def reversals(batch=32):
 
 def show_transformers(seed, log_dir, blocks, steps, lr):
     print(f"5. Do {blocks} Transformer layers learn to reverse a text? A guess has a loss of 2.08")
+    print(
+        "   post_ln: norm(h + f(h)), with a tenth of the rate, or warm-up; pre_ln: h + f(norm(h))"
+    )
     print(f"   run                rate   steps of warm-up   loss, last ten of {steps} steps")
     measured = {}
     for name, (norm_first, part, warmup) in RECIPES.items():
@@ -303,7 +305,8 @@ def show_transformers(seed, log_dir, blocks, steps, lr):
         measured[name] = sum(losses[-10:]) / 10
         print(f"   {name:<15} {lr * part:7g} {rise:18} {measured[name]:21.3f}")
     stuck = [name for name, loss in measured.items() if loss > 1.6]
-    print(f"   -> has learned next to nothing: {', '.join(stuck) or 'none'}")
+    print(f"   -> least loss: {min(measured, key=measured.get)}; "
+          f"next to nothing is learned by: {', '.join(stuck) or '-'}")  # fmt: skip
     return measured
 
 

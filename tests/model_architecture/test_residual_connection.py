@@ -191,6 +191,7 @@ def test_a_block_joins_its_branch_as_its_name_says(lesson):
     h = torch.tensor([[3.0, -4.0]])
     rms = h / math.sqrt(12.5)
     torch.testing.assert_close(lesson.rms(h), rms)
+    torch.testing.assert_close(lesson.rms(h.expand(5, 3, 2)), rms.expand(5, 3, 2))
     expected = {"none": 2 * h, "skip": 3 * h, "scaled": 1.5 * h, "pre": h + 2 * rms, "post": rms}
     for kind, y in expected.items():
         torch.testing.assert_close(lesson.join(kind, h, lambda h: 2 * h, 16), y)
@@ -246,7 +247,7 @@ def test_depth_says_what_vanishes_and_what_explodes(lesson, tmp_path, capsys):
     torch.manual_seed(0)
     lesson.show_depth(tmp_path, 64, 24)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "   -> below 1 / 1000: no_skip_default; above 1000: skip_he"
+    assert last.endswith("left in: no_skip_default; 1000 times as much in: skip_he")
 
 
 def test_try_twice_the_scale_grows_by_e_to_the_fourth_at_most(lesson, edited, tmp_path, capsys):
@@ -381,7 +382,7 @@ def test_main_measures_what_the_docstring_says(lesson, runs, seed):
         assert share == pytest.approx(part, abs=0.06)
         shown = [f"{v:.2f}", f"{log2[0]:+.1f}", f"{math.log2(size) / 2:+.1f}", f"{share:.3f}"]
         assert rows[name] == [*shown, f"{part:.3f}"]
-    assert "   -> below 1 / 1000: no_skip_default; above 1000: -\n" in out  # 12 blocks of 2^0.5
+    assert "1 / 1000 is left in: no_skip_default; 1000 times as much in: -\n" in out  # 2^6 at most
 
     stacks = measured["stacks"]
     assert stacks["skip"][1] + 0.3 < min(stacks["no_skip"][1], stacks["from_zero"][1])
@@ -398,7 +399,8 @@ def test_main_measures_what_the_docstring_says(lesson, runs, seed):
     for name, pair in settings.items():
         assert rows[name] == [*pair, f"{loss[name]:.3f}"]
     stuck = [name for name in loss if loss[name] > 1.6]
-    assert f"   -> has learned next to nothing: {', '.join(stuck)}\n" in out
+    words = f"least loss: pre_ln; next to nothing is learned by: {', '.join(stuck)}"
+    assert f"   -> {words}\n" in out
 
 
 def test_main_logs_what_it_measures(lesson, runs, events):
