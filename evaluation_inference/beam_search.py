@@ -1,349 +1,323 @@
-"""Greedy takes the likeliest word and may miss the likeliest sentence; a beam misses fewer.
+"""Beam search finds likelier sentences than greedy search, which always takes the likeliest word.
 
-    score(Y) = log p(Y) / lp(Y),   lp(Y) = ((5 + |Y|) / 6)^alpha     |Y|: words drawn, the end too
-    live       the `width` likeliest unfinished beginnings, by log p alone
-    finished   kept apart, the `width` best by score: no longer in the way, and never lost
-    stop       when `width` are finished and no live one can win: log p only falls, so that
-               log p / lp(longest) is the most that a live one can reach (for alpha >= 0)
-    diverse    groups of beams, one after the other: a word, the end excepted, costs lambda for each
-               time that earlier groups have chosen it in this step
+A language model gives every next word a probability; a sentence has the product of its words'.
+Greedy search may take a word after which nothing likely follows. Beam search keeps the `width`
+likeliest beginnings at each step. Take it where one good answer is wanted, as in translation.
+Every word costs probability, so that the likeliest sentence can be very short, or even empty.
 
-At alpha = 0 a beam of width 1 is greedy search; one that holds all beginnings is exhaustive. In
-between a wider one mostly finds what is likelier (a test keeps a case where it does not), and,
-without lp, what is shorter, for each word costs probability. Grammar stays whole here: short
-sentences are right as well. Which when? For one right answer a narrow beam; for several that start
-differently groups, though some may say the same; to hear all that a model may say, sampling.
+    log p(Y) = sum over t = 1 ... n of log p(y_t | all words before y_t)
+    score(Y) = log p(Y) / lp(n)     lp(n) = ((5 + n) / 6)^alpha, the length penalty
 
-Checked here   a sentence that greedy misses; width 1 = greedy; all beginnings = exhaustive search;
-               log-probability, length, variety and grammar by width and alpha; groups by lambda
-TensorBoard    beam/log_prob, length, differing, first_words, grammatical by width in
-               width/alpha_0, alpha_2; beam/first_words, log_prob by 10 lambda in diverse
-Try            let finished ones compete in the beam: what is lost? Likely short sentences
-Source         Wu et al. 2016 (GNMT), arXiv:1609.08144, section 7, eq. 14 (lp); Vijayakumar et al.
-               2018, arXiv:1610.02424, algorithm 1 (diverse)
+    Y = (y_1 ... y_n)  the words after the prompt, the end of the sentence included
+    alpha  rewards length: 0 leaves log p as it is; the authors of lp(n) took 0.2
+
+    finished  sentences with an end, kept apart from the live beginnings: the `width` best by score
+    stop      when `width` are finished and no live beginning can overtake them, as log p only falls
+    groups    of beams choose one after the other: a word costs lambda for each time that earlier
+              groups have chosen it at this step, so that sentences differ (diverse beam search)
+
+The library transformers calls these generate(num_beams=4, length_penalty=1.0); its lp(n) is n^1.0.
+
+Needs          evaluation_inference/sampling_strategies.py
+Checked here   plain = complete; an empty sentence wins; log p, length and steps by width and alpha
+               of a model of a small language; variety by lambda
+TensorBoard    beam/log_prob, length, steps by width, in the runs width/alpha_0 and width/alpha_2;
+               beam/first_words, texts, log_prob by 10 lambda, in the run diverse
+Try            in show_empty, write 0.4 for 2.0: which sentence wins at width 4?
+Answer         The empty one again: the long one needs lp(7) = 2^alpha above 3.06 / 2.30 = 1.33
+Source         Wu et al. 2016, arXiv:1609.08144, eq. 14; Vijayakumar et al. 2018, arXiv:1610.02424
 """
 
 import argparse
 import math
 import os
 import random
-import re
 import signal
 import sys
 import threading
-from itertools import combinations, product, zip_longest
 from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / "evaluation_inference" / "beam_search"
-WORDS = [
-    ".", "the", "a", "small", "big", "old", "red", "dog", "cat", "bird", "dogs", "cats", "birds",
-    "sees", "hears", "see", "hear", "sleeps", "sings", "sleep", "sing", "often",
-]  # fmt: skip
-CONTEXT = 5  # words that the model sees
-ADJECTIVE = "(small |big |old |red )?"
-ONE, MANY = f"(the|a) {ADJECTIVE}(dog|cat|bird)", f"the {ADJECTIVE}(dogs|cats|birds)"
-GRAMMAR = re.compile(
-    f"({ONE} (sees|hears)|{MANY} (see|hear)) ({ONE}|{MANY})"
-    f"|({ONE} (sleeps|sings)|{MANY} (sleep|sing))( often)?"
-)
 
 
-# --- search: log_probs(tokens (n, L)) -> (n, V) ------------------------------------------------
+# --- 1. in everyday code -----------------------------------------------------------------------
 
 
-def length_penalty(length, alpha):
-    """((5 + length) / 6)^alpha. Exercise."""
-    return ((5 + length) / 6) ** alpha
+def plain_beam(log_probs, prompt, width, longest, eos):
+    """The `width` likeliest sentences that a beam finds: [(log p, words)], the likeliest first.
+
+    log_probs(tokens (n, L)) gives log p of each next word (n, V); prompt (L,) stands before the
+    words; eos is the number of the end. `longest` times: extend each live beginning by every word.
+    Those of the `width` likeliest extensions that have an end are finished; the `width` likeliest
+    without an end live on. If nothing has ended, the live ones are returned. Exercise.
+    """
+    live, finished = [(0.0, [])], []
+    for _ in range(longest):
+        rows = log_probs(torch.tensor([prompt.tolist() + words for _, words in live])).tolist()
+        longer = []
+        for (total, words), row in zip(live, rows, strict=True):
+            longer += [(total + log_p, [*words, word]) for word, log_p in enumerate(row)]
+        longer.sort(key=lambda sentence: -sentence[0])  # the likeliest first
+        finished += [sentence for sentence in longer[:width] if sentence[1][-1] == eos]
+        live = [sentence for sentence in longer if sentence[1][-1] != eos][:width]
+    return sorted(finished or live, key=lambda sentence: -sentence[0])[:width]
 
 
 def greedy_search(log_probs, prompt, longest, eos):
-    """Tokens after `prompt` (L,), at most `longest`, up to eos; and their log-probability.
+    """(log p, words) after `prompt` (L,): always the likeliest word, until eos or `longest` words.
 
-    log_probs(tokens (1, L)) gives (1, V); the likeliest word comes next. (list of integers, eos
-    included; float). Exercise.
+    log_probs(tokens (1, L)) gives (1, V); words is a list of integers, eos included. Exercise.
     """
-    tokens, total = prompt[None], 0.0
-    for _ in range(longest):
-        log_p = log_probs(tokens)[0]
-        word = log_p.argmax()
-        total += log_p[word].item()
-        tokens = torch.cat([tokens, word.view(1, 1)], dim=1)
-        if word == eos:
-            break
-    return tokens[0, len(prompt) :].tolist(), total
-
-
-class Finished:
-    """The best `width` hypotheses that have ended, as (score, log p, tokens), best first."""
-
-    def __init__(self, width, alpha):
-        self.width, self.alpha, self.best = width, alpha, []
-
-    def add(self, log_p, tokens):
-        """Keep the hypothesis (score, log p, tokens) if it is among the best `width`, in self.best.
-
-        score = log p / length_penalty(length, alpha); best first. Exercise.
-        """
-        score = log_p / length_penalty(len(tokens), self.alpha)
-        self.best = sorted([*self.best, (score, log_p, tokens)], key=lambda h: -h[0])[: self.width]
-
-    def closed_to(self, log_p, length, longest):
-        """Whether no continuation of a live one with log_p, at most `longest` long, can enter.
-
-        So it is if self.best is full, and its worst score is no less than log_p over the largest
-        length_penalty that a length from length + 1 to longest can have (at one of the two).
-        Exercise.
-        """
-        most = max(length_penalty(n, self.alpha) for n in (length + 1, longest))
-        return len(self.best) == self.width and self.best[-1][0] >= log_p / most
-
-
-def beam_search(log_probs, prompt, width, longest, eos, alpha=0.0, groups=1, diversity=0.0):
-    """The best hypotheses after `prompt` (L,): [(score, log p, tokens)], best first.
-
-    log_probs gets all live beams at once. With `groups`, width is split among them, and each group
-    keeps its own finished ones. If none ends within `longest`, the live ones are returned.
-    """
-    if width < 1 or longest < 1 or groups < 1 or width % groups:
-        raise ValueError(f"width {width} must be at least 1 and split into {groups} groups")
-    size = width // groups
-    live = prompt.expand(groups, size, -1)  # (G, W/G, L)
-    totals = torch.full((groups, size), -math.inf, dtype=torch.float64, device=prompt.device)
-    totals[:, 0] = 0  # all beams of a group are the same yet: one of them counts
-    finished = [Finished(size, alpha) for _ in range(groups)]
-    for length in range(1, longest + 1):
-        log_p = log_probs(live.flatten(0, 1)).double().unflatten(0, (groups, size))  # (G, W/G, V)
-        if (log_p > 1e-6).any():
-            raise ValueError("log_probs gave numbers over 0: logits need log_softmax first")
-        V, beams, sums = log_p.size(-1), [], []
-        chosen = torch.zeros(V, dtype=torch.long, device=prompt.device)
-        for g in range(groups):
-            candidates = (totals[g, :, None] + log_p[g]).flatten()  # (W/G V,)
-            ranked = candidates - diversity * chosen.repeat(size)
-            order = ranked.argsort(descending=True, stable=True)
-            for i in order[:size].tolist():
-                if i % V == eos and candidates[i] > -math.inf:
-                    words = [*live[g, i // V, len(prompt) :].tolist(), eos]
-                    finished[g].add(candidates[i].item(), words)
-            kept = order[order % V != eos][:size]
-            words = kept % V
-            chosen += torch.bincount(words[candidates[kept] > -math.inf], minlength=V)
-            beams.append(torch.cat([live[g, kept // V], words[:, None]], dim=1))
-            sums.append(candidates[kept])
-        live, totals = torch.stack(beams), torch.stack(sums)
-        if all(
-            finished[g].closed_to(totals[g].max().item(), length, longest) for g in range(groups)
-        ):
-            break
-    ended = [hypothesis for group in finished for hypothesis in group.best]
-    if not ended:
-        rest = zip(
-            totals.flatten().tolist(), live.flatten(0, 1)[:, len(prompt) :].tolist(), strict=True
-        )
-        ended = [(t / length_penalty(len(y), alpha), t, y) for t, y in rest if t > -math.inf]
-    return sorted(ended, key=lambda hypothesis: -hypothesis[0])
-
-
-def exhaustive_search(log_probs, prompt, V, longest, eos, alpha=0.0):
-    """The best of all sequences that end within `longest` words, by trying each.
-
-    (score, log p, words): words of 0 … V - 1 with eos last and nowhere else; log p the sum of
-    log_probs(tokens (1, L))[0, word], prompt (L,) before; score = log p / length_penalty(length,
-    alpha). Exercise.
-    """
-    best = (-math.inf, 0.0, [])
-    others = [word for word in range(V) if word != eos]
-    for length in range(1, longest + 1):
-        for body in product(others, repeat=length - 1):
-            words, total, tokens = [*body, eos], 0.0, prompt
-            for word in words:
-                total += log_probs(tokens[None])[0, word].item()
-                tokens = torch.cat([tokens, tokens.new_tensor([word])])
-            score = total / length_penalty(length, alpha)
-            best = max(best, (score, total, words), key=lambda hypothesis: hypothesis[0])
-    return best
-
-
-# --- languages ---------------------------------------------------------------------------------
+    total, words = 0.0, []
+    while len(words) < longest and eos not in words:
+        log_p = log_probs(torch.tensor([prompt.tolist() + words]))[0]
+        words.append(log_p.argmax().item())
+        total += log_p.max().item()
+    return total, words
 
 
 def trap(tokens):
-    """End, A, B: A is likelier than B, but nothing likely follows it."""
+    """log p of end, A, B: A is the likelier start, but nothing likely follows it."""
     after = {0: [0.0, 0.6, 0.4], 1: [0.4, 0.3, 0.3], 2: [0.9, 0.05, 0.05]}
     return torch.tensor([after[word] for word in tokens[:, -1].tolist()]).log()
 
 
-def random_language(seed, V, longest):
-    """log_probs in which each word so far, and its place, has a say in the next."""
-    W = torch.randn(longest + 1, V, V, generator=torch.Generator().manual_seed(seed))
+def show_everyday():
+    print("1. In everyday code: which sentence is found where the likeliest first word misleads?")
+    prompt = torch.tensor([0])  # what stands before the first word: the end of another sentence
+    greedy = greedy_search(trap, prompt, longest=4, eos=0)
+    first, second = plain_beam(trap, prompt, width=2, longest=4, eos=0)
 
-    def log_probs(tokens):
-        places = torch.arange(tokens.size(1))
-        return (1.5 * W[places, tokens].sum(1) / tokens.size(1) ** 0.5).log_softmax(1)
+    print("   At the start p(A) = 0.6, p(B) = 0.4. After A p(end) = 0.4, after B p(end) = 0.9.")
+    print("   found by                      sentence   probability   log p")
+    names = ("greedy_search", "plain_beam, width 2: first", "plain_beam, width 2: second")
+    for name, (log_p, words) in zip(names, (greedy, first, second), strict=True):
+        text = " ".join(("end", "A", "B")[word] for word in words)
+        print(f"   {name:<27}   {text:<8}   {math.exp(log_p):11.2f}   {log_p:5.2f}")
+    ratio = math.exp(first[0] - greedy[0])
+    print(f"   -> the beam's first sentence is {ratio:.1f} times as likely as the greedy one")
+    return greedy, first, second
 
-    return log_probs
+
+# --- 2. the complete one, and the length penalty -----------------------------------------------
 
 
-def noun_phrase(rng):
-    """Words of one, and whether they are plural."""
-    many = rng.random() < 0.4
-    determiner = "the" if many or rng.random() < 0.6 else "a"
-    adjective = [rng.choice(("small", "big", "old", "red"))] if rng.random() < 0.4 else []
-    noun = rng.choice(("dog", "cat", "bird")) + "s" * many
-    return [determiner, *adjective, noun], many
+def length_penalty(n, alpha):
+    """((5 + n) / 6)^alpha. Exercise."""
+    return ((5 + n) / 6) ** alpha
+
+
+def keep_best(finished, log_p, words, width, alpha):
+    """The list finished of (score, log p, words) with one more: the `width` best, best first.
+
+    score = log p / length_penalty(number of words, alpha). Exercise.
+    """
+    score = log_p / length_penalty(len(words), alpha)
+    return sorted([*finished, (score, log_p, words)], key=lambda sentence: -sentence[0])[:width]
+
+
+def is_closed(finished, width, log_p, n, longest, alpha):
+    """Whether no continuation of a live beginning of n words and this log_p can enter `finished`.
+
+    So it is if `width` are finished and the worst score of them, the last, is at least log_p over
+    the largest length_penalty from n + 1 to `longest` words (it stands at an end). Exercise.
+    """
+    largest = max(length_penalty(n + 1, alpha), length_penalty(longest, alpha))
+    return len(finished) == width and finished[-1][0] >= log_p / largest
+
+
+def beam_search(log_probs, prompt, width, longest, eos, alpha=0.0, groups=1, diversity=0.0):
+    """The best sentences after `prompt` (L,): [(score, log p, words)], the best first.
+
+    log_probs gets all live beginnings at once. Each group has width / groups beams and finished
+    sentences of its own. If nothing ends within `longest` words, the live ones are returned.
+    """
+    if width < 1 or longest < 1 or groups < 1 or width % groups:
+        raise ValueError(f"width {width} must be at least 1 and split into {groups} groups")
+    size, live, finished = width // groups, [[(0.0, [])]] * groups, [[]] * groups  # [g]: group g
+    for n in range(1, longest + 1):
+        said = [words for group in live for _, words in group]
+        tokens = torch.cat([prompt.expand(len(said), -1), prompt.new_tensor(said)], dim=1)
+        log_p = log_probs(tokens).to("cpu", torch.float64)  # (beams, V); not each GPU has float64
+        if not (log_p <= 1e-6).all():
+            raise ValueError("log_probs gave NaN or numbers over 0: logits need log_softmax first")
+        V = log_p.size(1)
+        chosen = torch.zeros(V, dtype=torch.float64)  # by earlier groups, at this step
+        for g, rows in enumerate(log_p.split([len(group) for group in live])):
+            totals = torch.tensor([total for total, _ in live[g]], dtype=torch.float64)
+            sums = (totals[:, None] + rows).flatten()  # (beams of the group * V)
+            order = (sums - diversity * chosen.repeat(len(rows))).argsort(
+                descending=True, stable=True
+            )
+            longer = [
+                (sums[i].item(), [*live[g][i // V][1], i % V]) for i in order[: 2 * size].tolist()
+            ]
+            longer = [
+                sentence for sentence in longer if sentence[0] > -math.inf
+            ]  # what is possible
+            for total, words in longer[:size]:
+                if words[-1] == eos:
+                    finished[g] = keep_best(finished[g], total, words, size, alpha)
+            live[g] = [sentence for sentence in longer if sentence[1][-1] != eos][:size]
+            for _, words in live[g]:
+                chosen[words[-1]] += 1
+        if all(is_closed(finished[g], size, max(live[g])[0], n, longest, alpha)
+               for g in range(groups) if live[g]):  # fmt: skip
+            break
+    ended = [sentence for group in finished for sentence in group]
+    if not ended:
+        ended = [(total / length_penalty(len(words), alpha), total, words)
+                 for group in live for total, words in group]  # fmt: skip
+    return sorted(ended, key=lambda sentence: -sentence[0])
+
+
+def hasty(tokens):
+    """log p of end, A, B, C: of 0.1, 0.6, 0.15, 0.15; after six words the end is certain."""
+    row = [1.0, 0.0, 0.0, 0.0] if tokens.size(1) > 6 else [0.1, 0.6, 0.15, 0.15]
+    return torch.tensor([row]).expand(len(tokens), -1).log()
+
+
+def show_empty():
+    print("2. Which sentence wins if at each step p(A) = 0.6, p(B) = p(C) = 0.15 and p(end) = 0.1?")
+    print("   (After six words the end is certain. Words: with the end.)")
+    print("   search        width   alpha   best sentence   words   probability   log p   score")
+    prompt, best = torch.tensor([0]), {}
+    for width in (1, 4):
+        log_p, words = plain_beam(hasty, prompt, width, longest=9, eos=0)[0]
+        best["plain_beam", width, 0.0] = log_p, log_p, words  # its score is log p
+    for width, alpha in ((1, 0.0), (4, 0.0), (4, 2.0)):
+        found = beam_search(hasty, prompt, width, longest=9, eos=0, alpha=alpha)
+        best["beam_search", width, alpha] = found[0]
+    texts = []
+    for (search, width, alpha), (score, log_p, words) in best.items():
+        texts.append(" ".join(("end", "A", "B", "C")[word] for word in words[:-1]) or "(empty)")
+        print(f"   {search:<11}   {width:5}   {alpha:5.1f}   {texts[-1]:<13}   {len(words):5}"
+              f"   {math.exp(log_p):11.3f}   {log_p:5.2f}   {score:5.2f}")  # fmt: skip
+    print(f"   -> width 1 finds {texts[2]}, width 4 the likelier {texts[3]}; "
+          f"alpha = {alpha:g} makes it {texts[4]}")  # fmt: skip
+    return best
+
+
+# --- 3. how wide? ------------------------------------------------------------------------------
+
+WORDS = [".", "the", "a", "small", "big", "old", "red", "dog", "cat", "bird", "sees", "hears",
+         "sleeps", "sings", "often"]  # fmt: skip
 
 
 def sentence(rng):
-    """Words of a sentence, "." last: a plural subject takes a verb without s."""
-    subject, many = noun_phrase(rng)
-    if rng.random() < 0.6:
-        verb, rest = rng.choice(("see", "hear")), noun_phrase(rng)[0]
+    """The numbers of its words, such as: the small dog sees a cat . (0 is the end)"""
+    words = ["the" if rng.random() < 0.6 else "a"]
+    words += [rng.choice(("small", "big", "old", "red"))] if rng.random() < 0.4 else []
+    words += [rng.choice(("dog", "cat", "bird"))]
+    if rng.random() < 0.4:
+        words += [rng.choice(("sleeps", "sings"))] + ["often"] * (rng.random() < 0.3)
     else:
-        verb, rest = rng.choice(("sleep", "sing")), ["often"] * (rng.random() < 0.3)
-    return [*subject, verb + "s" * (not many), *rest, "."]
+        words += [rng.choice(("sees", "hears")), rng.choice(("the", "a"))]
+        words += [rng.choice(("dog", "cat", "bird"))]
+    return [WORDS.index(word) for word in [*words, "."]]
 
 
-def examples(n, seed):
-    """Contexts (N, 5) and the words (N,) that follow them, from n sentences; 0 is "."."""
-    rng, contexts, following = random.Random(seed), [], []
+def count_model(seed, n):
+    """log_probs from n sentences: how often a word has followed the three words before it."""
+    rng, counts = random.Random(seed), torch.full((len(WORDS),) * 4, 0.01)  # none is impossible
     for _ in range(n):
-        context = [0] * CONTEXT
-        for word in map(WORDS.index, sentence(rng)):
-            contexts.append(context)
-            following.append(word)
-            context = [*context[1:], word]
-    return torch.tensor(contexts), torch.tensor(following)
-
-
-def train_model(seed, n, epochs):
-    """A model of the next word: contexts (B, 5) -> logits (B, V)."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Embedding(len(WORDS), 16), nn.Flatten(), nn.Linear(16 * CONTEXT, 64), nn.Tanh(),
-        nn.Linear(64, len(WORDS)),
-    )  # fmt: skip
-    optimizer, (x, y) = torch.optim.Adam(model.parameters(), lr=5e-3), examples(n, seed)
-    for _ in tqdm(range(epochs), desc="language model", leave=False, disable=None):
-        for i in torch.randperm(len(x)).split(128):
-            loss = F.cross_entropy(model(x[i]), y[i])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return model.requires_grad_(False)
-
-
-# --- the sections ------------------------------------------------------------------------------
-
-
-def show_trap():
-    print("1. a language in which greedy is wrong: probability of what is found")
-    prompt = torch.tensor([0])
-    _, total = greedy_search(trap, prompt, 4, eos=0)
-    best = exhaustive_search(trap, prompt, 3, 4, eos=0)
-    found = {"greedy": total, "exhaustive": best[1]}
-    for width in (1, 2):
-        found[width] = beam_search(trap, prompt, width, 4, eos=0)[0][1]
-    print("   " + "   ".join(f"{name} {math.exp(p):.3f}" for name, p in found.items()))
-    assert found[1] == found["greedy"] < found[2] and math.isclose(found[2], best[1])
-    return found
-
-
-def show_exact(languages, V=3, longest=4):
-    print(
-        f"2. {languages} random languages of {V} words: best sentence found, of at most {longest}"
-    )
-    right, prompt, all_beginnings = {}, torch.tensor([0]), V**longest
-    for seed in range(languages):
-        log_probs = random_language(seed, V, longest)
-        best = exhaustive_search(log_probs, prompt, V, longest, eos=0)
-        for width in (1, 2, 4, all_beginnings):
-            score, _, words = beam_search(log_probs, prompt, width, longest, eos=0)[0]
-            found = words == best[2] and math.isclose(score, best[0], abs_tol=1e-6)
-            right[width] = right.get(width, 0) + found
-            if width == 1:
-                assert words == greedy_search(log_probs, prompt, longest, eos=0)[0]
-    assert right[all_beginnings] == languages
-    print("   " + "   ".join(f"width {width} {n}" for width, n in right.items()))
-    return right
+        words = [0, 0, 0, *sentence(rng)]
+        for i in range(len(words) - 3):
+            counts[tuple(words[i : i + 4])] += 1
+    log_p = (counts / counts.sum(3, keepdim=True)).log()
+    return lambda tokens: log_p[tokens[:, -3], tokens[:, -2], tokens[:, -1]]
 
 
 def beginnings(n, seed):
-    """The first one to three words of n sentences, padded in front by the end of the last."""
+    """Prompts: three ends, then the first one to three words of n other sentences."""
     rng = random.Random(seed + 1000)
-    starts = [sentence(rng)[: rng.randint(1, 3)] for _ in range(n)]
-    return [torch.tensor([0] * CONTEXT + [WORDS.index(word) for word in start]) for start in starts]
-
-
-def differing(texts):
-    """Share of places in which two of the texts differ, mean over all pairs; 0 for one text."""
-    pairs = list(combinations(texts, 2))
-    return sum(
-        sum(a != b for a, b in zip_longest(x, y)) / max(len(x), len(y)) for x, y in pairs
-    ) / max(1, len(pairs))
+    return [torch.tensor([0, 0, 0, *sentence(rng)[: rng.randint(1, 3)]]) for _ in range(n)]
 
 
 def figures(log_probs, prompts, width, **options):
-    """Of the best hypothesis: log p, length, grammar; of all `width`: variety. Means."""
-    totals = dict.fromkeys(("log_prob", "length", "differing", "first_words", "grammatical"), 0.0)
+    """Means over the prompts: of the best sentence, of the steps, and of all sentences found."""
+    totals = dict.fromkeys(("log_prob", "length", "steps", "texts", "first_words"), 0.0)
     for prompt in prompts:
-        found = beam_search(log_probs, prompt, width, longest=12, eos=0, **options)
+        steps = []
+
+        def counted(tokens, steps=steps):
+            steps.append(len(tokens))
+            return log_probs(tokens)
+
+        found = beam_search(counted, prompt, width, longest=12, eos=0, **options)
         _, log_p, words = found[0]
-        text = " ".join(WORDS[i] for i in [*prompt[CONTEXT:].tolist(), *words] if i)
-        for name, value in {
-            "log_prob": log_p, "length": len(words), "differing": differing([h[2] for h in found]),
-            "first_words": len({h[2][0] for h in found}),
-            "grammatical": GRAMMAR.fullmatch(text) is not None,
-        }.items():  # fmt: skip
+        row = (log_p, len(words), len(steps), len({tuple(words) for *_, words in found}),
+               len({words[0] for *_, words in found}))  # fmt: skip
+        for name, value in zip(totals, row, strict=True):
             totals[name] += value / len(prompts)
     return totals
 
 
 def show_widths(log_dir, log_probs, prompts, widths):
-    rows = {}
-    for number, alpha in ((3, 0.0), (4, 2.0)):
-        print(f"{number}. beam width, alpha = {alpha:g}: log p, words, differing, first, grammar")
+    print(
+        f"3. How wide? The rest of {len(prompts)} sentences, by a model of a small language (means)"
+    )
+    print('   alpha   width   log p   words   steps (of 12)   best rest of "the ..."')
+    the, rows = torch.tensor([0, 0, 0, WORDS.index("the")]), {}
+    for alpha in (0.0, 2.0):
         with SummaryWriter(log_dir / "width" / f"alpha_{alpha:g}", purge_step=0) as writer:
             for width in widths:
                 row = rows[alpha, width] = figures(log_probs, prompts, width, alpha=alpha)
-                for name, value in row.items():
-                    writer.add_scalar(f"beam/{name}", value, width)
-                print(f"   width {width:3}   {'   '.join(f'{v:7.3f}' for v in row.values())}")
+                words = beam_search(log_probs, the, width, 12, eos=0, alpha=alpha)[0][2]
+                text = " ".join(WORDS[i] for i in words)
+                print(f"   {alpha:5.1f}   {width:5}   {row['log_prob']:5.2f}   "
+                      f"{row['length']:5.2f}   {row['steps']:13.2f}   {text}")  # fmt: skip
+                for name in ("log_prob", "length", "steps"):
+                    writer.add_scalar(f"beam/{name}", row[name], width)
+    last = widths[-1]
+    narrow, wide, mended = rows[0.0, 1], rows[0.0, last], rows[2.0, last]
+    print(f"   -> width 1: log p {narrow['log_prob']:.2f}, {narrow['length']:.1f} words; "
+          f"width {last}: {wide['log_prob']:.2f}, {wide['length']:.1f} words "
+          f"({mended['length']:.1f} with alpha = 2)")  # fmt: skip
     return rows
 
 
-def show_diverse(log_dir, log_probs, prompts, width=8, groups=8):
-    print(f"5. width {width} in {groups} groups, by lambda: log p, first words")
-    rows = {"one group": figures(log_probs, prompts, width)}
+# --- 4. several different sentences ------------------------------------------------------------
+
+
+def show_diverse(log_dir, log_probs, prompts, width=8):
+    print(
+        f"4. How different are {width} sentences? One group of {width} beams, {width} groups of one"
+    )
+    print(
+        '   groups   lambda   different sentences   first words   log p of best   first after "the"'
+    )
+    the, rows = torch.tensor([0, 0, 0, WORDS.index("the")]), {}
     with SummaryWriter(log_dir / "diverse", purge_step=0) as writer:
-        for strength in (0.0, 0.5, 1.0, 2.0):
-            row = figures(log_probs, prompts, width, groups=groups, diversity=strength)
-            rows[strength] = row
-            for name in ("first_words", "log_prob"):
-                writer.add_scalar(f"beam/{name}", row[name], round(10 * strength))
-    for name, row in rows.items():
-        print(f"   {name!s:<9}   {row['log_prob']:.3f}   {row['first_words']:.3f}")
+        for groups, strength in ((1, 0.0), (width, 0.0), (width, 0.5), (width, 1.0), (width, 2.0)):
+            options = {"groups": groups, "diversity": strength}
+            row = rows[groups, strength] = figures(log_probs, prompts, width, **options)
+            found = beam_search(log_probs, the, width, 12, eos=0, **options)
+            first = " ".join(dict.fromkeys(WORDS[words[0]] for *_, words in found))
+            print(f"   {groups:6}   {strength:6.1f}   {row['texts']:19.2f}   "
+                  f"{row['first_words']:11.2f}   {row['log_prob']:13.2f}   {first}")  # fmt: skip
+            if groups > 1:
+                for name in ("first_words", "texts", "log_prob"):
+                    writer.add_scalar(f"beam/{name}", row[name], round(10 * strength))
+    beam, diverse = rows[1, 0.0], rows[width, 2.0]
+    print(f"   -> first words: one group {beam['first_words']:.1f}, groups with lambda = 2 "
+          f"{diverse['first_words']:.1f}; different sentences: {beam['texts']:.1f} and "
+          f"{diverse['texts']:.1f}")  # fmt: skip
     return rows
 
 
-def main(seed=0, log_dir=LOG_DIR, languages=40, sentences=3000, epochs=8, prompts=40,
-         widths=(1, 2, 4, 8, 16, 32)):  # fmt: skip
-    measured = {"trap": show_trap(), "right": show_exact(languages)}
-    model, starts = train_model(seed, sentences, epochs), beginnings(prompts, seed)
-
-    def log_probs(tokens):
-        return model(tokens[:, -CONTEXT:]).log_softmax(1)
-
+def main(seed=0, log_dir=LOG_DIR, sentences=3000, prompts=40, widths=(1, 2, 4, 8, 32)):
+    measured = {"trap": show_everyday(), "empty": show_empty()}
+    log_probs, starts = count_model(seed, sentences), beginnings(prompts, seed)
     measured["widths"] = show_widths(log_dir, log_probs, starts, widths)
     measured["diverse"] = show_diverse(log_dir, log_probs, starts)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return measured
 
 
@@ -374,5 +348,4 @@ def guard(main, *flags):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # networks this small are slower on two
     guard(main)
