@@ -5,8 +5,8 @@ small linear layers, with a nonlinearity between them, put behind or beside one 
 gives 0 at the start, so that the network starts as it was. Without such a method each task needs
 its own copy of all weights. An adapter has a price: it stays there and takes time at every call.
 
-    A(h) = U f(D h + c) + e      h  d numbers     r  the adapter's width, small     D (r, d), c (r,)
-    serial    y + A(y)           U (d, r), e (d,)     f  a nonlinearity, here GELU
+    A(h) = U f(D h + c) + e      h  d numbers     r  the adapter's width, small     f  here GELU
+    serial    y + A(y)           D (r, d), c (r,), U (d, r), e (d,)  what it learns
     parallel  y + A(x)           x, y  input and output of the layer that is adapted
     gated     y + tanh(g) A(y)   g  a number that starts at 0; in the other two U = e = 0 at first
 
