@@ -17,8 +17,8 @@ P tokens put before the input. Here all of them also learn a new last layer, the
 Needs          peft/lora_principle.py, model_architecture/attention_mechanism.py
 Checked here   equal to the layer at the start; what can be merged; accuracy on a second task with
                at most 384 and at most 1152 numbers for each method, at two learning rates; time
-TensorBoard    val/accuracy by step in lr_0.03/serial_384, lr_0.03/lora_384, ..., lr_0.03/head and in
-               lr_0.003/...; gate/tanh by step in .../gated_384: the gate leaves 0
+TensorBoard    val/accuracy by step in lr_0.03/serial_384, lr_0.03/lora_384, ..., lr_0.03/head, and
+               in lr_0.003/...; gate/tanh by step in .../gated_384: the gate leaves 0
 Try            in Adapter.__init__, write nn.Identity() for nn.GELU(): what does table 3 say?
 Answer         The adapter's difference falls to rounding: without a nonlinearity it can be merged
 Source         Houlsby et al. 2019, arXiv:1902.00751, section 2.1; He et al. 2022, arXiv:2110.04366,
