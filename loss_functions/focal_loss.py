@@ -1,35 +1,38 @@
-"""Focal loss takes the many easy negatives out of the loss; that is not yet a better ranking.
+"""Focal loss with gamma = 2 ranks a rare class better than cross-entropy after 20 positives and
+right labels, and worse where every tenth label is a yes by mistake.
 
-    p_t = p if y = 1 else 1 - p            probability of the true answer; p = sigmoid(x)
-    FL  = -a_t (1 - p_t)^g log p_t         g = 0 is cross-entropy
-    dFL/dx = (2 y - 1) a_t (1 - p_t)^g (g p_t log p_t + p_t - 1)
+In detection one object stands against a hundred or more pieces of background, the easy negatives.
+Each has a small loss, but together they have much of it. Focal loss multiplies the loss of an
+example by a factor that is near 0 where the network is sure and right. The price: its p is no
+longer a probability (section 6 corrects it). If only too few positives are found, no other loss is
+needed: say yes from a lower p on (section 4).
 
-At p_t = 0.99 the factor (1 - p_t)^2 is 1e-4: ten thousand such negatives keep the loss of one. But
-a network trained by FL is less sure of them, until they hold about as large a share of its loss as
-of cross-entropy's. a_t is a for positives and 1 - a for negatives. For several classes p_t is the
-softmax probability of the label. What is gained must be measured by average precision (area under
-precision over recall), which a classifier that says "no" to all fails.
+    p_t    = p for y = 1, 1 - p for y = 0        a_t = alpha for y = 1, 1 - alpha for y = 0
+    FL     = -a_t (1 - p_t)^gamma log p_t        cross-entropy for gamma = 0 and a_t = 1
+    dFL/dx = (2 y - 1) a_t (1 - p_t)^gamma (gamma p_t log p_t + p_t - 1)
 
-The price: FL is not a proper loss. If a share s of the examples at one point is positive, the best
-p there is s for cross-entropy, but nearer to 1/2 for g > 0: probabilities must be recalibrated.
+    x  the logit, the raw output    p = 1 / (1 + exp(-x))    y  the target, 1 (yes) or 0 (no)
+    p_t    how sure the network is of the right answer       log  natural
+    gamma  0 or more: how much less easy examples count      alpha  the weight of a yes, 0 to 1
 
-Checked here   FL = torchvision.ops.sigmoid_focal_loss; several classes against a loop; g = 0; the
-               gradient; the best p by descent; at 1 : 100: share of the loss of easy negatives,
-               average precision, recall, mean p, of cross-entropy, class weights and focal loss
-TensorBoard    focal/factor, focal/gradient by p_t in per cent in the runs gamma_0 … gamma_5;
-               loss/easy_negatives and val/average_precision by step, and a PR curve, in imbalance/…
-Try            a = 0.25 for a rare class: is it raised? No: its loss is a third of that with 0.75
-Source         Lin et al. 2017, arXiv:1708.02002, eq. 4-5, section 3.3, appendix B
+With K classes p_t is the softmax probability of the right class, and alpha has a weight for each.
+
+Needs          nn_loss.py, nn_optim.py
+Checked here   plain = complete = torchvision.ops.sigmoid_focal_loss = the softmax form with 2
+               classes; the gradient; what alpha and gamma do; when gamma helps; p corrected
+TensorBoard    focal/factor and focal/gradient by 100 p_t in the runs gamma_0, gamma_0.5 ...;
+               PR CURVES: precision by recall in the runs imbalance/...
+Try            in RIVALS, write 0.75 for 0.25: what happens to the row gamma_2_alpha in section 4?
+Answer         both recalls rise; average precision changes by less than 0.1, up or down
+Source         Lin et al. 2017, arXiv:1708.02002, eq. 4, 5, section 3.3, appendix B
 """
 
 import argparse
-import copy
 import math
 import os
 import signal
 import sys
 import threading
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -39,56 +42,104 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.ops import sigmoid_focal_loss as torchvision_loss
 from tqdm import tqdm
 
 LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / "loss_functions" / "focal_loss"
 F64 = torch.float64
-REDUCE = {"none": lambda loss: loss, "mean": torch.mean, "sum": torch.sum}
 
 
-# --- the loss ----------------------------------------------------------------------------------
+# --- 1. in everyday code -----------------------------------------------------------------------
 
 
-def above_zero(x):
-    """x >= 0, kept from 0, where the gradient of x ** gamma is infinite for gamma < 1."""
-    return x.clamp(min=torch.finfo(x.dtype).tiny)
+def focal_plain(logits, targets, alpha=0.25, gamma=2.0):
+    """Losses of logits and targets (1.0 or 0.0) of one shape: four lines to carry away."""
+    ce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")  # -log p_t
+    p_t = torch.exp(-ce)
+    a_t = alpha * targets + (1 - alpha) * (1 - targets)
+    return a_t * (1 - p_t) ** gamma * ce
 
 
-def sigmoid_focal_loss(logits, targets, alpha=None, gamma=2.0, reduction="none"):
-    """FL of logits and targets in [0, 1] of any one shape; alpha weighs the positives.
+def show_everyday():
+    p = torch.tensor([0.9, 0.1, 0.9, 0.1])
+    logits, targets = p.logit(), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    ce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    ours = focal_plain(logits, targets, alpha=0.25, gamma=2.0)
+    theirs = torchvision_loss(
+        logits, targets, alpha=0.25, gamma=2.0
+    )  # in training: reduction="mean"
 
-    FL = a_t (1 - p_t)^gamma CE, where p = sigmoid(logits), 1 - p_t = (1 - p) t + p (1 - t), and a_t
-    is alpha for t = 1 and 1 - alpha for t = 0 (1 without alpha). CE by F's
-    binary_cross_entropy_with_logits; 1 - p_t through above_zero; reduction by REDUCE. ValueError
-    "logits (shape) and targets (shape) must agree". Exercise.
+    print("1. In everyday code: which of 4 examples has how much loss? alpha 0.25, gamma 2")
+    print("   p     target   cross-entropy   focal_plain   torchvision   by head")
+    heads = ("0.25 * 0.1^2 * 0.1054", "0.25 * 0.9^2 * 2.3026",
+             "0.75 * 0.9^2 * 2.3026", "0.75 * 0.1^2 * 0.1054")  # fmt: skip
+    for row in zip(p, targets, ce, ours, theirs, heads, strict=True):
+        print("   {:.1f}   {:6.0f}   {:13.4f}   {:11.4f}   {:11.4f}   {}".format(*row))
+    times = [(loss[1] / loss[0]).item() for loss in (ce, ours)]
+    print(f"   -> a yes with p = 0.1 has {times[0]:.0f} times the cross-entropy of a yes with "
+          f"p = 0.9, and {times[1]:,.0f} times its focal loss")  # fmt: skip
+    return ours, theirs
+
+
+# --- 2. the complete losses --------------------------------------------------------------------
+
+
+def sigmoid_focal_loss(logits, targets, alpha=None, gamma=2.0):
+    """FL of each logit and target in [0, 1], two tensors of one shape; alpha weighs the positives.
+
+    FL = a_t (1 - p_t)^gamma CE, where p = sigmoid(logits), 1 - p_t = (1 - p) t + p (1 - t), and
+    a_t = alpha t + (1 - alpha) (1 - t), or 1 without alpha. CE is F's
+    binary_cross_entropy_with_logits, 1 - p is sigmoid(-logits). For gamma < 1 the slope of
+    x^gamma is infinite at 0: clamp 1 - p_t to at least torch.finfo(dtype).tiny.
+    ValueError "logits (shape) and targets (shape) must agree" for other shapes. Exercise.
     """
     if logits.shape != targets.shape:
         raise ValueError(f"logits {(*logits.shape,)} and targets {(*targets.shape,)} must agree")
-    targets = targets.to(logits.dtype)
-    wrong = (-logits).sigmoid() * targets + logits.sigmoid() * (1 - targets)  # 1 - p_t
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    loss = above_zero(wrong) ** gamma * cross_entropy
-    if alpha is not None:
-        loss = (alpha * targets + (1 - alpha) * (1 - targets)) * loss
-    return REDUCE[reduction](loss)
+    t = targets.to(logits.dtype)
+    wrong = (-logits).sigmoid() * t + logits.sigmoid() * (1 - t)  # 1 - p_t
+    ce = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
+    loss = wrong.clamp(min=torch.finfo(wrong.dtype).tiny) ** gamma * ce
+    return loss if alpha is None else (alpha * t + (1 - alpha) * (1 - t)) * loss
 
 
-def softmax_focal_loss(logits, labels, alpha=None, gamma=2.0, reduction="mean"):
-    """FL of logits (B, C) and labels (B,); alpha (C,) weighs the classes.
+def softmax_focal_loss(logits, labels, alpha=None, gamma=2.0):
+    """FL (B,) of logits (B, K) and labels (B,); alpha (K,) weighs the classes.
 
-    -alpha[label] (1 - p_t)^gamma log p_t, with 1 - p_t = -expm1(log p_t) through above_zero. "mean"
-    divides by B; F.cross_entropy with weights divides by their sum. ValueError "logits (B, C) and
-    labels (B,), not …" for other shapes. Exercise.
+    -alpha[label] (1 - p_t)^gamma log p_t, where 1 - p_t = -expm1(log p_t) is clamped as above.
+    ValueError "logits (B, K) and labels (B,), not ..." for other shapes. Exercise.
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits (B, C) and labels (B,), not {(*logits.shape,)}, {(*labels.shape,)}"
-        )
+        shapes = f"{(*logits.shape,)}, {(*labels.shape,)}"
+        raise ValueError(f"logits (B, K) and labels (B,), not {shapes}")
     log_p_t = logits.log_softmax(1).gather(1, labels[:, None]).squeeze(1)  # (B,)
-    loss = -(above_zero(-log_p_t.expm1()) ** gamma) * log_p_t
-    if alpha is not None:
-        loss = alpha[labels] * loss
-    return REDUCE[reduction](loss)
+    wrong = -log_p_t.expm1()  # 1 - exp(log_p_t), with all its digits
+    loss = -(wrong.clamp(min=torch.finfo(wrong.dtype).tiny) ** gamma) * log_p_t
+    return loss if alpha is None else alpha[labels] * loss
+
+
+def show_complete():
+    print("2. Are they the same loss? Mean of 50 random examples with logits x, by four ways")
+    print("   alpha   gamma   plain      complete   softmax of (0, x)   torchvision")
+    x, y = (3 * torch.randn(50, dtype=F64)).requires_grad_(), torch.randint(2, (50,)).to(F64)
+    off = 0.0
+    for alpha, gamma in ((0.25, 2.0), (0.8, 0.5), (0.6, 3.7)):
+        two = torch.stack([torch.zeros_like(x), x], dim=1)  # logits of the classes no and yes
+        weights = torch.tensor([1 - alpha, alpha], dtype=F64)
+        ways = [focal_plain(x, y, alpha, gamma), sigmoid_focal_loss(x, y, alpha, gamma),
+                softmax_focal_loss(two, y.long(), weights, gamma),
+                torchvision_loss(x, y, alpha, gamma)]  # fmt: skip
+        slopes = [torch.autograd.grad(w.sum(), x, retain_graph=True)[0] for w in ways]
+        for way, slope in zip(ways, slopes, strict=True):
+            off = max(off, (way - ways[-1]).abs().max().item(),
+                      (slope - slopes[-1]).abs().max().item())  # fmt: skip
+        print("   {:<5}   {:<5}   {:.6f}   {:.6f}   {:<17.6f}   {:.6f}".format(
+            alpha, gamma, *(way.mean().item() for way in ways)))  # fmt: skip
+    assert off < 1e-12
+    print(f"   -> one way minus another, losses and gradients, largest: {off:.0e}")
+    return off
+
+
+# --- 3. what gamma does to one example ---------------------------------------------------------
 
 
 def focal_gradient(p_t, gamma):
@@ -99,207 +150,186 @@ def focal_gradient(p_t, gamma):
     return (1 - p_t) ** gamma * (gamma * p_t * p_t.log() + p_t - 1)
 
 
-# --- measures ----------------------------------------------------------------------------------
+def show_gamma(log_dir):
+    print("3. What does gamma do to an easy (p_t = 0.99) and to a hard (p_t = 0.1) example?")
+    print("           (1 - p_t)^gamma    size of dFL/dx     1,000 easy ones pull as")
+    print("   gamma   easy      hard     easy      hard     hard as so many hard ones")
+    p_t, ratios = torch.linspace(0.01, 0.99, 99, dtype=F64), {}
+    for gamma in (0.0, 0.5, 1.0, 2.0, 5.0):
+        x = p_t.logit().requires_grad_()
+        loss = sigmoid_focal_loss(x, torch.ones_like(x), gamma=gamma)
+        (slope,) = torch.autograd.grad(loss.sum(), x)
+        torch.testing.assert_close(slope, focal_gradient(p_t, gamma))
+        factor, pull = (1 - p_t) ** gamma, slope.abs()
+        with SummaryWriter(log_dir / f"gamma_{gamma:g}", purge_step=0) as writer:
+            for i in range(99):
+                writer.add_scalar("focal/factor", factor[i], i + 1)
+                writer.add_scalar("focal/gradient", pull[i], i + 1)
+        ratios[gamma] = (1000 * pull[98] / pull[9]).item()
+        print(f"   {gamma:<5}   {factor[98]:.1e}   {factor[9]:.3f}    {pull[98]:.1e}   "
+              f"{pull[9]:.3f}    {ratios[gamma]:.4f}")  # fmt: skip
+    less = ", ".join(f"{gamma:g}" for gamma, ratio in ratios.items() if ratio < 1)
+    print(f"   -> 1,000 easy examples pull less than one hard one for gamma = {less}")
+    return ratios
+
+
+# --- 4. what alpha and gamma do to a network ---------------------------------------------------
+
+RIVALS = {  # run: alpha, gamma
+    "cross_entropy": (None, 0.0),
+    "alpha_0.99": (0.99, 0.0),  # trains as BCEWithLogitsLoss(pos_weight=99) does
+    "gamma_2": (None, 2.0),
+    "gamma_2_alpha": (0.25, 2.0),
+}
+
+
+def rare_class(seed, n, n_val, wrong=0.0):
+    """Two pairs (points (n, 8), targets (n,)) for training and validation; one in 100 is positive.
+
+    In training a share `wrong` of all points are negatives whose target is 1 by mistake.
+    """
+    torch.manual_seed(seed)
+    centres, step = 2 * torch.randn(5, 8), 4 * F.normalize(torch.randn(8), dim=0)
+    sets = []
+    for size, share in ((n, wrong), (n_val, 0.0)):
+        place = torch.arange(size) % 100
+        x = centres[torch.randint(5, (size,))] + torch.randn(size, 8)
+        sets.append((x + step * (place == 0)[:, None], (place <= 100 * share).float()))
+    return sets
 
 
 def average_precision(scores, targets):
     """Mean, over the positives, of the precision among the examples scored no lower than they.
 
-    scores (N,), targets (N,) of 0 and 1: a float. Examples of equal score are counted together. It
-    is the area under the step curve of precision over recall. Exercise.
+    scores (N,), targets (N,) of 0 and 1: a float. Precision is the share of positives; examples of
+    equal score are counted together. ValueError "no positive target" without any. Exercise.
     """
+    if not targets.any():
+        raise ValueError("no positive target")
     scores, order = scores.sort(descending=True)
     hits = targets[order].double().cumsum(0)
-    last = torch.cat([scores[1:] != scores[:-1], scores.new_ones(1) > 0])  # ties end here
+    last = torch.cat([scores[1:] != scores[:-1], torch.tensor([True])])  # equal scores end here
     precision = hits[last] / (last.nonzero().squeeze(1) + 1)
     found = torch.diff(hits[last], prepend=hits.new_zeros(1))
     return ((found * precision).sum() / hits[-1]).item()
 
 
 def easy_negative_share(loss, p, targets):
-    """Share of the summed loss (N,) that negatives (target 0) with p < 0.1 hold: a float.
-
-    Exercise.
-    """
+    """Share of the summed loss (N,) that negatives (target 0) with p < 0.1 hold. Exercise."""
     return (loss[(targets == 0) & (p < 0.1)].sum() / loss.sum()).item()
 
 
-# --- the sections ------------------------------------------------------------------------------
-
-
-def show_twins():
-    from torchvision.ops import sigmoid_focal_loss as torchvision_loss  # slow to import
-
-    print("1. ours and torchvision's, gamma = 0 and cross-entropy: largest differences")
-    x = (3 * torch.randn(50, dtype=F64)).requires_grad_()
-    y = torch.randint(2, (50,)).to(F64)
-    for alpha, gamma in ((0.25, 2.0), (0.8, 0.5), (0.6, 3.7)):
-        pairs = [f(x, y, alpha=alpha, gamma=gamma) for f in (sigmoid_focal_loss, torchvision_loss)]
-        grads = [torch.autograd.grad(loss.sum(), x)[0] for loss in pairs]
-        torch.testing.assert_close(*pairs, rtol=0, atol=1e-12)
-        torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
-        off, off_grad = ((a - b).abs().max().item() for a, b in (pairs, grads))
-        print(f"   alpha {alpha:<4}  gamma {gamma}   loss {off:.0e}   gradient {off_grad:.0e}")
-    logits, labels = torch.randn(9, 4, dtype=F64), torch.randint(4, (9,))
-    ours, theirs = softmax_focal_loss(logits, labels, gamma=0), F.cross_entropy(logits, labels)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    print(f"   4 classes   gamma 0.0   loss {(ours - theirs).abs().item():.0e}")
-
-
-def show_factor(log_dir):
-    print("2. factor (1 - p_t)^gamma, |gradient|, of an easy (p_t = 0.99) and a hard (0.1) example")
-    p_t = torch.linspace(0.01, 0.99, 99, dtype=F64)
-    ratios = {}
-    for gamma in (0.0, 0.5, 1.0, 2.0, 5.0):
-        x = p_t.logit().requires_grad_()
-        loss = sigmoid_focal_loss(x, torch.ones_like(x), gamma=gamma)
-        (grad,) = torch.autograd.grad(loss.sum(), x)
-        torch.testing.assert_close(grad, focal_gradient(p_t, gamma))
-        factor = (1 - p_t) ** gamma
-        with SummaryWriter(log_dir / f"gamma_{gamma:g}", purge_step=0) as writer:
-            for percent in range(1, 100):
-                writer.add_scalar("focal/factor", factor[percent - 1], percent)
-                writer.add_scalar("focal/gradient", grad[percent - 1].abs(), percent)
-        ratios[gamma] = (1000 * grad[98] / grad[9]).item()
-        print(f"   gamma {gamma}   factor {factor[98]:.0e} {factor[9]:.3f}   "
-              f"gradient {grad[98].abs():.0e} {grad[9].abs():.3f}   "
-              f"1,000 easy to 1 hard {ratios[gamma]:.4f}")  # fmt: skip
-    return ratios
-
-
-def best_probability(share, gamma, steps=30):
-    """The p that minimises share FL(p, 1) + (1 - share) FL(p, 0), by Newton's method on x."""
-    x = torch.tensor(0.0, dtype=F64)
-
-    def risk(x):
-        positive, negative = (
-            sigmoid_focal_loss(x, torch.full_like(x, y), gamma=gamma) for y in (1.0, 0.0)
-        )
-        return share * positive + (1 - share) * negative
-
-    slope = torch.func.grad(risk)
-    for _ in range(steps):
-        x = x - (slope(x) / torch.func.grad(slope)(x).abs()).clamp(-0.5, 0.5)
-    return x.sigmoid().item()
-
-
-def show_improper():
-    print("3. best p where a share of 0.01 is positive, and where 0.5 is")
-    best = {}
-    for gamma in (0.0, 1.0, 2.0, 5.0):
-        best[gamma] = [best_probability(share, gamma) for share in (0.01, 0.5)]
-        print(f"   gamma {gamma}   {best[gamma][0]:.4f}   {best[gamma][1]:.4f}")
-    return best
-
-
-def rare_class(n, centres, direction, share=0.01):
-    """Points x (n, D), targets y (n,): one in 100 is positive, and lies further by `direction`."""
-    y = (torch.rand(n) < share).float()
-    clusters = torch.randint(len(centres), (n,))
-    return centres[clusters] + y[:, None] * direction + torch.randn(n, centres.size(1)), y
-
-
-LOSSES = {
-    "cross_entropy": partial(F.binary_cross_entropy_with_logits, reduction="none"),
-    "class_weights": partial(
-        F.binary_cross_entropy_with_logits, pos_weight=torch.tensor(99.0), reduction="none"
-    ),
-    "focal": partial(sigmoid_focal_loss, gamma=2.0),
-    "focal_alpha": partial(sigmoid_focal_loss, alpha=0.25, gamma=2.0),
-}
-
-
-def detector(D, width=64, prior=0.01):
-    """(B, D) -> (B, 1); its first answer is `prior` for every x: b = -log((1 - prior) / prior)."""
-    model = nn.Sequential(
-        nn.Linear(D, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
-    )
+def fit(seed, train, x_val, alpha, gamma, epochs, prior=0.01):
+    """Logits on x_val after training; at the start p is `prior` for every x, as rare as a yes."""
+    torch.manual_seed(seed)  # the same start and the same batches for every loss
+    x, y = train
+    model = nn.Sequential(nn.Linear(x.size(1), 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
+                          nn.Linear(64, 1))  # fmt: skip
     nn.init.zeros_(model[-1].weight)
     nn.init.constant_(model[-1].bias, -math.log((1 - prior) / prior))
-    return model
-
-
-def fit(model, loss_of, train, val, epochs, writer):
-    """Adam on the mean of loss_of; what it comes to on the validation points."""
-    (x, y), (x_val, y_val) = train, val
-
-    def report():
-        figures = measure(model, loss_of, x_val, y_val)
-        writer.add_scalar("loss/easy_negatives", figures["easy"], step)
-        writer.add_scalar("val/average_precision", figures["AP"], step)
-        return figures
-
-    optimizer, step = torch.optim.Adam(model.parameters(), lr=2e-3), 0
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(epochs):
-        for i in torch.randperm(len(x)).split(256):
-            if step % 40 == 0:
-                report()
-            loss = loss_of(model(x[i]).squeeze(1), y[i]).mean()
+        for i in torch.randperm(len(x)).split(500):
+            loss = sigmoid_focal_loss(model(x[i]).squeeze(1), y[i], alpha, gamma).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            step += 1
-    return report()
+    with torch.no_grad():
+        return model(x_val).squeeze(1).double()  # in float32 a p of 1 - 1e-8 would be 1
 
 
-@torch.no_grad()
-def measure(model, loss_of, x, y):
-    logits = model(x).squeeze(1)
-    p = logits.sigmoid()
-    return {
-        "AP": average_precision(p, y),
-        "recall": (p[y == 1] > 0.5).double().mean().item(),
-        "easy": easy_negative_share(loss_of(logits, y), p, y),
-        "mean_p": p.mean().item(),
-    }
-
-
-def show_imbalance(seed, log_dir, n, epochs):
-    print(f"4. an MLP on {n:,} points, one in 100 positive; on as many others")
-    print("   easy negatives: their share of the loss, at cross-entropy's answers and at its own")
-    torch.manual_seed(seed)
-    centres, direction = 2 * torch.randn(5, 8), F.normalize(torch.randn(8), dim=0) * 2.5
-    train, val = (rare_class(n, centres, direction) for _ in range(2))
-    start, rows = detector(8), {}
-    for name, loss_of in tqdm(LOSSES.items(), leave=False, disable=None):
-        torch.manual_seed(seed)  # the same batches for all
-        model = copy.deepcopy(start)
+def show_networks(seed, log_dir, n, epochs):
+    print(f"4. What do alpha and gamma do to a network? {n:,} points, one in 100 positive;")
+    print("   judged on as many others. Average precision: is the ranking good? 1 is best.")
+    print("   Recall: share of the positives found. Easy negatives: p < 0.1 by the first network")
+    print("   trained by      average     recall, if yes      share of the loss that")
+    print("                   precision   is p > 0.5    0.1   the easy negatives have")
+    train, (x, y) = rare_class(seed, n, n)
+    rows, first = {}, None
+    for name, (alpha, gamma) in RIVALS.items():
+        z = fit(seed, train, x, alpha, gamma, epochs)
+        first, p = z if first is None else first, z.sigmoid()
+        easy = easy_negative_share(sigmoid_focal_loss(first, y, alpha, gamma), first.sigmoid(), y)
+        recall = [(p[y == 1] > bar).double().mean().item() for bar in (0.5, 0.1)]
+        rows[name] = {"AP": average_precision(p, y), "recall": recall, "easy": easy, "p": p}
+        print("   {:<13}   {:9.3f}   {:10.3f}  {:5.3f}   {:23.4f}".format(
+            name, rows[name]["AP"], *recall, easy))  # fmt: skip
         with SummaryWriter(log_dir / "imbalance" / name, purge_step=0) as writer:
-            row = rows[name] = fit(model, loss_of, train, val, epochs, writer)
-            with torch.no_grad():
-                logits, y = model(val[0]).squeeze(1), val[1]
-            writer.add_pr_curve("val/precision_recall", y.int(), logits.sigmoid(), 0)
-        if name == "cross_entropy":  # its network says, for all, which negatives are easy
-            plain, p = logits, logits.sigmoid()
-        row["easy_before"] = easy_negative_share(loss_of(plain, y), p, y)  # at its answers
-        row["easy_after"] = easy_negative_share(loss_of(logits, y), p, y)  # trained by this loss
-        tqdm.write(f"   {name:<13}   average precision {row['AP']:.3f}   "
-                   f"recall {row['recall']:.3f}   easy negatives {row['easy_before']:.4f} "
-                   f"{row['easy_after']:.3f}   mean p {row['mean_p']:.3f}")  # fmt: skip
-    print(f"   a guess         average precision {val[1].mean():.3f}")
-    return rows
+            writer.add_pr_curve("val/precision_recall", y.int(), p, 0)
+    print(f"   (always 0.01)   {average_precision(0.01 + 0 * y, y):9.3f}   {0:10.3f}  {0:5.3f}")
+    aps, (half, tenth) = [row["AP"] for row in rows.values()], rows["cross_entropy"]["recall"]
+    print(f"   -> the average precisions differ by {max(aps) - min(aps):.3f} at most")
+    print(f"   -> cross-entropy finds {half:.3f} with p > 0.5, but {tenth:.3f} with p > 0.1")
+    return rows, y
 
 
-def show_prior(n=10_000):
-    print("5. first loss of a detector at 1 : 100: mean cross-entropy")
-    y, losses = (torch.arange(n) % 100 == 0).float(), {}
-    for prior in (0.5, 0.01):
-        logits = detector(8, prior=prior)(torch.randn(n, 8)).squeeze(1).detach()
-        losses[prior] = F.binary_cross_entropy_with_logits(logits, y).item()
-        theory = -(0.01 * math.log(prior) + 0.99 * math.log(1 - prior))
-        print(f"   prior {prior:<4}   measured {losses[prior]:.4f}   theory {theory:.4f}")
-    return losses
+# --- 5. when gamma helps -----------------------------------------------------------------------
 
 
-def main(seed=0, log_dir=LOG_DIR, n=20_000, epochs=6):
+def show_when(seed, n, epochs, sets):
+    print(f"5. When does gamma help? Average precision, means over {sets} data sets, no alpha")
+    print("   training points   wrong labels   gamma 0   gamma 2   difference, its standard error")
+    gains = {}
+    for points, wrong in ((n // 5, 0.0), (n, 0.0), (n, 0.1)):
+        ap = torch.zeros(sets, 2)
+        for k in tqdm(range(sets), leave=False, disable=None):
+            train, (x, y) = rare_class(1000 * seed + k, points, n, wrong)
+            for i, gamma in enumerate((0.0, 2.0)):  # as many steps for few points as for many
+                ap[k, i] = average_precision(fit(k, train, x, None, gamma, epochs * n // points), y)
+        gain = ap[:, 1] - ap[:, 0]
+        gains[points, wrong] = gain.mean().item()
+        print("   {:<15,}   {:<12.0%}   {:7.3f}   {:7.3f}   {:+.3f} +- {:.3f}".format(
+            points, wrong, *ap.mean(0), gain.mean(), gain.std() / math.sqrt(sets)))  # fmt: skip
+    better = [f"{points:,} points, {wrong:.0%} wrong" for (points, wrong), gain in gains.items()
+              if gain > 0]  # fmt: skip
+    print(f"   -> gamma = 2 is better with {'; '.join(better) or 'none'}")
+    return gains
+
+
+# --- 6. what the probabilities are -------------------------------------------------------------
+
+
+def true_share(p, alpha, gamma):
+    """The share of positives at which p is the best answer, so that p can be corrected.
+
+    There the slopes cancel: share * alpha * g(p) = (1 - share) * (1 - alpha) * g(1 - p), g by
+    focal_gradient. Return the share; alpha None is 0.5. Exercise.
+    """
+    alpha = 0.5 if alpha is None else alpha
+    up, down = alpha * focal_gradient(p, gamma), (1 - alpha) * focal_gradient(1 - p, gamma)
+    return down / (up + down)
+
+
+def show_probabilities(rows, y):
+    print("6. Is p a probability? The p of the least mean loss, where a share is positive")
+    print("   gamma   share 0.01   share 0.1   share 0.5   the first corrected")
+    p, best = torch.arange(1, 10_000, dtype=F64) / 10_000, {}
+    for gamma in (0.0, 1.0, 2.0, 5.0):
+        yes, no = -((1 - p) ** gamma) * p.log(), -(p**gamma) * (1 - p).log()
+        best[gamma] = [p[(s * yes + (1 - s) * no).argmin()] for s in (0.01, 0.1, 0.5)]
+        print("   {:<5}   {:10.3f}   {:9.3f}   {:9.3f}   {:19.3f}".format(
+            gamma, *best[gamma], true_share(best[gamma][0], None, gamma)))  # fmt: skip
+    print("   The networks of section 4, at the 2 % of the points with the highest p")
+    print("   trained by      mean p   mean p corrected   share of positives")
+    means = {}
+    for name, row in rows.items():
+        top = row["p"].topk(len(y) // 50).indices
+        p = row["p"][top]
+        means[name] = [v.mean().item() for v in (p, true_share(p, *RIVALS[name]), y[top])]
+        print("   {:<13}   {:6.3f}   {:16.3f}   {:18.3f}".format(name, *means[name]))
+    before, after = (max(abs(row[i] - row[2]) for row in means.values()) for i in (0, 1))
+    print(f"   -> mean p minus the share, largest: {before:.3f}, corrected: {after:.3f}")
+    return best, means
+
+
+def main(seed=0, log_dir=LOG_DIR, n=10_000, epochs=8, sets=5):
     torch.manual_seed(seed)
-    show_twins()
-    return {
-        "ratios": show_factor(log_dir),
-        "best": show_improper(),
-        "imbalance": show_imbalance(seed, log_dir, n, epochs),
-        "prior": show_prior(),
-    }
+    measured = {"everyday": show_everyday(), "off": show_complete(), "ratios": show_gamma(log_dir)}
+    rows, y = measured["networks"], measured["y"] = show_networks(seed, log_dir, n, epochs)
+    measured["gains"] = show_when(seed, n, epochs, sets)
+    measured["best"], measured["means"] = show_probabilities(rows, y)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 def guard(main, *flags):

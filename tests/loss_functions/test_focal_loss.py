@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss as torchvision_loss
 
 HALF = {torch.float16: 5e-3, torch.bfloat16: 3e-2}
+F64 = torch.float64
+SMALL = {"n": 4000, "epochs": 8, "sets": 2}
 
 
 @pytest.fixture(scope="module")
@@ -13,11 +15,22 @@ def lesson(load):
     return load("loss_functions/focal_loss.py")
 
 
+@pytest.fixture(scope="module", params=range(3))
+def measured(request, lesson, tmp_path_factory):
+    log_dir = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        lines = []
+        patch.setattr("builtins.print", lambda *words: lines.append(" ".join(map(str, words))))
+        result = lesson.main(seed=request.param, log_dir=log_dir, **SMALL)
+    return result, log_dir, "\n".join(lines)
+
+
 @pytest.mark.parametrize(("y", "p_t", "a_t"), [(1.0, 0.2, 0.3), (0.0, 0.8, 0.7)])
 def test_one_loss_by_hand(lesson, y, p_t, a_t):
     logit = torch.tensor([math.log(0.2 / 0.8)])  # p = 0.2
-    loss = lesson.sigmoid_focal_loss(logit, torch.tensor([y]), alpha=0.3, gamma=1.5)
-    assert loss.item() == pytest.approx(-a_t * (1 - p_t) ** 1.5 * math.log(p_t))
+    for loss_of in (lesson.sigmoid_focal_loss, lesson.focal_plain):
+        loss = loss_of(logit, torch.tensor([y]), alpha=0.3, gamma=1.5)
+        assert loss.item() == pytest.approx(-a_t * (1 - p_t) ** 1.5 * math.log(p_t))
 
 
 def test_several_classes_by_a_loop(lesson):
@@ -27,27 +40,33 @@ def test_several_classes_by_a_loop(lesson):
     for row, label in zip(logits, labels, strict=True):
         p_t = (row[label].exp() / row.exp().sum()).item()
         expected.append(-alpha[label].item() * (1 - p_t) ** 0.7 * math.log(p_t))
-    losses = lesson.softmax_focal_loss(logits, labels, alpha, 0.7, reduction="none")
+    losses = lesson.softmax_focal_loss(logits, labels, alpha, 0.7)
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
-    mean = lesson.softmax_focal_loss(logits, labels, alpha, 0.7)
-    assert mean.item() == pytest.approx(sum(expected) / 7, rel=1e-5)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+@pytest.mark.parametrize("dtype", [F64, torch.float32, *HALF])
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.9, 0.5), (None, 3.7), (0.4, 0.0)])
-def test_loss_and_gradient_are_torchvisions(lesson, alpha, gamma, dtype, reduction):
+def test_loss_and_gradient_are_torchvisions(lesson, alpha, gamma, dtype):
     torch.manual_seed(0)
-    x = (3 * torch.randn(5, 7, dtype=torch.float64)).to(dtype).requires_grad_()
+    x = (3 * torch.randn(5, 7, dtype=F64)).to(dtype).requires_grad_()
     y = torch.rand(5, 7).round().to(dtype)
-    ours = lesson.sigmoid_focal_loss(x, y, alpha, gamma, reduction)
+    ours = lesson.sigmoid_focal_loss(x, y, alpha, gamma)
     wide = x.detach().double().requires_grad_()  # half a digit is no reference for another
-    theirs = torchvision_loss(wide, y.double(), -1 if alpha is None else alpha, gamma, reduction)
+    theirs = torchvision_loss(wide, y.double(), -1 if alpha is None else alpha, gamma)
     assert ours.dtype == dtype
     tolerance = HALF.get(dtype, 1e-5)
     torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
     grads = [torch.autograd.grad(loss.sum(), leaf)[0] for loss, leaf in ((ours, x), (theirs, wide))]
     torch.testing.assert_close(grads[0].double(), grads[1], rtol=tolerance, atol=tolerance)
+
+
+def test_targets_between_no_and_yes_are_mixed(lesson):
+    x, t = torch.tensor([0.7], dtype=F64), 0.3
+    p = x.sigmoid().item()
+    p_t = p * t + (1 - p) * (1 - t)
+    ce = -t * math.log(p) - (1 - t) * math.log(1 - p)
+    loss = lesson.sigmoid_focal_loss(x, torch.tensor([t], dtype=F64), 0.2, 2.0)
+    assert loss.item() == pytest.approx((0.2 * t + 0.8 * (1 - t)) * (1 - p_t) ** 2 * ce)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
@@ -58,7 +77,7 @@ def test_certain_answers_have_finite_gradients(lesson, gamma):
     assert loss.tolist() == pytest.approx([0, 0, 200, 200])
     assert torch.autograd.grad(loss.sum(), x)[0].isfinite().all()
     logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]], requires_grad=True)
-    loss = lesson.softmax_focal_loss(logits, torch.tensor([0, 0]), gamma=gamma, reduction="none")
+    loss = lesson.softmax_focal_loss(logits, torch.tensor([0, 0]), gamma=gamma)
     assert loss.tolist() == pytest.approx([0, 200])
     assert torch.autograd.grad(loss.sum(), logits)[0].isfinite().all()
 
@@ -66,27 +85,39 @@ def test_certain_answers_have_finite_gradients(lesson, gamma):
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 def test_two_classes_are_one_logit(lesson, gamma):
     torch.manual_seed(0)
-    logits, labels = torch.randn(9, 2, dtype=torch.float64), torch.randint(2, (9,))
-    two = lesson.softmax_focal_loss(logits, labels, torch.tensor([0.7, 0.3]), gamma, "none")
+    logits, labels = torch.randn(9, 2, dtype=F64), torch.randint(2, (9,))
+    two = lesson.softmax_focal_loss(logits, labels, torch.tensor([0.7, 0.3]), gamma)
     one = lesson.sigmoid_focal_loss(logits[:, 1] - logits[:, 0], labels.double(), 0.3, gamma)
     torch.testing.assert_close(two, one, check_dtype=False)
     plain = lesson.softmax_focal_loss(logits, labels, gamma=0.0)
-    torch.testing.assert_close(plain, F.cross_entropy(logits, labels))
+    torch.testing.assert_close(plain, F.cross_entropy(logits, labels, reduction="none"))
 
 
-def test_the_gradient_of_a_negative_has_the_other_sign(lesson):
-    p_t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
-    x = (1 - p_t).logit().requires_grad_()
-    loss = lesson.sigmoid_focal_loss(x, torch.zeros_like(x), alpha=0.3)
-    (grad,) = torch.autograd.grad(loss.sum(), x)
-    torch.testing.assert_close(grad, -0.7 * lesson.focal_gradient(p_t, 2.0))
+def test_alpha_without_gamma_is_pos_weight(lesson):
+    torch.manual_seed(0)
+    x, y = torch.randn(20, dtype=F64), torch.randint(2, (20,)).to(F64)
+    weighted = F.binary_cross_entropy_with_logits(
+        x, y, pos_weight=torch.tensor(99.0), reduction="none"
+    )
+    torch.testing.assert_close(lesson.sigmoid_focal_loss(x, y, 0.99, 0.0), weighted / 100)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.7, 2.0])
+def test_the_gradient_of_a_negative_has_the_other_sign(lesson, gamma):
+    p_t = torch.linspace(0.05, 0.95, 19, dtype=F64)
+    for y, sign, a_t in ((1.0, 1, 0.3), (0.0, -1, 0.7)):
+        x = (p_t if y else 1 - p_t).logit().requires_grad_()
+        loss = lesson.sigmoid_focal_loss(x, torch.full_like(x, y), alpha=0.3, gamma=gamma)
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+        torch.testing.assert_close(grad, sign * a_t * lesson.focal_gradient(p_t, gamma))
 
 
 def test_shapes_that_would_broadcast_are_refused(lesson):
-    with pytest.raises(ValueError, match=r"\(4, 1\) and targets \(4,\) must agree"):
+    with pytest.raises(ValueError, match=r"logits \(4, 1\) and targets \(4,\) must agree"):
         lesson.sigmoid_focal_loss(torch.randn(4, 1), torch.zeros(4))
-    with pytest.raises(ValueError, match=r"logits \(B, C\) and labels \(B,\)"):
-        lesson.softmax_focal_loss(torch.randn(4, 3), torch.zeros(4, 1, dtype=torch.long))
+    for logits, labels in ((torch.randn(4, 3), (4, 1)), (torch.randn(4), (4,))):
+        with pytest.raises(ValueError, match=r"logits \(B, K\) and labels \(B,\), not "):
+            lesson.softmax_focal_loss(logits, torch.zeros(labels, dtype=torch.long))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -107,41 +138,137 @@ def test_average_precision_by_thresholds(lesson, seed):
     assert again == pytest.approx(area, abs=1e-6)
 
 
+def test_average_precision_needs_a_positive(lesson):
+    with pytest.raises(ValueError, match="no positive target"):
+        lesson.average_precision(torch.rand(3), torch.zeros(3))
+
+
 def test_easy_negatives_by_hand(lesson):
     loss, p = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.05, 0.05, 0.5, 0.01])
     targets = torch.tensor([0.0, 1.0, 0.0, 0.0])
     assert lesson.easy_negative_share(loss, p, targets) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.4])
+@pytest.mark.parametrize("alpha", [None, 0.25, 0.9])
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 3.0])
-def test_best_probability_is_the_least_risk_on_a_grid(lesson, share, gamma):
-    p = torch.arange(1, 10_000, dtype=torch.float64) / 10_000
-    risk = -share * (1 - p) ** gamma * p.log() - (1 - share) * p**gamma * (1 - p).log()
-    assert lesson.best_probability(share, gamma) == pytest.approx(p[risk.argmin()].item(), abs=1e-4)
+def test_the_best_p_leads_back_to_the_share(lesson, alpha, gamma):
+    p = torch.arange(1, 10_000, dtype=F64) / 10_000
+    x, a = p.logit(), 0.5 if alpha is None else alpha
+    for share in (0.05, 0.4):
+        yes, no = (lesson.sigmoid_focal_loss(x, torch.full_like(x, y), a, gamma) for y in (1.0, 0))
+        best = p[(share * yes + (1 - share) * no).argmin()]
+        assert lesson.true_share(best, alpha, gamma).item() == pytest.approx(share, abs=2e-3)
 
 
-def test_try_alpha_a_quarter_lowers_the_rare_class(lesson):
-    x, one = torch.tensor([0.3]), torch.ones(1)
-    quarter, three = (lesson.sigmoid_focal_loss(x, one, alpha=a).item() for a in (0.25, 0.75))
-    assert quarter == pytest.approx(three / 3)
+def test_one_in_100_is_positive_and_wrong_labels_are_in_training_only(lesson):
+    (x, y), (x_val, y_val) = lesson.rare_class(3, 4000, 1000, 0.1)
+    assert (
+        y.sum() == 440 and y_val.sum() == 10 and x.shape == (4000, 8) and x_val.shape == (1000, 8)
+    )
+    again, (other, _) = lesson.rare_class(3, 4000, 1000)
+    assert again[1].sum() == 40 and torch.equal(again[0], x) and torch.equal(other, x_val)
+    shift = x[again[1] == 1].mean(0) - x[again[1] == 0].mean(0)
+    assert shift.norm().item() == pytest.approx(4, abs=1.5)
+    assert not torch.equal(x[:1000], x_val)  # other points
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_main_takes_easy_negatives_out_and_ranks_no_better(lesson, tmp_path, seed, events):
-    result = lesson.main(seed=seed, log_dir=tmp_path, n=8000, epochs=5)
-    rows = result["imbalance"]
-    entropy, focal, weights = (rows[k] for k in ("cross_entropy", "focal", "class_weights"))
-    assert entropy["easy_before"] == entropy["easy_after"] > 0.05
-    assert focal["easy_before"] < 0.01 * entropy["easy_before"]
-    assert focal["easy_before"] < 0.5 * weights["easy_before"]  # weights alone do not do it
-    assert 0.5 < focal["easy_after"] / entropy["easy_after"] < 2
-    assert all(0.2 < row["AP"] < entropy["AP"] + 0.05 for row in rows.values())
-    assert weights["recall"] > 0.7 > 0.5 > max(entropy["recall"], focal["recall"])
-    assert rows["focal_alpha"]["recall"] < focal["recall"]
-    assert entropy["mean_p"] < 0.03 < focal["mean_p"] < weights["mean_p"]
-    assert result["ratios"][0.0] == pytest.approx(11.11, abs=0.01) and result["ratios"][2.0] < 0.003
-    assert result["best"][2.0] == pytest.approx([0.154, 0.5], abs=1e-3)
-    assert result["prior"][0.01] == pytest.approx(0.0560, abs=1e-4)
-    run = events(tmp_path / "imbalance" / "focal")
-    assert run.Scalars("val/average_precision")[-1].value == pytest.approx(focal["AP"])
+@pytest.mark.parametrize("prior", [0.5, 0.01])
+def test_a_network_starts_at_its_prior(lesson, prior):
+    train, (x, y) = lesson.rare_class(0, 100, 1000)
+    z = lesson.fit(0, train, x, None, 0.0, 0, prior=prior)
+    torch.testing.assert_close(z.sigmoid(), torch.full_like(z, prior), rtol=1e-5, atol=0)
+    theory = -(0.01 * math.log(prior) + 0.99 * math.log(1 - prior))
+    assert F.binary_cross_entropy_with_logits(z, y.double()).item() == pytest.approx(
+        theory, rel=1e-4
+    )
+
+
+def test_main_begins_with_four_losses(measured):
+    ours, theirs = measured[0]["everyday"]
+    by_head = [-0.25 * 0.01 * math.log(0.9), -0.25 * 0.81 * math.log(0.1),
+               -0.75 * 0.81 * math.log(0.1), -0.75 * 0.01 * math.log(0.9)]  # fmt: skip
+    assert ours.tolist() == pytest.approx(by_head, rel=1e-4)
+    assert theirs.tolist() == pytest.approx(by_head, rel=1e-4)
+    assert "has 22 times the cross-entropy of a yes with p = 0.9, and 1,770 times" in measured[2]
+    assert 0 < measured[0]["off"] < 1e-12
+
+
+def test_main_shows_what_gamma_does_to_easy_examples(measured, events):
+    ratios = measured[0]["ratios"]
+    assert ratios[0.0] == pytest.approx(11.11, abs=0.01) and ratios[2.0] == pytest.approx(
+        0.0027, abs=1e-4
+    )
+    assert "one hard one for gamma = 1, 2, 5\n" in measured[2]
+    for gamma in (0.0, 0.5, 1.0, 2.0, 5.0):
+        run = events(measured[1] / f"gamma_{gamma:g}")
+        factor, pull = run.Scalars("focal/factor"), run.Scalars("focal/gradient")
+        assert (
+            [event.step for event in factor] == [event.step for event in pull] == [*range(1, 100)]
+        )
+        assert factor[29].value == pytest.approx(0.7**gamma)
+        slope = 0.7**gamma * (gamma * 0.3 * math.log(0.3) - 0.7)
+        assert pull[29].value == pytest.approx(-slope)
+
+
+def test_main_takes_easy_negatives_out_of_the_loss(measured):
+    rows = measured[0]["networks"]
+    entropy, weights, focal, both = rows.values()
+    assert entropy["easy"] > 0.005
+    assert focal["easy"] < 0.02 * entropy["easy"]
+    assert focal["easy"] < both["easy"]  # the weight of a negative is 0.75
+    assert weights["easy"] < 0.1 * entropy["easy"]
+    assert weights["recall"][0] > entropy["recall"][0] and both["recall"][0] < focal["recall"][0]
+    assert all(row["recall"][1] >= row["recall"][0] for row in rows.values())
+    assert all(row["AP"] > 0.3 for row in rows.values())
+    assert "(always 0.01)       0.010        0.000  0.000" in measured[2]
+    aps = [row["AP"] for row in rows.values()]
+    half, tenth = entropy["recall"]
+    assert f"differ by {max(aps) - min(aps):.3f} at most" in measured[2]
+    assert f"finds {half:.3f} with p > 0.5, but {tenth:.3f} with p > 0.1" in measured[2]
+
+
+def test_main_draws_precision_by_recall_of_the_validation_points(measured, events):
+    rows = measured[0]["networks"]
+    for name, row in rows.items():
+        run = events(measured[1] / "imbalance" / name)
+        (event,) = run.Tensors("val/precision_recall")
+        table = torch.tensor(event.tensor_proto.float_val or [])
+        if not len(table):
+            table = torch.frombuffer(
+                bytearray(event.tensor_proto.tensor_content), dtype=torch.float
+            )
+        found, wrongly = table.view(6, -1)[:2]  # true and false positives from each threshold on
+        y = measured[0]["y"]
+        assert found[0] == y.sum() == 40 and wrongly[0] == 3960
+        middle = row["p"] >= 0.5
+        assert found[63].item() == pytest.approx(y[middle].sum().item(), abs=3)
+
+
+def test_main_says_when_gamma_helps(measured):
+    gains, text = measured[0]["gains"], measured[2]
+    assert list(gains) == [(800, 0.0), (4000, 0.0), (4000, 0.1)]
+    assert gains[800, 0.0] > 0.02  # 0.07 to 0.13 on six other seeds
+    assert gains[4000, 0.1] < -0.1  # -0.22 to -0.41
+    better = [f"{n:,} points, {wrong:.0%} wrong" for (n, wrong), gain in gains.items() if gain > 0]
+    assert f"gamma = 2 is better with {'; '.join(better) or 'none'}\n" in text
+
+
+def test_main_corrects_p(measured):
+    best, means, text = (measured[0]["best"], measured[0]["means"], measured[2])
+    assert [p.item() for p in best[2.0]] == pytest.approx([0.1536, 0.306, 0.5], abs=1e-3)
+    assert [p.item() for p in best[0.0]] == pytest.approx([0.01, 0.1, 0.5], abs=1e-4)
+    weighted = means["alpha_0.99"]
+    assert weighted[0] > weighted[2] + 0.2
+    assert all(abs(corrected - share) < 0.25 for _, corrected, share in means.values())
+    errors = [max(abs(row[i] - row[2]) for row in means.values()) for i in (0, 1)]
+    assert errors[1] < 0.6 * errors[0]
+    assert f"largest: {errors[0]:.3f}, corrected: {errors[1]:.3f}" in text
+
+
+def test_try_a_larger_alpha_finds_more_and_ranks_as_before(lesson, edited, tmp_path):
+    other = edited(lesson, '"gamma_2_alpha": (0.25, 2.0)', '"gamma_2_alpha": (0.75, 2.0)')
+    rows = [copy.show_networks(0, tmp_path / str(i), 6000, 6)[0]["gamma_2_alpha"]
+            for i, copy in enumerate((lesson, other))]  # fmt: skip
+    assert rows[1]["recall"][0] > rows[0]["recall"][0] + 0.1
+    assert rows[1]["recall"][1] > rows[0]["recall"][1]
+    assert abs(rows[1]["AP"] - rows[0]["AP"]) < 0.1
