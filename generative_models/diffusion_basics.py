@@ -235,7 +235,7 @@ def show_fewer_steps(log_dir, model, beta, n, few=50):
     print("   sampler                           steps   share near a centre   centres found, of 8")
     for name, sampler, pairs in (
         ("beta: variance 1 - a", "beta", every), ("beta", "beta", jumps),
-        ("tilde: variance as above", "tilde", jumps), ("ddim: no noise", "ddim", jumps),
+        ("tilde: variance if x_0 is known", "tilde", jumps), ("ddim: no noise", "ddim", jumps),
         ("mistake: A_s of step t - 1", "beta", wrong),
     ):  # fmt: skip
         torch.set_rng_state(state)
@@ -349,13 +349,13 @@ def caption(picture, words, scale=1):
 
 def draw_digits(n):
     """Images (n, 28, 28) uint8 and labels (n,): a font's digits, moved, sized, turned, bold."""
-    fonts, images = [ImageFont.load_default(size) for size in range(20, 29)], []
+    fonts, images = [ImageFont.load_default(size) for size in range(24, 29)], []
     dice = torch.rand(n, 5).tolist()
     for i, (right, down, size, turn, bold) in enumerate(dice):
         image, font = Image.new("L", (28, 28)), fonts[int(size * len(fonts))]
-        ImageDraw.Draw(image).text((12 + 4 * right, 12 + 4 * down), str(i % 10), 255, font,
+        ImageDraw.Draw(image).text((13 + 2 * right, 13 + 2 * down), str(i % 10), 255, font,
                                    anchor="mm", stroke_width=int(2 * bold))  # fmt: skip
-        images.append(np.asarray(image.rotate(30 * turn - 15, Image.Resampling.BILINEAR)))
+        images.append(np.asarray(image.rotate(20 * turn - 10, Image.Resampling.BILINEAR)))
     return torch.from_numpy(np.stack(images)), torch.arange(n) % 10
 
 

@@ -229,6 +229,7 @@ def test_what_does_not_exist_is_refused(lesson):
     for steps in (0, 11):
         with pytest.raises(ValueError, match=f"1 to 10 steps, not {steps}"):
             lesson.spaced(10, steps)
+    assert lesson.spaced(10, 1) == [10, 0]
     assert lesson.spaced(10, 4) == [10, 8, 5, 2, 0]
     assert lesson.spaced(7, 7) == [7, 6, 5, 4, 3, 2, 1, 0]
 
@@ -362,6 +363,35 @@ def test_try_five_steps_are_too_few_for_every_sampler(lesson, edited, tmp_path, 
     assert shares[4] < 0.15 and off < 1e-3
     lines = [line for line in capsys.readouterr().out.splitlines() if "->" in line]
     assert len(lines) == 1 and "fewest near a centre: mistake" in lines[0]
+
+
+def test_rows_are_named_by_what_they_ran_and_the_worst_has_the_least_share(
+    lesson, tmp_path, monkeypatch, capsys
+):
+    calls, frames = [], []
+
+    def denoise(predict, x, pairs, A, sampler, seen):
+        calls.append((len(pairs), {t - s for t, s in pairs}, sampler, A, torch.rand(1).item()))
+        return x + 1, {t: torch.full((1, 2), t / 1000) for t in seen}
+
+    shares = iter([(0.9, 3), (0.8, 8), (0.1, 7), (0.7, 1), (0.6, 2)])
+    monkeypatch.setattr(lesson, "denoise", denoise)
+    monkeypatch.setattr(lesson, "near", lambda x: next(shares))
+    monkeypatch.setattr(lesson, "sample", lambda model, x, beta: x + 1.5)
+    monkeypatch.setattr(lesson, "panels", lambda x: frames.extend(x) or torch.zeros(2, 2))
+    beta = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, 1000)])
+    found, off = lesson.show_fewer_steps(tmp_path, None, beta, 40)
+    every, jump = (1000, {1}, "beta"), (50, {20})
+    kinds = [every, (*jump, "beta"), (*jump, "tilde"), (*jump, "ddim"), (50, {1}, "beta")]
+    assert [call[:3] for call in calls] == kinds and len({call[4] for call in calls}) == 1
+    assert all(torch.equal(call[3], (1 - beta).cumprod(0)) for call in calls)
+    names = [name.split(":")[0] for name in found]
+    assert names == ["beta", "beta", "tilde", "ddim", "mistake"] and off == pytest.approx(0.5)
+    assert [row[0] for row in found.values()] == [0.9, 0.8, 0.1, 0.7, 0.6]
+    assert "fewest near a centre: tilde" in capsys.readouterr().out
+    times = [round(1000 * frame[0, 0].item()) for frame in frames[:8]]
+    assert times == [1000, 600, 400, 300, 200, 100, 50, 20] and len(frames) == 10
+    assert lesson.CENTRES.abs().max() * 1.2 > frames[9].abs().max() > 1.5 and len(frames[9]) == 40
 
 
 # --- guidance and digits -----------------------------------------------------------------------
@@ -596,6 +626,7 @@ def test_main_keeps_its_claims(measured, lesson, seed):
     assert result["off"] < 1e-3
     assert list(result["digits"]) == ["real", "noise", "w = 0", "w = 1", "w = 3"]
     text = "\n".join(printed)
+    assert all(f"\n{title}" in "\n" + text for title in ("1. In ", "2. Do ", "3. Do digits"))
     before, after = (everyday[f"{k} network"][0] for k in ("untrained", "trained"))
     assert f"-> training raises the share near a centre from {before:.2f} to {after:.2f}" in text
     assert text.count("   -> ") == 3 and printed[-1].startswith("look: tensorboard --logdir ")
