@@ -52,7 +52,7 @@ LOG_DIR = RUNS / "model_architecture" / "residual_connection"
 
 
 def residual(h, f):
-    """h + f(h). Exercise."""
+    """A block with a skip: its input h plus what its branch f makes of h. Exercise."""
     return h + f(h)
 
 

@@ -348,6 +348,25 @@ def test_warm_up_rises_to_the_rate_and_stays(lesson):
     assert len(losses) == 6 and losses[-1] < losses[0]
 
 
+def test_the_conclusions_are_drawn_from_the_right_columns(lesson, monkeypatch, tmp_path, capsys):
+    # losses of 10 steps, the next 10, the last 10
+    parts = iter([(1, 3, 2), (2, 1, 3), (3, 2, 1)])
+    monkeypatch.setattr(lesson, "fit", lambda *_: [x for x in next(parts) for _ in range(10)])
+    measured = lesson.show_stacks(0, tmp_path, 1, 30)
+    assert measured == {"no_skip": [1, 3, 2], "skip": [2, 1, 3], "from_zero": [3, 2, 1]}
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "   -> by the loss in steps 11-20: skip before from_zero before no_skip"
+
+    ends = iter([1.61, 0.5, 2.0, 1.59])
+    monkeypatch.setattr(lesson, "fit", lambda *_: [9.0] * 5 + [next(ends)] * 10)
+    measured = lesson.show_transformers(0, tmp_path, 1, 15, 0.01)
+    expected = {"post_ln": 1.61, "post_ln_tenth": 0.5, "post_ln_warmup": 2, "pre_ln": 1.59}
+    assert measured == pytest.approx(expected)
+    last = capsys.readouterr().out.splitlines()[-1]
+    stuck = "post_ln, post_ln_warmup"
+    assert last == f"   -> least loss: post_ln_tenth; next to nothing is learned by: {stuck}"
+
+
 # --- main --------------------------------------------------------------------------------------
 
 
