@@ -18,8 +18,8 @@ gradient penalty on D keeps all modes. The price: fewer samples lie close to a m
 Needs          nn_loss.py, nn_optim.py, 02_autograd_basics.py
 Checked here   both slopes of G; modes that eight GANs find, with each loss, with and without the
                penalty, and with a D that learns too slowly
-TensorBoard    samples/ring: a row for each kind of GAN, a panel for each of the eight; ring/modes,
-               ring/near by step: without the penalty, modes are lost
+TensorBoard    samples/ring in samples: a row for each kind of GAN; ring/modes, ring/near by step
+               in ns, wgan, ...: with a penalty of 1 all modes are found, one after another
 Try            in main, write z=2 for z=8: which GANs without penalty find more modes now?
 Answer         those with the non-saturating loss: most of them find all; so the noise matters, too
 Source         Goodfellow et al. 2014, arXiv:1406.2661; Gulrajani et al. 2017 (penalty, lambda 10),
@@ -254,9 +254,8 @@ def show_ring(seed, log_dir, gans, steps, z):
     print(f"   -> all {gans} GANs find all modes: {'; '.join(whole) or 'with no kind'}")
     bare, paid = found[kinds[0]][1], found[kinds[2]][1]
     print(f"   -> share near a mode, non-saturating: {bare:.2f}; with penalty 1: {paid:.2f}")
-    words = "Each row eight GANs of a kind, from above:\n" + "; ".join(kinds)
     with SummaryWriter(log_dir / "samples", purge_step=0) as writer:
-        picture = panels([samples[kind] for kind in kinds], words)
+        picture = panels({kind: samples[kind] for kind in kinds})
         writer.add_image("samples/ring", picture, 0, dataformats="HWC")
     return found
 
@@ -264,19 +263,23 @@ def show_ring(seed, log_dir, gans, steps, z):
 # --- pictures and the lesson -------------------------------------------------------------------
 
 
-def panels(rows, words, side=96):
-    """(H, W, 3) uint8: rows of clouds (S, B, 2), each on [-1.5, 1.5] squared; light: a point."""
+def panels(rows, side=96):
+    """(H, W, 3) uint8: a row for each kind of {kind: clouds (S, B, 2)}, on [-1.5, 1.5] squared."""
     limits, cells = ((-1.5, 1.5), (-1.5, 1.5)), []
-    for x in torch.cat(rows):
+    for x in torch.cat(list(rows.values())):
         cells.append(np.histogram2d(-x[:, 1], x[:, 0], side, limits)[0].clip(0, 1))
-    grid = make_grid(torch.from_numpy(np.stack(cells))[:, None], len(rows[0]), 1, pad_value=0.3)[0]
-    image = Image.new("RGB", (grid.size(1), grid.size(0) + 38), "white")
-    image.paste(Image.fromarray((255 * grid).byte().numpy()), (0, 38))
-    ImageDraw.Draw(image).text((3, 2), words, "black", ImageFont.load_default(12))
+    S = len(cells) // len(rows)
+    grid = make_grid(torch.from_numpy(np.stack(cells))[:, None], S, padding=1, pad_value=0.3)[0]
+    image = Image.new("RGB", (grid.size(1), grid.size(0) + 20), "white")
+    image.paste(Image.fromarray((255 * grid).byte().numpy()), (0, 20))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+    draw.text((3, 2), "Each row: GANs of one kind. Light: a sample", "black", font)
+    for i, kind in enumerate(rows):
+        draw.text((4, 22 + (side + 1) * i), kind, "orange", font)
     return np.asarray(image)
 
 
-def main(seed=0, log_dir=LOG_DIR, gans=8, steps=400, z=8):
+def main(seed=0, log_dir=LOG_DIR, gans=8, steps=500, z=8):
     torch.manual_seed(seed)
     measured = {
         "everyday": show_everyday(steps),

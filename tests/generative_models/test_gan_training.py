@@ -142,14 +142,17 @@ def test_modes_and_good_samples_are_counted(lesson):
 
 
 def test_a_point_lies_where_the_picture_shows_it(lesson):
-    rows = [torch.full((2, 10, 2), -0.01), torch.full((2, 10, 2), 9.0)]
-    rows[0][1] = torch.tensor([1.37, 1.37])
-    picture = torch.from_numpy(lesson.panels(rows, "a\nb", side=30).copy())
-    assert picture.shape == (31 * 2 + 1 + 38, 31 * 2 + 1, 3)
-    grid = picture[38:, :, 0]
-    assert (grid == 255).nonzero().tolist() == [[1 + 1, 32 + 28], [15 + 1, 14 + 1]]
-    assert grid[31].tolist() == [76] * 63 and grid[:, 31].tolist() == [76] * 63
-    assert picture[:19].min() < 100 and picture[19:38].min() < 100  # two lines of words
+    rows = {"a": torch.full((2, 10, 2), -0.01), "b": torch.full((2, 10, 2), 9.0)}
+    rows["a"][1] = torch.tensor([1.37, 1.37])
+    picture = torch.from_numpy(lesson.panels(rows, side=90).copy())
+    assert picture.shape == (91 * 2 + 1 + 20, 91 * 2 + 1, 3)
+    grid = picture[20:, :, 2]  # without the orange words, whose blue is 0
+    assert (grid == 255).nonzero().tolist() == [[3 + 1, 92 + 86], [45 + 1, 44 + 1]]
+    assert {76} == set(grid[91].tolist()) == set(grid[:, 91].tolist())
+    assert picture[:20].min() < 100  # words above
+    for row in range(2):  # and in each row, on the left
+        words = (picture[20 + 91 * row :, :, 0] > picture[20 + 91 * row :, :, 2])[:20, :40]
+        assert words.sum() > 5
 
 
 def test_the_penalty_is_taken_on_the_way_from_fake_to_real(lesson):
@@ -362,9 +365,9 @@ def test_modes_and_share_are_logged_under_their_names(lesson, tmp_path, monkeypa
 def test_main_writes_pictures_and_curves(measured, lesson, events):
     _, folder = measured
     picture = events(folder / "samples").Images("samples/ring")[0]
-    assert (picture.width, picture.height) == (97 * 2 + 1, 97 * 7 + 1 + 38)
+    assert (picture.width, picture.height) == (97 * 2 + 1, 97 * 7 + 1 + 20)
     pixels = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
-    assert (pixels[39:] == 255).any()
+    assert (pixels[21:, :, 2] == 255).any()
     for run in lesson.SETTINGS:
         assert [e.step for e in events(folder / run).Scalars("ring/modes")] == list(range(5))
 
@@ -390,7 +393,7 @@ def test_a_slow_d_loses_nearly_all(lesson, tmp_path, run):
 
 def test_try_two_numbers_of_noise_lose_hardly_a_mode(lesson, edited, tmp_path):
     """As main gives its z to the GANs: of 32 modes nearly all, where z=8 loses some."""
-    copy = edited(lesson, "steps=400, z=8)", "steps=400, z=2)")
+    copy = edited(lesson, "steps=500, z=8)", "steps=500, z=2)")
     z = copy.main.__defaults__[-1]
     assert z == 2
     two, eight = (
