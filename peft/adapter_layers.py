@@ -17,8 +17,8 @@ P tokens put before the input. Here all of them also learn a new last layer, the
 Needs          peft/lora_principle.py, model_architecture/attention_mechanism.py
 Checked here   equal to the layer at the start; what can be merged; accuracy on a second task with
                at most 384 and at most 1152 numbers for each method, at two learning rates; time
-TensorBoard    val/accuracy by step in lr_0.03/serial_384, lr_0.03/lora_384, ..., lr_0.03/head, and
-               in lr_0.003/...; gate/tanh by step in .../gated_384: the gate leaves 0
+TensorBoard    accuracy/any, accuracy/384 and accuracy/1152 by step, a run for each method and lr
+               (write lr_0.03 into "Filter runs"); gate/tanh by step: the gates leave 0
 Try            in Adapter.__init__, write nn.Identity() for nn.GELU(): what does table 3 say?
 Answer         The adapter's difference falls to rounding: without a nonlinearity it can be merged
 Source         Houlsby et al. 2019, arXiv:1902.00751, section 2.1; He et al. 2022, arXiv:2110.04366,
@@ -334,7 +334,7 @@ def accuracy(model, data):
     return (model(x).argmax(1) == labels).double().mean().item()
 
 
-def fit(model, prototypes, task, steps, lr, val=None, writer=None):
+def fit(model, prototypes, task, steps, lr, val=None, writer=None, tag=""):
     """Adam on what requires a gradient; accuracy on val, logged every 20 steps, at the end."""
     optimizer = torch.optim.Adam([w for w in model.parameters() if w.requires_grad], lr=lr)
     for step in range(steps):
@@ -345,7 +345,7 @@ def fit(model, prototypes, task, steps, lr, val=None, writer=None):
         optimizer.step()
         if writer and (step % 20 == 0 or step == steps - 1):
             score = accuracy(model, val)
-            writer.add_scalar("val/accuracy", score, step)
+            writer.add_scalar(tag, score, step)
             if isinstance(model.mlp, Adapted) and model.mlp.mode == "gated":
                 writer.add_scalar("gate/tanh", model.mlp.gate.tanh(), step)
     return score if writer else None
@@ -380,7 +380,8 @@ def show_methods(seed, log_dir, steps, n, budgets, lrs, methods):
             models[method] = model = copy.deepcopy(start)
             prepare(model, method, size)
             with SummaryWriter(log_dir / f"lr_{lr:g}" / name, purge_step=0) as writer:
-                scores.append(fit(model, prototypes, "new", steps, lr, val, writer))
+                scores.append(fit(model, prototypes, "new", steps, lr, val, writer,
+                                  f"accuracy/{budget}"))  # fmt: skip
         trained = count(model, trained=True) - count(model.head)
         left = count(merged(model)) - count(start)
         rows[budget, method] = trained, left, scores

@@ -412,8 +412,8 @@ def test_main_logs_a_run_for_each_method_and_rate(run, events):
     assert {p.name for p in log_dir.iterdir()} == {"lr_0.003", "lr_0.03"}
     for i, lr in enumerate(("lr_0.003", "lr_0.03")):
         assert {p.name for p in (log_dir / lr).iterdir()} == set(names.values())
-        for (_, method), (*_, scores) in result["rows"].items():
-            curve = events(log_dir / lr / names[method]).Scalars("val/accuracy")
+        for (budget, method), (*_, scores) in result["rows"].items():
+            curve = events(log_dir / lr / names[method]).Scalars(f"accuracy/{budget}")
             assert [event.step for event in curve] == [0, 20, 40, 60, 80, 89]
             assert curve[-1].value == pytest.approx(scores[i]) and curve[0].value < 0.6
         gates = [e.value for e in events(log_dir / lr / "gated_1152").Scalars("gate/tanh")]
