@@ -1,26 +1,29 @@
-"""Label smoothing gives the logits a finite optimum; on noisy labels it calibrates a network.
+"""Label smoothing lowers the calibration error of a network that fits wrong labels by heart; where
+all labels are right, it raises it. Dividing the logits by a temperature lowers it in both cases.
 
-    q_k = (1 - e) [k = y] + e / C          targets of C classes
-    L   = -sum_k q_k log p_k               gradient p - q with respect to the logits
-        = (1 - e) CE(y, p) + e (KL(u || p) + log C)           u = 1 / C
-    best logits    z_y - z_k = log((1 - e + e / C) / (e / C)) for every k != y; infinite for e = 0
+A network is calibrated if it is right in 70 of 100 cases in which it is 70 % sure. One that fits
+wrong labels is surer than that. Smoothing asks for less than certainty: the right class shall have
+a little less than 1, the others a little more than 0. In torch it is one argument.
 
-A network that can fit wrong labels will, and then claims 90 % where it is right in two cases of
-three. Smoothing forbids certainty: confidence comes near to accuracy, and falls below it if e is
-too large, or if the labels are right and the network knows it. What else it changes, here: about a
-point of accuracy is lost; the features of one label scatter less on clean training points, and more
-on all others; a student of such a teacher is no worse (Müller's harm to distillation did not show).
+    q_k = (1 - e) [k = y] + e / C             the smoothed targets
+    L   = -sum_k q_k log p_k                  its slope along the logit z_k is p_k - q_k
+        = (1 - e) CE + e (KL(u || p) + log C)
+    best gap  z_y - z_k = log((1 - e + e / C) / (e / C)) for every k != y; infinite for e = 0
+    ECE = sum_b share_b |accuracy_b - confidence_b|          expected calibration error; 0 is best
 
-Checked here   L = F.cross_entropy(label_smoothing=), with gradients; the identity with KL; the best
-               gap, by descent, and its growth by log t for e = 0; on 600 points, a fifth of them
-               or none with a random label (right by chance in a tenth): calibration error (ECE),
-               accuracy, scatter, a student and its equal without a teacher
-TensorBoard    logits/gap by step in gap/eps_0 …; calibration/reliability (a bar is the accuracy at
-               a confidence, red what it lacks or exceeds) and calibration/accuracy by confidence in
-               per cent, in noisy/eps_0 … and clean/eps_0 …; the diagonal is the run ideal
-Try            C = 2, e = 0.1: what is the best gap now? log(0.95 / 0.05) = 2.94
-Source         Szegedy et al. 2016, arXiv:1512.00567, section 7; Guo et al. 2017, arXiv:1706.04599,
-               eq. 3 (ECE); Müller et al. 2019, arXiv:1906.02629 (calibration, features, students)
+    C  classes    y  the label    [k = y]  1 for k = y, else 0    e  how much is smoothed, 0 to 1
+    z  logits, the raw outputs    p = softmax(z)    CE = -log p_y    u_k = 1 / C    log  natural
+    KL(u || p) = sum_k u_k log(u_k / p_k)    confidence  the largest p_k    b  bins of confidence
+
+Needs          nn_loss.py, nn_optim.py, kl_divergence.py
+Checked here   plain = complete = F.cross_entropy = the form with KL; the best gap, by descent;
+               ECE, accuracy, scatter of the features with and without wrong labels; temperature
+TensorBoard    logits/gap by step in gap/eps_0 ...; calibration/accuracy by 100 confidence in
+               noisy/eps_0 ..., clean/eps_0 ..., and the run ideal; calibration/reliability, bars:
+               blue is the accuracy at a confidence, red what it lacks or has too much
+Try            in show_gap, write C=2 for C=10: what is the best gap for e = 0.1?
+Answer         log(0.95 / 0.05) = 2.9444 instead of 4.5109
+Source         Szegedy et al. 2016, arXiv:1512.00567, section 7; Guo et al. 2017, arXiv:1706.04599
 """
 
 import argparse
@@ -45,15 +48,34 @@ F64 = torch.float64
 BINS = 15
 
 
-def draw(log_dir, curves):
-    """Write each {tag: values} as a curve, at the steps 0, 1, 2 …."""
-    with SummaryWriter(log_dir, purge_step=0) as writer:
-        for tag, values in curves.items():
-            for step, value in enumerate(values):
-                writer.add_scalar(tag, value, step)
+# --- 1. in everyday code -----------------------------------------------------------------------
 
 
-# --- the loss ----------------------------------------------------------------------------------
+def smoothing_plain(z, y, e):
+    """Mean loss of logits z (B, C) and labels y (B,): four lines to carry away."""
+    log_p = z.log_softmax(1)
+    right = log_p.gather(1, y[:, None]).squeeze(1)  # log p_y
+    return -((1 - e) * right + e * log_p.mean(1)).mean()
+
+
+def show_everyday():
+    smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
+    y = torch.tensor([0])  # the right class
+    print("1. In everyday code: how far should the right logit lie above two others? e = 0.1")
+    print("   logits          p of the right   CrossEntropyLoss   label_smoothing=0.1   plain")
+    losses = {}
+    for gap in (0.0, 1.0, 3.332, 10.0):
+        z = torch.tensor([[gap, 0.0, 0.0]])
+        losses[gap] = [nn.CrossEntropyLoss()(z, y).item(), smoothed(z, y).item(),
+                       smoothing_plain(z, y, 0.1).item()]  # fmt: skip
+        print("   {:6.3f}, 0, 0   {:14.5f}   {:16.5f}   {:19.5f}   {:.5f}".format(
+            gap, z.softmax(1)[0, 0], *losses[gap]))  # fmt: skip
+    best = [min(losses, key=lambda gap: losses[gap][i]) for i in (0, 1)]
+    print(f"   -> of these the best gap is {best[0]:g} without smoothing, {best[1]:g} with it")
+    return losses
+
+
+# --- 2. from scratch ---------------------------------------------------------------------------
 
 
 def smooth_labels(labels, num_classes, epsilon, dtype=None):
@@ -93,6 +115,32 @@ def penalty_form(logits, labels, epsilon):
     return (1 - epsilon) * F.cross_entropy(logits, labels) + epsilon * (kl + math.log(C))
 
 
+def show_twins():
+    print("2. Are they the same loss? 7 random examples, 5 classes")
+    print("   e     plain      complete   with KL    F.cross_entropy")
+    z = torch.randn(7, 5, dtype=F64, requires_grad=True)
+    labels, off = torch.randint(5, (7,)), 0.0
+    for epsilon in (0.0, 0.1, 0.7):
+        losses = [
+            smoothing_plain(z, labels, epsilon),
+            label_smoothing_loss(z, labels, epsilon),
+            penalty_form(z, labels, epsilon),
+            F.cross_entropy(z, labels, label_smoothing=epsilon),
+        ]
+        by_hand = (z.softmax(1) - smooth_labels(labels, 5, epsilon, F64)) / 7  # (p - q) / B
+        for loss in losses:
+            (slope,) = torch.autograd.grad(loss, z, retain_graph=True)
+            off = max(off, (loss - losses[-1]).abs().item(), (slope - by_hand).abs().max().item())
+        print("   {:.1f}   {:.6f}   {:.6f}   {:.6f}   {:.6f}".format(
+            epsilon, *(loss.item() for loss in losses)))  # fmt: skip
+    assert off < 1e-12
+    print(f"   -> one way minus another, and slopes minus (p - q) / 7, largest: {off:.0e}")
+    return off
+
+
+# --- 3. the best gap ---------------------------------------------------------------------------
+
+
 def best_gap(num_classes, epsilon):
     """z_y - z_k at the optimum, where p = q: log((1 - e + e / C) / (e / C)); math.inf for e = 0.
 
@@ -114,7 +162,30 @@ def descend(num_classes, epsilon, steps, lr=5.0):
     return gaps
 
 
-# --- calibration -------------------------------------------------------------------------------
+def draw(log_dir, curves):
+    """Write each {tag: values} as a curve, at the steps 0, 1, 2 …."""
+    with SummaryWriter(log_dir, purge_step=0) as writer:
+        for tag, values in curves.items():
+            for step, value in enumerate(values):
+                writer.add_scalar(tag, value, step)
+
+
+def show_gap(log_dir, steps, C=10):
+    print(f"3. Which gap of the logits is best? {C} classes, gradient descent on one example")
+    print(f"   e      after {steps // 10} steps   after {steps}   formula")
+    gaps = {}
+    for epsilon in (0.0, 0.01, 0.1, 0.3):
+        path = descend(C, epsilon, steps)
+        gaps[epsilon] = path[steps // 10 - 1], path[-1]
+        draw(log_dir / "gap" / f"eps_{epsilon:g}", {"logits/gap": path})
+        print("   {:<4}   {:15.4f}   {:10.4f}   {:7.4f}".format(
+            epsilon, *gaps[epsilon], best_gap(C, epsilon)))  # fmt: skip
+    grown = gaps[0.0][1] - gaps[0.0][0]
+    print(f"   -> without smoothing it grew by {grown:.3f} more; log 10 is {math.log(10):.3f}")
+    return gaps
+
+
+# --- 4, 5. what smoothing does to a network ----------------------------------------------------
 
 
 def reliability(p, labels, bins=BINS):
@@ -142,6 +213,95 @@ def expected_calibration_error(p, labels, bins=BINS):
     return (share * (accuracy - confidence).abs()).sum().item()
 
 
+def noisy_clusters(n, centres, noise):
+    """Points x (n, D) around centres (C, D), labels (n,): a share `noise` of them is random."""
+    C, D = centres.shape
+    classes = torch.randint(C, (n,))
+    labels = torch.where(torch.rand(n) < noise, torch.randint(C, (n,)), classes)
+    return centres[classes] + torch.randn(n, D), labels
+
+
+def fit(x, y, epsilon, width, epochs, seed, C=10):
+    """An MLP after Adam on the smoothed loss of x (n, D), y (n,); model[0] gives the features."""
+    torch.manual_seed(seed)
+    features = nn.Sequential(
+        nn.Linear(x.size(1), width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+    )
+    model = nn.Sequential(features, nn.Linear(width, C))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(epochs):
+        for i in torch.randperm(len(x)).split(64):
+            loss = label_smoothing_loss(model(x[i]), y[i], epsilon)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.requires_grad_(False)
+
+
+def fit_temperature(z, labels):
+    """The T of 0.25, 0.30 ... 6 for which the mean cross-entropy of z / T is least: a float.
+
+    z (N, C) are logits of points that were not trained on. Exercise.
+    """
+    grid = torch.arange(0.25, 6.01, 0.05).tolist()
+    return min(grid, key=lambda T: F.cross_entropy(z / T, labels).item())
+
+
+def scatter(z, labels):
+    """Mean squared distance from the class mean, over that of the class means from theirs.
+
+    z (N, D), labels (N,): a float. Classes that have no point do not count; the mean of the class
+    means weighs each class alike. Exercise.
+    """
+    seen, group = labels.unique(return_inverse=True)
+    means = torch.stack([z[labels == k].mean(0) for k in seen])
+    within = (z - means[group]).square().sum(1).mean()
+    return (within / (means - means.mean(0)).square().sum(1).mean()).item()
+
+
+def judge(z, labels):
+    """Accuracy, mean confidence and ECE of the logits z."""
+    p = z.softmax(1)
+    confidence, predicted = p.max(1)
+    right = (predicted == labels).double().mean().item()
+    return right, confidence.mean().item(), expected_calibration_error(p, labels)
+
+
+def show_networks(number, seed, log_dir, noise, epsilons, n, epochs, sets):
+    """{row: its columns}, means over data sets of n points, judged on 4,000 with the same noise."""
+    print(f"{number}. What does smoothing do if {noise:.0%} of the labels are random? {n} points, "
+          f"means over {sets} data sets")  # fmt: skip
+    print("   (T: e = 0, its logits divided by T, fitted on 1,000 other points. scatter: squared")
+    print("   distance of features from their class mean, 1: as far as the means from each other)")
+    print("   trained with   accuracy   confidence   ECE     scatter, training   test")
+    names = [f"e = {epsilon:g}" for epsilon in epsilons] + ["e = 0, T"]
+    rows = {name: [] for name in names}
+    for k in tqdm(range(sets), leave=False, disable=None):
+        torch.manual_seed(1000 * seed + k)
+        centres = torch.randn(10, 16)
+        (x, y), held, test = (noisy_clusters(m, centres, noise) for m in (n, 1000, 4000))
+        for epsilon, name in zip(epsilons, names, strict=False):
+            model = fit(x, y, epsilon, 128, epochs, k)
+            z = model(test[0])
+            spread = scatter(model[0](x), y), scatter(model[0](test[0]), test[1])
+            rows[name].append([*judge(z, test[1]), *spread])
+            if k == 0:
+                write_calibration(log_dir / f"eps_{epsilon:g}", reliability(z.softmax(1), test[1]))
+            if epsilon == 0:
+                T = fit_temperature(model(held[0]), held[1])
+                rows["e = 0, T"].append([*judge(z / T, test[1]), *spread])
+    rows = {name: torch.tensor(row).mean(0).tolist() for name, row in rows.items()}
+    for name, row in rows.items():
+        print("   {:<12}   {:8.3f}   {:10.3f}   {:.3f}   {:17.3f}   {:.3f}".format(name, *row))
+    best = min(names[:-1], key=lambda name: rows[name][2])
+    print(f"   -> the least ECE is that of {best}: {rows[best][2]:.3f}; "
+          f"e = 0 has {rows['e = 0'][2]:.3f}, with T {rows['e = 0, T'][2]:.3f}")  # fmt: skip
+    return rows
+
+
+# --- the lesson --------------------------------------------------------------------------------
+
+
 def reliability_picture(share, confidence, accuracy, size=20):
     """(3, H, W) in [0, 1]: blue bars of accuracy, red up to or down from the confidence."""
     bins = len(share)
@@ -160,101 +320,6 @@ def reliability_picture(share, confidence, accuracy, size=20):
     return picture
 
 
-# --- what smoothing does to a network ----------------------------------------------------------
-
-
-def noisy_clusters(n, centres, noise):
-    """Points x (n, D) around centres (C, D), labels (n,): a share `noise` of them is random."""
-    C, D = centres.shape
-    classes = torch.randint(C, (n,))
-    labels = torch.where(torch.rand(n) < noise, torch.randint(C, (n,)), classes)
-    return centres[classes] + torch.randn(n, D), labels
-
-
-def fit(x, loss_of, width, epochs, seed, C=10):
-    """Features and head of an MLP after Adam on loss_of(logits, indices of the batch)."""
-    torch.manual_seed(seed)
-    features = nn.Sequential(
-        nn.Linear(x.size(1), width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
-    )
-    model = nn.Sequential(features, nn.Linear(width, C))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(epochs):
-        for i in torch.randperm(len(x)).split(64):
-            loss = loss_of(model(x[i]), i)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return model.requires_grad_(False)
-
-
-def scatter(z, labels):
-    """Mean squared distance from the class mean, over that of the class means from theirs.
-
-    z (N, D), labels (N,): a float. Classes that have no point do not count; the mean of the class
-    means weighs each class alike. Exercise.
-    """
-    seen, group = labels.unique(return_inverse=True)
-    means = torch.stack([z[labels == k].mean(0) for k in seen])
-    within = (z - means[group]).square().sum(1).mean()
-    return (within / (means - means.mean(0)).square().sum(1).mean()).item()
-
-
-def accuracy(logits, labels):
-    return (logits.argmax(1) == labels).double().mean().item()
-
-
-def measure(epsilon, train, test, epochs, seed, T=2.0):
-    """The network trained with `epsilon`: its figures, and its softmax on the test points."""
-    (x, y), (x_test, y_test) = train, test
-    model = fit(x, lambda z, i: label_smoothing_loss(z, y[i], epsilon), 128, epochs, seed)
-    soft = (model(x) / T).softmax(1)  # all that the student sees
-    student = fit(x, lambda z, i: T * T * F.cross_entropy(z / T, soft[i]), 32, epochs, seed)
-    alone = fit(x, lambda z, i: label_smoothing_loss(z, y[i], epsilon), 32, epochs, seed)
-    p = model(x_test).softmax(1)
-    return {
-        "train": accuracy(model(x), y),
-        "ece": expected_calibration_error(p, y_test),
-        "confidence": p.max(1).values.mean().item(),
-        "accuracy": accuracy(p, y_test),
-        "scatter": scatter(model[0](x), y),
-        "scatter_test": scatter(model[0](x_test), y_test),
-        "student": accuracy(student(x_test), y_test),
-        "alone": accuracy(alone(x_test), y_test),  # of the student's size, without a teacher
-    }, p
-
-
-def show_twins():
-    print("1. our loss and F.cross_entropy, and the form with KL(u || p): largest differences")
-    logits = torch.randn(7, 5, dtype=F64, requires_grad=True)
-    labels = torch.randint(5, (7,))
-    for epsilon in (0.0, 0.1, 0.7):
-        losses = [
-            label_smoothing_loss(logits, labels, epsilon),
-            F.cross_entropy(logits, labels, label_smoothing=epsilon),
-            penalty_form(logits, labels, epsilon),
-        ]
-        grads = [torch.autograd.grad(loss, logits)[0] for loss in losses]
-        by_hand = (logits.softmax(1) - smooth_labels(labels, 5, epsilon, F64)) / 7  # (p - q) / B
-        for loss, grad in zip(losses, grads, strict=True):
-            torch.testing.assert_close(loss, losses[1], rtol=0, atol=1e-12)
-            torch.testing.assert_close(grad, by_hand, rtol=0, atol=1e-12)
-        off = [(loss - losses[1]).abs().item() for loss in (losses[0], losses[2])]
-        print(f"   e {epsilon}   ours {off[0]:.0e}   with KL {off[1]:.0e}")
-
-
-def show_gap(log_dir, steps, C=10):
-    print(f"2. gap of the logits, C = {C}, after {steps // 10}, {steps} steps of descent")
-    gaps = {}
-    for epsilon in (0.0, 0.01, 0.1, 0.3):
-        gaps[epsilon] = descend(C, epsilon, steps)
-        draw(log_dir / "gap" / f"eps_{epsilon:g}", {"logits/gap": gaps[epsilon]})
-        theory = f"{best_gap(C, epsilon):.4f}" if epsilon else "infinite, + ln 10 = 2.303 a decade"
-        shown = "   ".join(f"{gaps[epsilon][i - 1]:.4f}" for i in (steps // 10, steps))
-        print(f"   e {epsilon:<4}   {shown}   theory {theory}")
-    return {epsilon: (path[steps // 10 - 1], path[-1]) for epsilon, path in gaps.items()}
-
-
 def write_calibration(log_dir, bars):
     with SummaryWriter(log_dir, purge_step=0) as writer:
         writer.add_image("calibration/reliability", reliability_picture(*bars), 0)
@@ -263,34 +328,15 @@ def write_calibration(log_dir, bars):
                 writer.add_scalar("calibration/accuracy", right, round(100 * confidence.item()))
 
 
-def show_networks(seed, log_dir, noise, epsilons, n, epochs):
-    """{e: figures} for networks that learn n points, judged on 4,000 points with the same noise."""
+def main(seed=0, log_dir=LOG_DIR, steps=2000, n=600, epochs=60, sets=3):
     torch.manual_seed(seed)
-    centres = torch.randn(10, 16)
-    train, test = (noisy_clusters(m, centres, noise) for m in (n, 4000))
-    rows = {}
-    print("     e   fits  accuracy  confidence    ECE  scatter: train   test  student  alone")
-    for epsilon in tqdm(epsilons, leave=False, disable=None):
-        row, p = measure(epsilon, train, test, epochs, seed)
-        rows[epsilon] = row
-        write_calibration(log_dir / f"eps_{epsilon:g}", reliability(p, test[1]))
-        tqdm.write(f"  {epsilon:4}  {row['train']:.3f}     {row['accuracy']:.3f}       "
-                   f"{row['confidence']:.3f}  {row['ece']:.3f}           {row['scatter']:.3f}  "
-                   f"{row['scatter_test']:.3f}    {row['student']:.3f}  "
-                   f"{row['alone']:.3f}")  # fmt: skip
-    return rows
-
-
-def main(seed=0, log_dir=LOG_DIR, steps=2000, n=600, epochs=60):
-    torch.manual_seed(seed)
-    show_twins()
-    measured = {"gaps": show_gap(log_dir, steps)}
+    measured = {"everyday": show_everyday(), "off": show_twins(), "gaps": show_gap(log_dir, steps)}
     draw(log_dir / "ideal", {"calibration/accuracy": [i / 100 for i in range(101)]})
-    for number, (name, noise, epsilons) in enumerate(
-        (("noisy", 0.2, (0.0, 0.05, 0.1, 0.2, 0.4)), ("clean", 0.0, (0.0, 0.1))), 3
-    ):
-        print(f"{number}. an MLP on {n} points, {noise:.0%} of the labels random")
-        measured[name] = show_networks(seed, log_dir / name, noise, epsilons, n, epochs)
+    sizes = n, epochs, sets
+    noisy, clean = (0.0, 0.1, 0.2, 0.4), (0.0, 0.1)
+    measured["noisy"] = show_networks(4, seed, log_dir / "noisy", 0.2, noisy, *sizes)
+    measured["clean"] = show_networks(5, seed, log_dir / "clean", 0.0, clean, *sizes)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return measured
 
 

@@ -10,18 +10,25 @@ def lesson(load):
     return load("loss_functions/label_smoothing.py")
 
 
+SMALL = {"steps": 400, "n": 300, "epochs": 40, "sets": 2}
+
+
 @pytest.fixture(scope="module", params=range(3))
 def measured(request, lesson, tmp_path_factory):
-    log_dir = tmp_path_factory.mktemp("runs")
-    return lesson.main(seed=request.param, log_dir=log_dir, steps=400, n=400, epochs=40), log_dir
+    log_dir, lines = tmp_path_factory.mktemp("runs"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *words: lines.append(" ".join(map(str, words))))
+        result = lesson.main(seed=request.param, log_dir=log_dir, **SMALL)
+    return result, log_dir, "\n".join(lines)
 
 
 def test_targets_and_loss_by_hand(lesson):
     q = lesson.smooth_labels(torch.tensor([1, 0]), 4, 0.2)
     torch.testing.assert_close(q, torch.tensor([[0.05, 0.85, 0.05, 0.05], [0.85] + 3 * [0.05]]))
     logits = torch.tensor([[0.0, math.log(3.0)]])  # p = 1/4, 3/4
-    loss = lesson.label_smoothing_loss(logits, torch.tensor([1]), 0.1)
-    assert loss.item() == pytest.approx(-0.05 * math.log(0.25) - 0.95 * math.log(0.75))
+    for loss_of in (lesson.label_smoothing_loss, lesson.smoothing_plain):
+        loss = loss_of(logits, torch.tensor([1]), 0.1)
+        assert loss.item() == pytest.approx(-0.05 * math.log(0.25) - 0.95 * math.log(0.75))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -120,28 +127,93 @@ def test_a_bar_is_blue_to_the_accuracy_and_red_to_the_confidence(lesson):
         assert (blue[column].item(), red[column].item()) == pytest.approx(expected, abs=3)
 
 
-def test_main_gaps_reach_theory(measured):
-    gaps = measured[0]["gaps"]
+def test_a_confidence_on_a_bound_belongs_to_the_bin_below(lesson):
+    p = torch.tensor([[0.5, 0.5], [0.75, 0.25], [1.0, 0.0]], dtype=torch.float64)
+    share, _, _ = lesson.reliability(p, torch.tensor([0, 0, 0]), bins=4)
+    assert share.tolist() == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3])
+
+
+def test_the_gap_is_taken_to_the_largest_other_logit(lesson, monkeypatch):
+    start = torch.tensor([[0.0, 2.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    monkeypatch.setattr(torch, "zeros", lambda *size, **kinds: start)
+    assert lesson.descend(3, 0.1, 1, lr=0.0) == [-2.0]
+
+
+def test_the_temperature_gives_back_honest_logits(lesson):
+    torch.manual_seed(0)
+    z = 2 * torch.randn(20_000, 6)
+    labels = z.softmax(1).multinomial(1).squeeze(1)
+    for T in (0.5, 1.0, 3.0):
+        assert lesson.fit_temperature(T * z, labels) == pytest.approx(T, abs=0.11)
+
+
+def test_judge_by_hand(lesson):
+    z = torch.tensor([[0.6, 0.4], [0.3, 0.7]], dtype=torch.float64).log()
+    assert lesson.judge(z, torch.tensor([0, 0])) == pytest.approx((0.5, 0.65, 0.55))
+
+
+def test_try_two_classes_have_another_best_gap(lesson, edited, tmp_path, capsys):
+    copy = edited(lesson, "def show_gap(log_dir, steps, C=10)", "def show_gap(log_dir, steps, C=2)")
+    copy.main(log_dir=tmp_path, steps=400, n=40, epochs=1, sets=1)
+    assert " 2.9444\n" in capsys.readouterr().out
+    lesson.show_gap(tmp_path / "ten", 400)
+    assert " 4.5109\n" in capsys.readouterr().out
+
+
+def test_main_begins_with_a_gap_that_is_best(measured):
+    losses, text = measured[0]["everyday"], measured[2]
+    for gap, (entropy, smoothed, plain) in losses.items():
+        rest = math.log(1 + 2 * math.exp(-gap))  # -log p_y
+        assert entropy == pytest.approx(rest, abs=1e-6)
+        assert smoothed == pytest.approx(rest + 0.1 * 2 / 3 * gap, abs=1e-5)
+        assert plain == pytest.approx(smoothed, abs=1e-6)
+    assert "the best gap is 10 without smoothing, 3.332 with it" in text
+    assert 0 < measured[0]["off"] < 1e-12
+
+
+def test_main_gaps_reach_theory(measured, events):
+    gaps, log_dir, text = measured[0]["gaps"], measured[1], measured[2]
     for epsilon in (0.1, 0.3):
-        assert gaps[epsilon][1] == pytest.approx(math.log((1 - 0.9 * epsilon) / (0.1 * epsilon)))
+        best = math.log((1 - 0.9 * epsilon) / (0.1 * epsilon))
+        assert gaps[epsilon][1] == pytest.approx(best)
+        path = events(log_dir / "gap" / f"eps_{epsilon:g}").Scalars("logits/gap")
+        assert len(path) == 400 and path[-1].value == pytest.approx(best)
     assert gaps[0.0][1] > gaps[0.0][0] + 2
+    assert f"it grew by {gaps[0.0][1] - gaps[0.0][0]:.3f} more; log 10 is 2.303" in text
 
 
 def test_main_smoothing_calibrates_on_noisy_labels_and_not_on_clean_ones(measured):
+    (noisy, clean), text = (measured[0][name] for name in ("noisy", "clean")), measured[2]
+    assert noisy["e = 0"][2] > 0.15 and noisy["e = 0.1"][2] < 0.6 * noisy["e = 0"][2]
+    assert noisy["e = 0.4"][1] < noisy["e = 0.4"][0] - 0.1  # too much
+    assert clean["e = 0.1"][2] > clean["e = 0"][2] + 0.02
+    for rows in (noisy, clean):
+        assert rows["e = 0, T"][0] == rows["e = 0"][0]  # the same answers
+        assert rows["e = 0, T"][2] < 0.8 * rows["e = 0"][2]
+        names = [name for name in rows if name != "e = 0, T"]
+        best = min(names, key=lambda name: rows[name][2])
+        assert f"the least ECE is that of {best}: {rows[best][2]:.3f}" in text
+        assert abs(rows["e = 0.1"][0] - rows["e = 0"][0]) < 0.04  # of either sign
+
+
+def test_main_reports_how_features_scatter(measured):
     noisy, clean = measured[0]["noisy"], measured[0]["clean"]
-    assert all(row["train"] > 0.98 for row in (*noisy.values(), *clean.values()))
-    assert noisy[0.0]["ece"] > 0.18 and noisy[0.1]["ece"] < 0.6 * noisy[0.0]["ece"]
-    assert noisy[0.4]["confidence"] < noisy[0.4]["accuracy"] - 0.1  # too much
-    assert clean[0.1]["ece"] > clean[0.0]["ece"] + 0.03
+    assert clean["e = 0.1"][3] < clean["e = 0"][3]
+    assert clean["e = 0.1"][4] > clean["e = 0"][4]
+    assert noisy["e = 0.1"][3] > noisy["e = 0"][3]
+    assert all(row[4] > row[3] for rows in (noisy, clean) for row in rows.values())
 
 
-def test_main_reports_what_it_costs(measured, events):
-    (noisy, clean), log_dir = (measured[0][name] for name in ("noisy", "clean")), measured[1]
-    for rows in (noisy, clean):  # of either sign
-        assert abs(rows[0.1]["accuracy"] - rows[0.0]["accuracy"]) < 0.03
-    assert all(noisy[e]["student"] > noisy[e]["alone"] for e in (0.0, 0.1))
-    assert noisy[0.1]["student"] > noisy[0.0]["student"]
-    assert clean[0.1]["scatter"] < clean[0.0]["scatter"]
-    assert clean[0.1]["scatter_test"] > clean[0.0]["scatter_test"]
-    assert noisy[0.1]["scatter"] > noisy[0.0]["scatter"]
-    assert len(events(log_dir / "noisy" / "eps_0.1").Images("calibration/reliability")) == 1
+def test_main_draws_accuracy_by_confidence(measured, events, lesson):
+    log_dir = measured[1]
+    ideal = events(log_dir / "ideal").Scalars("calibration/accuracy")
+    assert [event.value for event in ideal] == pytest.approx([i / 100 for i in range(101)])
+    for name, epsilons in (("noisy", (0, 0.1, 0.2, 0.4)), ("clean", (0, 0.1))):
+        for epsilon in epsilons:
+            run = events(log_dir / name / f"eps_{epsilon:g}")
+            assert len(run.Images("calibration/reliability")) == 1
+    bars = torch.tensor([[0.5, 0.496, 0.004], [0.6, 0.814, 0.99], [0.3, 0.9, 0.2]])
+    lesson.write_calibration(log_dir / "bars", bars)
+    points = events(log_dir / "bars").Scalars("calibration/accuracy")
+    assert [point.step for point in points] == [60, 81]
+    assert [point.value for point in points] == pytest.approx([0.3, 0.9])
