@@ -1,33 +1,30 @@
-"""Trained to find their captions, images are told apart by words, in pairings they never had.
+"""CLIP learns to name images: from captions alone, even pairs of words that it was not trained on.
 
-    s_ij = e^t u_i . v_j        image i and caption j of a batch, as unit vectors
-    L = (CE of the rows of s, target i = j, + CE of its columns) / 2     InfoNCE both ways
-    dL/dt                       the mean over all rows and columns of E_softmax[s] - s_ii
-    zero-shot                   a class is the mean of its prompts' unit vectors: the nearest wins
+CLIP has two networks. One turns an image into a vector of length 1, the other a caption. Training
+draws the vectors of an image and its own caption together, and pushes those of other pairs in the
+batch apart. Then a class needs no examples, only words: write a caption for each class, and the
+nearest one names the image (zero-shot). A usual classifier knows only the classes of its training.
 
-e^t is 1 / temperature, learned from 1 / 0.07 on and at most 100: the parameter is clamped after
-the step. Clamped in forward, it would have no gradient once it is above, and stay there.
+    s_ij = e^t u_i . v_j        image i and caption j of a batch: a dot product of unit vectors
+    L = (CE of the rows of s + CE of its columns) / 2      target of row i and of column i: i
+    dL/dt = mean over all rows and columns of E_softmax[s] - s_ii
 
-Captions say size and place only sometimes: "a red triangle" may fit other images of its batch, yet
-only its own counts as right, as in CLIP. Colours and shapes are seen in 30 of their 36 pairings;
-the other 6 are for the test.
+    u_i, v_j  unit vectors of image i, caption j      CE  cross-entropy, log(sum of e^s) - s_own
+    e^t  the scale, learned; 1 / e^t is the temperature      E_softmax  mean by softmax(s)
 
-LLaVA keeps CLIP's image encoder, frozen, and hands the features of its patches, through a linear
-layer, to a language model. SEED's tokenizer turns an image into discrete tokens in a causal order;
-they are drawn to the caption by this loss and must let the image be rebuilt, and a language model
-then reads and writes them.
+CLIP starts e^t at 1 / 0.07 and keeps it at 100 or below. The images here are drawn: a shape with a
+size, a colour and a place. Of the 36 pairs of colour and shape, 6 are kept for the test. Captions
+leave size and place out at times. LLaVA hands CLIP's image features to a language model.
 
-Checked here   the loss against a double loop, dL/dt against its formula; three ways to share a
-               batch among ranks; a clamp in forward and on the parameter; retrieval@1 both ways
-               and zero-shot on unseen pairings by several prompts; all again with others' captions
-TensorBoard    train/loss, logit_scale/exp, retrieval/image_to_text, text_to_image by step in
-               captions, shuffled; similarity/matrix by step; images/retrieved: captions of unseen
-               pairings and the six nearest of 1,728 images
-Try            captions that always say all, hide = lambda facts: facts: which prompts stop naming
-               even colours? The bare ones, of a form that the text encoder has never read
+Needs          loss_functions/contrastive_loss.py, model_architecture/attention_mechanism.py
+Checked here   the loss against a double loop; retrieval and zero-shot beside a training with
+               other images' captions; three ways to split a batch; two ways to limit e^t
+TensorBoard    in captions and shuffled, by step: train/loss, logit_scale/exp, retrieval/...;
+               similarity/matrix, six pictures and the last: a light diagonal appears in captions
+Try            in hide, write 0.0 for 0.4, so that captions always say all: which prompts suffer?
+Answer         The bare ones: the text encoder has never read so short a caption
 Source         Radford et al. 2021 (CLIP), arXiv:2103.00020, figure 3, sections 2.3, 2.5, 3.1.4;
-               Liu et al. 2023 (LLaVA), arXiv:2304.08485, section 4.1; Ge et al. 2023 (SEED),
-               arXiv:2307.08041, 2310.01218
+               Liu et al. 2023 (LLaVA), arXiv:2304.08485, section 4.1
 """
 
 import argparse
@@ -62,7 +59,7 @@ LENGTH, SIDE = 8, 24  # words of a caption with its end, pixels
 MAX_SCALE = math.log(100.0)
 
 
-# --- the loss ----------------------------------------------------------------------------------
+# --- 1. in everyday code -----------------------------------------------------------------------
 
 
 def clip_loss(u, v, log_scale):
@@ -88,6 +85,283 @@ def loop_loss(u, v, log_scale):
     return total / (2 * len(u))
 
 
+def show_everyday():
+    print("1. In everyday code: three images, three captions, e^t = 5: which belong together?")
+    images = torch.tensor([[4.0, 3.0], [0.0, 1.0], [-1.0, 0.0]], dtype=F64)  # from an image network
+    texts = torch.tensor([[1.0, 0.0], [3.0, 4.0], [-3.0, 4.0]], dtype=F64)  # from a text network
+    u, v = F.normalize(images, dim=1), F.normalize(texts, dim=1)  # unit vectors
+    t = torch.tensor(5.0, dtype=F64).log()
+    loss = clip_loss(u, v, t)
+    cosines = u @ v.T  # image by caption
+    chances = (t.exp() * cosines).softmax(dim=1)
+
+    print("   image   vector          cosine with caption 1, 2, 3   probability of caption 1, 2, 3")
+    for i in range(3):
+        row = (
+            "   ".join(f"{c:5.2f}" for c in cosines[i]),
+            "   ".join(f"{p:.2f}" for p in chances[i]),
+        )
+        print(f"   {i + 1}       ({u[i, 0]:5.2f}, {u[i, 1]:4.2f})   {row[0]}         {row[1]}")
+    off, named = (loss - loop_loss(u, v, t)).abs().item(), (cosines.argmax(1) + 1).tolist()
+    print(f"   loss {loss:.4f} ({math.log(3):.4f} if all are alike); a double loop: {off:.0e} off")
+    wrong = [str(i + 1) for i, name in enumerate(named) if name != i + 1]
+    print(f"   -> the nearest captions are {', '.join(map(str, named))}: training must move image "
+          f"{', '.join(wrong)}")  # fmt: skip
+    return {"loss": loss.item(), "off": off, "named": named}
+
+
+# --- 2. two encoders, trained ------------------------------------------------------------------
+
+
+class ImageEncoder(nn.Module):
+    """(B, 3, 24, 24) -> unit vectors (B, D)"""
+
+    def __init__(self, D):
+        super().__init__()
+        layers, sizes = [], (3, 16, 32, 64)
+        for c_in, c_out, stride in zip(sizes[:-1], sizes[1:], (2, 2, 1), strict=True):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride, 1), nn.BatchNorm2d(c_out), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(576, D))
+
+    def forward(self, x):
+        return F.normalize(self.layers(x), dim=1)
+
+
+class TextEncoder(nn.Module):
+    """Words (B, T) -> unit vectors (B, D): a causal transformer, read at <end>."""
+
+    def __init__(self, D, width=64):
+        super().__init__()
+        self.words, self.places = nn.Embedding(len(WORDS), width), nn.Embedding(LENGTH, width)
+        self.block = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True,
+                                                norm_first=True)  # fmt: skip
+        self.norm, self.project = nn.LayerNorm(width), nn.Linear(width, D)
+
+    def forward(self, words):
+        B, T = words.shape
+        causal = torch.ones(T, T, dtype=torch.bool, device=words.device).triu(1)
+        h = self.block(self.words(words) + self.places.weight[:T], src_mask=causal)
+        end = (words == WORDS.index("<end>")).int().argmax(1)
+        return F.normalize(self.project(self.norm(h[torch.arange(B, device=h.device), end])), dim=1)
+
+
+class CLIP(nn.Module):
+    def __init__(self, D=32):
+        super().__init__()
+        self.image, self.text = ImageEncoder(D), TextEncoder(D)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @torch.no_grad()
+    def clamp(self):
+        """The parameter itself: its gradient stays, and it can come back."""
+        self.log_scale.clamp_(max=MAX_SCALE)
+
+
+@torch.no_grad()
+def similarities(model, images, said):
+    """u_i . v_j of images (B, 3, 24, 24) and captions (N, 4), (B, N), in eval mode."""
+    model.eval()
+    s = model.image(images) @ model.text(tokens(said)).T
+    model.train()
+    return s
+
+
+def retrieval(model, facts):
+    """Share of images whose caption is nearest, of captions whose image is: one of each a fact.
+
+    Two floats, from similarities(model, draw_images(facts), facts), whose rows are images and whose
+    columns are captions. Exercise.
+    """
+    s = similarities(model, draw_images(facts), facts)
+    pairs = torch.arange(len(facts), device=facts.device)
+    return tuple((s.argmax(dim) == pairs).float().mean().item() for dim in (1, 0))
+
+
+def train_clip(facts, shown, steps, batch, seed, device, writer, shuffled=False):
+    """CLIP after `steps` batches of facts (N, 4); shuffled: each image with another's caption.
+
+    `shown` (n, 4) are the facts in the picture of the similarities.
+    """
+    torch.manual_seed(seed)
+    model = CLIP().to(device)
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for step in tqdm(range(steps), desc=Path(writer.log_dir).name, leave=False, disable=None):
+        drawn = facts[torch.randint(len(facts), (batch,), device=device)]
+        u = model.image(draw_images(drawn.roll(1, dims=0) if shuffled else drawn))
+        loss = clip_loss(u, model.text(tokens(hide(drawn))), model.log_scale)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        model.clamp()  # after the step: see section 6
+        writer.add_scalar("train/loss", loss.item(), step)
+        writer.add_scalar("logit_scale/exp", model.log_scale.exp().item(), step)
+        if step % max(1, steps // 6) == 0 or step == steps - 1:
+            to_text, to_image = retrieval(model, facts)
+            writer.add_scalar("retrieval/image_to_text", to_text, step)
+            writer.add_scalar("retrieval/text_to_image", to_image, step)
+            writer.add_image("similarity/matrix", matrix_picture(model, shown), step,
+                             dataformats="HWC")  # fmt: skip
+    return model
+
+
+def show_training(seed, log_dir, steps, batch, device):
+    facts = all_facts().to(device)
+    new, seen = facts[unseen(facts)], facts[~unseen(facts)]
+    print(f"2. Does CLIP find the caption of an image after {steps} steps of {batch} pairs?")
+    print(f"   trained on                 caption found, of {len(seen)}   image found   scale e^t")
+    models, rows = {}, {}
+    for name in ("captions", "shuffled"):
+        with SummaryWriter(log_dir / name, purge_step=0) as writer:
+            shuffled = name == "shuffled"
+            model = train_clip(seen, new[::6], steps, batch, seed, device, writer, shuffled)
+        models[name], (to_text, to_image) = model, retrieval(model, seen)
+        rows[name] = {"retrieval": (to_text, to_image), "scale": model.log_scale.exp().item()}
+        words = "others' captions" if shuffled else "their own captions"
+        print(f"   {words:<26} {to_text:20.2f} {to_image:13.2f} {rows[name]['scale']:11.1f}")
+    print(f"   (chance)                   {1 / len(seen):20.3f} {1 / len(seen):13.3f}")
+    own, others = (rows[name]["retrieval"][0] for name in ("captions", "shuffled"))
+    print(f"   -> it finds {own:.0%} of the captions; trained on others' captions, {others:.1%}")
+    return models, rows
+
+
+# --- 3. name one image -------------------------------------------------------------------------
+
+
+def prompts(sizes, places):
+    """What the prompts say, (n, 36, 4): every pairing, in each of the n = sizes x places ways."""
+    ways = [torch.tensor(a) for a in (sizes, places, range(len(COLOURS)), range(len(SHAPES)))]
+    said = torch.cartesian_prod(*ways)[:, [0, 2, 3, 1]]
+    return said.view(-1, len(COLOURS) * len(SHAPES), 4)
+
+
+def show_one(model, device):
+    print("3. What is on one new image? Its facts are a pair of colour and shape never trained on")
+    truth = torch.tensor([[1, 1, 5, 0]], device=device)  # large, green, diamond, left
+    classes = prompts([-1], [-1])[0].to(device)  # 36 prompts: "a red circle", "a red square", ...
+    cosines = similarities(model, draw_images(truth), classes)[0]  # (36,)
+    chances = (model.log_scale.exp() * cosines).softmax(0)
+    print(f"   it shows: {' '.join(caption(*truth[0].tolist()))}")
+    print("   the nearest prompts of 36   cosine   probability")
+    best = [(" ".join(caption(*classes[i].tolist())), cosines[i].item(), chances[i].item())
+            for i in cosines.argsort(descending=True)[:4]]  # fmt: skip
+    for words, cosine, chance in best:
+        print(f"   {words:<26} {cosine:7.2f}   {chance:11.2f}")
+    print(f"   -> without a classifier the image is called: {best[0][0]}")
+    return best
+
+
+# --- 4. name many images -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def zero_shot(model, facts):
+    """{prompt: accuracies} on new images of facts, 36 classes: of pairing, colour, shape.
+
+    "bare" says no size or place; "single" all, one prompt at a time, the mean over the 8 of them;
+    "ensemble" has the mean vector of the 8 for each class.
+    """
+    model.eval()
+    u = model.image(draw_images(facts))
+    every = prompts(range(len(SIZES)), range(len(PLACES))).to(facts.device)
+    v = model.text(tokens(every.flatten(0, 1))).unflatten(0, every.shape[:2])  # (8, 36, D)
+    bare = model.text(tokens(prompts([-1], [-1])[0].to(facts.device)))
+    model.train()
+    takes = {"bare": bare[None], "single": v, "ensemble": F.normalize(v.mean(0), dim=1)[None]}
+    rows = {}
+    for name, classes in takes.items():
+        guess = (u @ classes.mT).argmax(-1)  # (n, B)
+        colour, shape = guess // len(SHAPES) == facts[:, 1], guess % len(SHAPES) == facts[:, 2]
+        rows[name] = [x.float().mean().item() for x in (colour & shape, colour, shape)]
+    return rows
+
+
+def show_zero_shot(models, copies, device):
+    facts = all_facts().to(device)
+    parts = facts[unseen(facts)].repeat(copies, 1), facts[~unseen(facts)].repeat(copies, 1)
+    print("4. How often is an image named right? 36 prompts, one for each pair of colour and shape")
+    print("                                     6 pairs never trained on     the 30 others")
+    print("   prompts                           both   colour   shape        both   colour   shape")
+    words = {"bare": "bare: a red ring", "single": "full: a small red ring on the left",
+             "ensemble": "mean vector of 8 full ones"}  # fmt: skip
+    rows = {name: [zero_shot(model, part) for part in parts] for name, model in models.items()}
+    shown = {words[kind]: [part[kind] for part in rows["captions"]] for kind in words}
+    shown["bare, others' captions"] = [part["bare"] for part in rows["shuffled"]]
+    shown["(chance)"] = [[1 / 36, 1 / 6, 1 / 6]] * 2
+    for name, numbers in shown.items():
+        new, seen = ("   ".join(f"{x:5.2f}" for x in row) for row in numbers)
+        print(f"   {name:<34}{new}       {seen}")
+    own, others = (rows[name][0]["bare"][0] for name in ("captions", "shuffled"))
+    print(f"   -> words alone name {own:.0%} of the pairs never trained on; with others' captions "
+          f"{others:.0%}")  # fmt: skip
+    return rows
+
+
+# --- 5. a batch on several GPUs ----------------------------------------------------------------
+
+
+def rank_loss(own_u, own_v, u, v, log_scale, rank):
+    """The part of a process, its rank: own images among all texts, own texts among all images.
+
+    Of B / n processes each has own_u, own_v (n, D), the pairs from rank * n on of all u, v (B, D).
+    The mean of both cross-entropies, s as in clip_loss. ValueError "a batch of B does not split
+    evenly into parts of n": a mean over processes would weigh parts wrongly. Exercise.
+    """
+    n = len(own_u)
+    if len(u) % n:
+        raise ValueError(f"a batch of {len(u)} does not split evenly into parts of {n}")
+    pairs, scale = torch.arange(rank * n, (rank + 1) * n, device=u.device), log_scale.exp()
+    rows, columns = scale * own_u @ v.T, scale * own_v @ u.T  # (n, B) each
+    return (F.cross_entropy(rows, pairs) + F.cross_entropy(columns, pairs)) / 2
+
+
+def rank_losses(u, v, t, ranks):
+    """{name: the losses of all processes}, as they come by the vectors of the others."""
+    n, takes = len(u) // ranks, {}
+    parts = [slice(rank * n, (rank + 1) * n) for rank in range(ranks)]
+    takes["own rows, gradients come back"] = [
+        rank_loss(u[part], v[part], u, v, t, rank) for rank, part in enumerate(parts)
+    ]
+    takes["own rows, the others detached"] = [
+        rank_loss(u[part], v[part], u.detach(), v.detach(), t, rank)
+        for rank, part in enumerate(parts)
+    ]
+    takes["all rows, the others detached"] = []
+    for part in parts:
+        mine_u, mine_v = u.detach().clone(), v.detach().clone()
+        mine_u[part], mine_v[part] = u[part], v[part]  # with gradient
+        takes["all rows, the others detached"].append(clip_loss(mine_u, mine_v, t))
+    return takes
+
+
+def show_ranks(B=12, D=5, ranks=3):
+    print(f"5. {B} pairs on {ranks} processes that average their gradients: is that one process's?")
+    print(
+        "                                            gradient: its relative error, and that of its"
+    )
+    print("   each computes                     loss   error         direction alone")
+    u = F.normalize(torch.randn(B, D, dtype=F64), dim=1).requires_grad_()
+    v, t, rows = F.normalize(torch.randn(B, D, dtype=F64), dim=1), torch.tensor(1.3).double(), {}
+    whole = clip_loss(u, v, t)
+    (true,) = torch.autograd.grad(whole, u)
+    for name, losses in rank_losses(u, v, t, ranks).items():
+        mean = sum(losses) / ranks
+        (grad,) = torch.autograd.grad(mean, u, retain_graph=True)
+        scaled = grad * true.norm() / grad.norm()
+        off, turned = ((g - true).norm().item() / true.norm().item() for g in (grad, scaled))
+        rows[name] = mean.item(), off, turned
+        print(f"   {name:<29} {mean:10.6f}   {off:11.3f}   {turned:15.3f}")
+        assert abs(mean - whole) < 1e-12
+    print(f"   {'one process':<29} {whole:10.6f}")
+    right = min(rows, key=lambda name: rows[name][1])
+    print(f"   -> the loss is the same each time, the gradient only for: {right}")
+    return rows
+
+
+# --- 6. the limit of the scale -----------------------------------------------------------------
+
+
 def scale_gradient(u, v, log_scale):
     """dL/dt of clip_loss by t = log_scale, by the formula: a tensor ().
 
@@ -98,20 +372,57 @@ def scale_gradient(u, v, log_scale):
     return (rows + columns).mean() / 2
 
 
-def rank_loss(u, v, log_scale, rank, ranks):
-    """The part of rank: its own images among all texts, its own texts among all images.
+def show_clamp(steps=50):
+    print(
+        f"6. e^t = 110 is over its limit of 100, and the loss wants less: e^t after {steps} steps?"
+    )
+    print("                             dL/dt of step 1   the formula   e^t at the end")
+    u, rows = F.normalize(torch.randn(6, 4, dtype=F64), dim=1), {}
+    v = F.normalize(u + torch.randn_like(u), dim=1)
+    formula = scale_gradient(u, v, torch.tensor(110.0, dtype=F64).log()).item()
+    for name in ("in forward", "after the step"):
+        t = torch.tensor(110.0, dtype=F64).log().requires_grad_()
+        optimizer, slopes = torch.optim.SGD([t], lr=0.02), []
+        for _ in range(steps):
+            loss = clip_loss(u, v, t.clamp(max=MAX_SCALE) if name == "in forward" else t)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            slopes.append(t.grad.item())
+            if name == "after the step":
+                with torch.no_grad():
+                    t.clamp_(max=MAX_SCALE)
+        rows[name] = slopes[0], t.exp().item()
+        print(f"   clamped {name:<17} {slopes[0]:15.4f}   {formula:11.4f}   {rows[name][1]:14.2f}")
+    assert abs(rows["after the step"][0] - formula) < 1e-12
+    stuck = [name for name, (slope, _) in rows.items() if slope == 0]
+    print(f"   -> clamped {' or '.join(stuck) or 'either way'} the scale has no gradient: it stays")
+    return rows
 
-    Of B / ranks pairs those from rank B / ranks on are its own; the mean of both cross-entropies,
-    with s as in clip_loss. ValueError "a batch of B does not split evenly among n ranks": a mean
-    over ranks would weigh parts wrongly. Exercise.
-    """
-    if len(u) % ranks:
-        raise ValueError(f"a batch of {len(u)} does not split evenly among {ranks} ranks")
-    n = len(u) // ranks
-    own = torch.arange(rank * n, (rank + 1) * n, device=u.device)
-    scale = log_scale.exp()
-    return (F.cross_entropy(scale * u[own] @ v.T, own)
-            + F.cross_entropy(scale * v[own] @ u.T, own)) / 2  # fmt: skip
+
+# --- pictures ----------------------------------------------------------------------------------
+
+
+def matrix_picture(model, facts, cell=56, left=270):
+    """(H, W, 3) uint8: cosines of captions, one a row, and images, one a column: 1 is white."""
+    images = draw_images(facts)
+    s, n = similarities(model, images, facts).T.tolist(), len(facts)  # row: caption
+    picture = Image.new("RGB", (left + n * cell, 24 + (n + 1) * cell), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    words = "cosine of caption and image: black is -1, white is 1; own pairs on the diagonal"
+    pen.text((4, 4), words, "black", font)
+    pixels = (images.cpu().clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
+    for i in range(n):
+        image = Image.fromarray(pixels[i]).resize((cell - 2, cell - 2), Image.Resampling.NEAREST)
+        picture.paste(image, (left + i * cell, 24))
+        top = 24 + (i + 1) * cell
+        pen.text((4, top + 18), " ".join(caption(*facts[i].tolist())), "black", font)
+        for j, cosine in enumerate(s[i]):
+            grey, x = round(255 * (cosine + 1) / 2), left + j * cell
+            pen.rectangle((x, top, x + cell - 2, top + cell - 2), (grey, grey, grey))
+            ink = "black" if grey > 127 else "white"
+            pen.text((x + cell / 2, top + cell / 2), f"{cosine:.2f}", ink, font, anchor="mm")
+    return np.asarray(picture)
 
 
 # --- images and captions -----------------------------------------------------------------------
@@ -176,264 +487,19 @@ def tokens(said):
     return torch.tensor([[WORDS.index(word) for word in words] for words in padded]).to(said.device)
 
 
-# --- the two encoders --------------------------------------------------------------------------
+# --- the lesson --------------------------------------------------------------------------------
 
 
-class ImageEncoder(nn.Module):
-    """(B, 3, 24, 24) -> unit vectors (B, D)"""
-
-    def __init__(self, D):
-        super().__init__()
-        layers, sizes = [], (3, 16, 32, 64)
-        for c_in, c_out, stride in zip(sizes[:-1], sizes[1:], (2, 2, 1), strict=True):
-            layers += [nn.Conv2d(c_in, c_out, 3, stride, 1), nn.BatchNorm2d(c_out), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(576, D))
-
-    def forward(self, x):
-        return F.normalize(self.layers(x), dim=1)
-
-
-class TextEncoder(nn.Module):
-    """Words (B, T) -> unit vectors (B, D): a causal transformer, read at <end>."""
-
-    def __init__(self, D, width=64):
-        super().__init__()
-        self.words, self.places = nn.Embedding(len(WORDS), width), nn.Embedding(LENGTH, width)
-        self.block = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True,
-                                                norm_first=True)  # fmt: skip
-        self.norm, self.project = nn.LayerNorm(width), nn.Linear(width, D)
-
-    def forward(self, words):
-        B, T = words.shape
-        causal = torch.ones(T, T, dtype=torch.bool, device=words.device).triu(1)
-        h = self.block(self.words(words) + self.places.weight[:T], src_mask=causal)
-        end = (words == WORDS.index("<end>")).int().argmax(1)
-        return F.normalize(self.project(self.norm(h[torch.arange(B, device=h.device), end])), dim=1)
-
-
-class CLIP(nn.Module):
-    def __init__(self, D=32):
-        super().__init__()
-        self.image, self.text = ImageEncoder(D), TextEncoder(D)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-
-    @torch.no_grad()
-    def clamp(self):
-        """The parameter itself: its gradient stays, and it can come back."""
-        self.log_scale.clamp_(max=MAX_SCALE)
-
-
-# --- what it has learned -----------------------------------------------------------------------
-
-
-@torch.no_grad()
-def similarities(model, images, said):
-    """u_i . v_j of images (B, 3, 24, 24) and captions (N, 4), (B, N), in eval mode."""
-    model.eval()
-    s = model.image(images) @ model.text(tokens(said)).T
-    model.train()
-    return s
-
-
-def retrieval(model, facts):
-    """Share of images whose caption is nearest, of captions whose image is: one of each a fact.
-
-    Two floats, from similarities(model, draw_images(facts), facts), whose rows are images and whose
-    columns are captions. Exercise.
-    """
-    s = similarities(model, draw_images(facts), facts)
-    pairs = torch.arange(len(facts), device=facts.device)
-    return tuple((s.argmax(dim) == pairs).float().mean().item() for dim in (1, 0))
-
-
-def prompts(sizes, places):
-    """What the prompts say, (n, 36, 4): every pairing, in each of the n = sizes x places ways."""
-    ways = [torch.tensor(a) for a in (sizes, places, range(len(COLOURS)), range(len(SHAPES)))]
-    said = torch.cartesian_prod(*ways)[:, [0, 2, 3, 1]]
-    return said.view(-1, len(COLOURS) * len(SHAPES), 4)
-
-
-@torch.no_grad()
-def zero_shot(model, facts):
-    """{prompt: accuracies} on new images of facts, 36 classes: of pairing, colour, shape.
-
-    "bare" says no size or place; "single" all, one prompt at a time, the mean over the 8 of them;
-    "ensemble" has the mean vector of the 8 for each class.
-    """
-    model.eval()
-    u = model.image(draw_images(facts))
-    every = prompts(range(len(SIZES)), range(len(PLACES))).to(facts.device)
-    v = model.text(tokens(every.flatten(0, 1))).unflatten(0, every.shape[:2])  # (8, 36, D)
-    bare = model.text(tokens(prompts([-1], [-1])[0].to(facts.device)))
-    model.train()
-    takes = {"bare": bare[None], "single": v, "ensemble": F.normalize(v.mean(0), dim=1)[None]}
-    rows = {}
-    for name, classes in takes.items():
-        guess = (u @ classes.mT).argmax(-1)  # (n, B)
-        colour, shape = guess // len(SHAPES) == facts[:, 1], guess % len(SHAPES) == facts[:, 2]
-        rows[name] = [x.float().mean().item() for x in (colour & shape, colour, shape)]
-    return rows
-
-
-# --- pictures ----------------------------------------------------------------------------------
-
-
-def similarity_picture(model, facts, scale=6):
-    """(1, H, W): u_i . v_j from -1, black, to 1, white; images down, captions across."""
-    s = (similarities(model, draw_images(facts), facts).cpu() + 1) / 2
-    return s.repeat_interleave(scale, 0).repeat_interleave(scale, 1)[None]
-
-
-def retrieved_picture(model, said, images, n=6, scale=2):
-    """(H, W, 3) uint8: each caption over the n nearest of images (B, 3, 24, 24)."""
-    nearest = similarities(model, images, said).topk(n, dim=0)[1].T  # (captions, n)
-    side, line = scale * SIDE + 2, 14
-    picture = Image.new("RGB", (n * side, len(said) * (side + line)), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
-    pixels = (images.cpu().clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
-    for row, (facts, order) in enumerate(zip(said.tolist(), nearest.tolist(), strict=True)):
-        top = row * (side + line)
-        pen.text((2, top), " ".join(caption(*facts)), "black", font)
-        for column, i in enumerate(order):
-            size = (side - 2, side - 2)
-            image = Image.fromarray(pixels[i]).resize(size, Image.Resampling.NEAREST)
-            picture.paste(image, (column * side, top + line))
-    return np.asarray(picture)
-
-
-# --- the sections ------------------------------------------------------------------------------
-
-
-def unit_vectors(B, D):
-    return F.normalize(torch.randn(B, D, dtype=F64), dim=1).requires_grad_()
-
-
-def show_loss(B=8, D=5):
-    print("1. the loss and a double loop: largest difference of loss, of gradients; dL/dt, formula")
-    u, v = unit_vectors(B, D), unit_vectors(B, D)
-    t = torch.tensor(1.3, dtype=F64, requires_grad=True)
-    losses = clip_loss(u, v, t), loop_loss(u, v, t)
-    grads = [torch.autograd.grad(loss, (u, v, t)) for loss in losses]
-    torch.testing.assert_close(*losses, rtol=0, atol=1e-12)
-    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
-    formula = scale_gradient(u, v, t).item()
-    assert abs(grads[0][2].item() - formula) < 1e-12
-    off = max((a - b).abs().max().item() for a, b in zip(*grads, strict=True))
-    print(f"   {(losses[0] - losses[1]).abs():.0e}   {off:.0e}   {grads[0][2]:.6f}   {formula:.6f}")
-
-
-def show_ranks(B=12, D=5, ranks=3):
-    print(
-        f"2. {ranks} ranks of {B // ranks}: loss, and how far its gradient is off that of the whole"
-    )
-    u, v, t = unit_vectors(B, D), unit_vectors(B, D), torch.tensor(1.3, dtype=F64)
-    whole = clip_loss(u, v, t)
-    (true,) = torch.autograd.grad(whole, u)
-    n, rows = B // ranks, {}
-    own = [torch.zeros(B, 1, dtype=torch.bool).index_fill(0, torch.arange(r * n, (r + 1) * n), True)
-           for r in range(ranks)]  # fmt: skip
-
-    def gathered(r):
-        """What rank r has of u and v: its own part with a gradient, the others' without."""
-        return (torch.where(own[r], x, x.detach()) for x in (u, v))
-
-    takes = {
-        "own part, gradients return": [rank_loss(u, v, t, r, ranks) for r in range(ranks)],
-        "own part, others detached": [rank_loss(*gathered(r), t, r, ranks) for r in range(ranks)],
-        "whole, others detached": [clip_loss(*gathered(r), t) for r in range(ranks)],
-    }
-    for name, losses in takes.items():
-        # ranks average their gradients: right for parts; of the whole, u gets 1 / ranks of its own
-        total = sum(losses) if name.startswith("whole") else sum(losses) / ranks
-        (grad,) = torch.autograd.grad(total, u, retain_graph=True)
-        rows[name] = (sum(losses) / ranks).item(), ((grad - true).norm() / true.norm()).item()
-        print(f"   {name:<28} {rows[name][0]:.6f}   {rows[name][1]:.3f}")
-    print(f"   {'one process':<28} {whole:.6f}")
-    assert max(abs(loss - whole.item()) for loss, _ in rows.values()) < 1e-12
-    return rows
-
-
-def show_clamp(steps=50):
-    print(f"3. e^t = 110, over its limit, where less is better: dL/dt, e^t after {steps} steps")
-    u, rows = unit_vectors(6, 4).detach(), {}
-    v = F.normalize(u + torch.randn_like(u), dim=1)
-    for name in ("in forward", "parameter"):
-        t = torch.tensor(math.log(110.0), dtype=F64, requires_grad=True)
-        optimizer, slopes = torch.optim.SGD([t], lr=0.02), []
-        for _ in range(steps):
-            loss = clip_loss(u, v, t.clamp(max=MAX_SCALE) if name == "in forward" else t)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            slopes.append(t.grad.item())
-            if name == "parameter":
-                with torch.no_grad():
-                    t.clamp_(max=MAX_SCALE)
-        rows[name] = slopes[0], t.exp().item()
-        print(f"   clamped {name:<10}   {slopes[0]:8.4f}   {rows[name][1]:6.2f}")
-    return rows
-
-
-def train_clip(facts, steps, batch, seed, device, writer, shuffled=False):
-    """CLIP after `steps` batches of facts (N, 4); shuffled: each image with another's caption."""
-    torch.manual_seed(seed)
-    model, facts = CLIP().to(device), facts.to(device)
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for step in tqdm(range(steps), desc=Path(writer.log_dir).name, leave=False, disable=None):
-        drawn = facts[torch.randint(len(facts), (batch,), device=device)]
-        u = model.image(draw_images(drawn.roll(1, dims=0) if shuffled else drawn))
-        loss = clip_loss(u, model.text(tokens(hide(drawn))), model.log_scale)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        model.clamp()
-        writer.add_scalar("train/loss", loss.item(), step)
-        writer.add_scalar("logit_scale/exp", model.log_scale.exp().item(), step)
-        if step % max(1, steps // 6) == 0:
-            to_text, to_image = retrieval(model, facts)
-            writer.add_scalar("retrieval/image_to_text", to_text, step)
-            writer.add_scalar("retrieval/text_to_image", to_image, step)
-            writer.add_image("similarity/matrix", similarity_picture(model, facts[::5]), step)
-    return model
-
-
-def show_training(seed, log_dir, steps, batch, copies, device):
-    facts = all_facts().to(device)
-    new, seen = facts[unseen(facts)], facts[~unseen(facts)]
-    print(f"4. {steps} steps of {batch}; retrieval among {len(seen)}, 36 classes by prompts: "
-          "pairing, colour, shape")  # fmt: skip
-    rows = {}
-    for name in ("captions", "shuffled"):
-        with SummaryWriter(log_dir / name, purge_step=0) as writer:
-            model = train_clip(seen, steps, batch, seed, device, writer, name == "shuffled")
-            row = rows[name] = {
-                "retrieval": retrieval(model, seen),
-                "scale": model.log_scale.exp().item(),
-                "unseen": zero_shot(model, new.repeat(copies, 1)),
-                "seen": zero_shot(model, seen.repeat(copies, 1)),
-            }
-            picture = retrieved_picture(model, new[::7], draw_images(facts.repeat(6, 1)))
-            writer.add_image("images/retrieved", picture, 0, dataformats="HWC")
-        both = "{:.3f} to text, {:.3f} to image".format(*row["retrieval"])
-        print(f"   {name}: retrieval@1 {both}   e^t {row['scale']:.1f}")
-        for part in ("unseen", "seen"):
-            for kind, shares in row[part].items():
-                print(f"      {part:<6} {kind:<8}   " + "   ".join(f"{x:.3f}" for x in shares))
-    print(f"   chance: retrieval {1 / len(seen):.3f}   pairing {1 / 36:.3f}   others {1 / 6:.3f}")
-    return rows
-
-
-def main(seed=0, log_dir=LOG_DIR, steps=800, batch=128, copies=10):
+def main(seed=0, log_dir=LOG_DIR, steps=700, batch=128, copies=10):
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     torch.manual_seed(seed)
-    show_loss()
-    return {
-        "ranks": show_ranks(),
-        "clamp": show_clamp(),
-        "training": show_training(seed, log_dir, steps, batch, copies, device),
-    }
+    measured = {"everyday": show_everyday()}
+    models, measured["training"] = show_training(seed, log_dir, steps, batch, device)
+    measured["one"] = show_one(models["captions"], device)
+    measured["zero_shot"] = show_zero_shot(models, copies, device)
+    measured["ranks"], measured["clamp"] = show_ranks(), show_clamp()
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 def guard(main, *flags):
