@@ -239,6 +239,48 @@ def test_main_counts_what_theory_says(lesson, tmp_path, seed, events, capsys):
     assert "repeats no product: SiLU to Linear 2; keeps least: Linear 1 to Linear 2\n" in printed
 
 
+def test_each_table_has_its_title_and_heads(lesson, tmp_path, capsys):
+    lesson.main(log_dir=tmp_path, **SMALL)
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line for line in lines if re.match(r"\d\. ", line)]
+    assert [title[:2] for title in titles] == ["1.", "2.", "3.", "4."]
+    assert titles[2] == (
+        "3. How many activations are in memory? L = 12 blocks in S segments, c = 3 a block"
+    )
+    assert titles[3] == "4. Which layers to wrap in each of 3 blocks of Linear 1, SiLU, Linear 2?"
+    for title, *words in (
+        (
+            titles[0],
+            "forward",
+            "activations",
+            "products",
+            "gradients",
+            "after forward",
+            "of a step",
+        ),
+        (titles[1], "call", "parameters without", "largest relative", "a gradient"),
+        (titles[2], "segments S", "after forward", "peak, measured", "peak, S + c L / S"),
+        (titles[3], "a checkpoint around", "activations", "matrix products", "after forward"),
+    ):
+        start = lines.index(title) + 1
+        assert all(word in " ".join(lines[start : start + 2]) for word in words)
+
+
+def test_the_rows_wrap_the_layers_that_they_name(lesson, monkeypatch, capsys):
+    wrapped = []
+
+    def note(layers, x, use_reentrant):
+        wrapped.append([type(layer).__name__ for layer in layers])
+        return checkpoint(layers, x, use_reentrant=use_reentrant)
+
+    monkeypatch.setattr(lesson, "checkpoint", note)
+    lesson.show_wrapping(1, 7, 5)
+    assert wrapped == [
+        ["Linear"], ["Linear"], ["SiLU"], ["SiLU", "Linear"], ["Linear", "SiLU"],
+        ["Linear", "SiLU", "Linear"],
+    ]  # fmt: skip
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_checkpoints_lower_the_peak_of_a_gpu(lesson):
     net, x, peaks = lesson.network(16, 256).cuda(), torch.randn(4096, 256, device="cuda"), {}
