@@ -21,7 +21,7 @@ Checked here   gradients, losses and weights = one process's; the ring's sum and
 TensorBoard    train/loss by step: ddp lies on one_process. cost/log10_ms_of_100MB and _10kB by
                log2 N: cost/ring is lowest for 100 MB, cost/tree for 10 kB from 4 ranks on
 Try            in show_gradients, write few=6 for few=2: how wrong is the unequal gradient now?
-Answer         Less than half as wrong: the shares are more nearly equal
+Answer         Less wrong, with most seeds by more than half: the shares are more nearly equal
 Source         Patarasuk & Yuan 2009, doi:10.1016/j.jpdc.2008.09.002 (ring); Li et al. 2020 (DDP),
                arXiv:2006.15704; Zhao et al. 2023 (fully sharded), arXiv:2304.11277
 """
