@@ -416,6 +416,13 @@ def test_main_says_what_it_measured(lesson, runs, seed):
     share, loss = sum(result["everyday"]["shares"]), result["everyday"]["loss"]
     assert f"{share:.0%} of what is decoded" in answers[0] and f"D + R is {loss:.2f}" in answers[0]
     assert f"differ by {result['loss']:.0e}" in answers[1]
+    assert [line.split()[0] for line in tables[0].splitlines()[2:4]] == ["1", "0"]
+    for line, share in zip(tables[0].splitlines()[2:4], result["everyday"]["shares"], strict=True):
+        assert line.endswith(f" {share:.2f}")
+    alone = result["digits"]["alone"]
+    assert re.search(rf"the mean image +{alone:.1f} +0.0 +-{alone:.1f}$", tables[2], re.M)
+    assert re.search(r"^ +D +R +ELBO +R above 0.1 ", tables[5], re.M)
+    assert re.search(rf"^   mean image +{alone:.1f} +0.0 +-{alone:.1f} +- +\d+$", tables[5], re.M)
     digits, betas = result["digits"], result["betas"]
     for name, key in (("the image's own code", "D"), ("another image's code", "other")):
         assert re.search(rf"{name} +{digits[key]:.1f} ", tables[2])
