@@ -1,32 +1,26 @@
-"""FP16 drops gradients of 2^-25 and less, unless the loss is scaled; BF16 has FP32's range.
+"""FP16 makes gradients of 2^-25 and less 0, so that training can stand still; a loss scaled by S
+before backward() brings them back. BF16 has the range of FP32 and needs no scale.
 
-    E exponent bits, M mantissa bits, b = 2^(E-1) - 1:
-    largest 2^b (2 - 2^-M)   smallest normal 2^(1-b)   smallest of all 2^(1-b-M)   epsilon 2^-M
+Mixed precision multiplies matrices in 16 bits and keeps the weights in 32. On a GPU this is several
+times faster, and what is kept of a batch takes little more than half the memory. torch.autocast
+picks the type of each operation. FP16 also needs a GradScaler: it multiplies the loss by S and
+divides the gradients by S before the step. If a gradient overflowed (is inf or nan), it skips the
+step and halves S. Clip gradients after unscale_, else the limit is S times too low. Start with
+bfloat16 where your GPU has it.
 
-                E   M   largest   smallest of all   epsilon
-        FP32    8  23    3.4e38   1.4e-45           1.2e-7
-        FP16    5  10     65504   6.0e-8            9.8e-4     range is what it lacks
-        BF16    8   7    3.4e38   9.2e-41           7.8e-3     digits are
+    E, M     bits of a number for its exponent and for its digits (mantissa); one more is its sign
+    b        = 2^(E-1) - 1, the largest exponent
+    largest  2^b (2 - 2^-M)    smallest normal (all digits)  2^(1-b)    smallest of all  2^(1-b-M)
+    epsilon  2^-M: the gap from 1 to the next number. A sum is rounded to the nearest one, so that
+             1 - d stays 1 for d below epsilon / 4, however often it is repeated
 
-Mixed precision multiplies matrices in 16 bits and keeps the weights in 32: a step below
-epsilon / 4 of a weight just under 1 is rounded away, however often it is repeated. A GradScaler
-multiplies the loss by S, so that small gradients survive FP16, and divides before the step. If one
-overflows, the step is skipped and S halved; after a number of good steps S is doubled again.
-Gradients are clipped after scaler.unscale_(optimizer): before, the threshold is S times too low.
-Autocast's lists depend on the device: softmax, layer_norm, exp and sum, which CUDA computes in
-FP32, keep the type of their input on the CPU.
-
-Checked here   each number of the table by its bits; updates that vanish; log-uniform gradients
-               flushed by FP16, in theory and counted; FP32's loss, reached in BF16, and missed
-               with BF16 weights, which round steps of 2e-4 away; the FP32 network's gradients
-               in FP16, by S; our LossScaler = GradScaler through two overflows; autocast's
-               types, by looking; seconds
-TensorBoard    grad/zeroed and grad/overflowed by log2 S in network; amp/log2_scale and
-               amp/step_taken by step in ours, torch; train/loss in float32, bfloat16,
-               bfloat16_weights
-Try            growth_interval=1 in show_scaler: how does S move? Up in every step that is taken
-Source         Micikevicius et al. 2018, arXiv:1710.03740, section 3 (weights, loss scaling);
-               torch.amp
+Needs          nn_linear.py, nn_optim.py, 06_gradient_accumulation_and_tricks.py
+Checked here   memory; the formats; a scaler by hand = GradScaler; FP16 training with it, without
+TensorBoard    train/loss by step: float16 stays flat, float16_scaled falls as float32 does, and
+               bfloat16_weights more slowly. amp/log2_scale and amp/step_taken by step: ours = torch
+Try            in amp_step, move the line scaler.unscale_(optimizer) below the next one
+Answer         Step 4 of section 1 finds a norm of 40960, and moves the weights only to 0.9999
+Source         Micikevicius et al. 2018, arXiv:1710.03740, section 3; torch.amp
 """
 
 import argparse
@@ -36,7 +30,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -45,21 +38,16 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-TOPIC = "training_engineering"
-LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / TOPIC / "amp_training"
-FORMATS = {  # exponent bits, mantissa bits, an integer type of the same size
-    torch.float32: (8, 23, torch.int32),
-    torch.float16: (5, 10, torch.int16),
-    torch.bfloat16: (8, 7, torch.int16),
+LOG_DIR = Path(__file__).resolve().parents[1] / "runs/training_engineering/amp_training"
+FORMATS = {  # bits of the exponent and of the mantissa
+    "float32": (torch.float32, 8, 23),
+    "float16": (torch.float16, 5, 10),
+    "bfloat16": (torch.bfloat16, 8, 7),
 }
-SCALES = range(0, 33, 2)  # log2 of the loss scale
-
-
-def name_of(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 def draw(log_dir, curves):
@@ -70,319 +58,277 @@ def draw(log_dir, curves):
                 writer.add_scalar(tag, value, step)
 
 
-# --- number formats ----------------------------------------------------------------------------
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def amp_step(model, x, t, loss_of, optimizer, scaler, dtype=torch.float16, max_norm=1.0):
+    """One step of training in mixed precision: the loss, and the norm of the gradients. Exercise.
+
+    Only model and loss run under autocast to `dtype` (none for float32), on x's device. Then: drop
+    old gradients, backward of the scaled loss, unscale_, clip to max_norm, step, update.
+    """
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        loss = loss_of(model(x), t)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()  # outside autocast: backward uses the types of forward
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    scaler.step(optimizer)  # skipped if a gradient is inf or nan
+    scaler.update()
+    return loss.item(), norm.item()
+
+
+def show_everyday(steps=5):
+    print("1. In everyday code: the loop of mixed precision, in FP16 with a GradScaler")
+    print(
+        "   (|w x - 0| for x = (3, 4) and w = (1, 1): the gradient is x, of norm 5, clipped to 1)"
+    )
+    print("   step    S before   norm found   weights after       S after")
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu")  # "cuda" on a GPU; enabled=False for bfloat16
+    x, t, rows = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 1), []
+    for step in range(1, steps + 1):
+        before = scaler.get_scale()
+        _, norm = amp_step(model, x, t, F.l1_loss, optimizer, scaler)
+        rows.append((before, norm, *model.weight[0].tolist(), scaler.get_scale()))
+        print("   {:4}   {:9.0f}   {:10.4f}   {:7.4f} {:7.4f}   {:9.0f}".format(step, *rows[-1]))
+    skipped, S = sum(not math.isfinite(row[1]) for row in rows), rows[-1][0]
+    print(f"   -> {skipped} steps are skipped, until the larger gradient, 4 S = {4 * S:.0f}, is "
+          f"below FP16's largest, {torch.finfo(torch.float16).max:.0f}")  # fmt: skip
+    return rows
+
+
+# --- 2. why 16 bits ----------------------------------------------------------------------------
+
+
+def kept_bytes(model, x, t, dtype):
+    """Bytes that autograd keeps for backward(), beside the weights themselves. On any device."""
+    own, kept = {w.data_ptr() for w in model.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.nbytes  # one that is kept twice counts once
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32),
+    ):
+        loss = F.cross_entropy(model(x), t)
+    loss.backward()  # what is kept may be freed only now, so that no address is used twice
+    return sum(kept.values())
+
+
+def show_reasons(batch, width, device):
+    print(f"2. Why 16 bits? Memory and speed of 4 Linear + GELU of width {width}, batch {batch}")
+    print("   autocast to   weights, MB   kept for backward, MB   as a share")
+    layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.GELU())]
+    model, kept, seconds = nn.Sequential(*layers).to(device), {}, {}
+    x, t = torch.randn(batch, width, device=device), torch.arange(batch, device=device) % width
+    for name, (dtype, *_) in FORMATS.items():
+        kept[name] = kept_bytes(model, x, t, dtype) / 1e6
+        weights = sum(w.nbytes for w in model.parameters()) / 1e6
+        print(f"   {name:<11}   {weights:11.2f}   {kept[name]:21.2f}   "
+              f"{kept[name] / kept['float32']:10.2f}")  # fmt: skip
+        if device == "cuda":
+            from torch.utils.benchmark import Timer  # waits for the GPU; without one it warns
+
+            a = torch.randn(8192, 8192, device=device, dtype=dtype)
+            seconds[name] = Timer("a @ a", globals={"a": a}).blocked_autorange().median
+    if seconds:
+        times = [f"{name} {seconds['float32'] / s:.1f}" for name, s in seconds.items()]
+        print(f"   speed of a product of 8192 x 8192 numbers, float32 = 1: {', '.join(times)}")
+    else:
+        print("   speed: skipped, no CUDA GPU; on one it shows how many times 16 bits are faster")
+    print(f"   -> what is kept falls to {kept['bfloat16'] / kept['float32']:.2f} in 16 bits; the "
+          "weights stay in 32")  # fmt: skip
+    return kept, seconds
+
+
+# --- 3. the formats ----------------------------------------------------------------------------
 
 
 def limits(E, M):
     """Largest, smallest normal, smallest of all, epsilon of a format with E and M bits.
 
-    Four floats. b = 2^(E-1) - 1; then 2^b (2 - 2^-M), 2^(1-b), 2^(1-b-M), 2^-M. Exercise.
+    Four floats, by the formulas on top. Exercise.
     """
     b = 2 ** (E - 1) - 1
     return 2.0**b * (2 - 2.0**-M), 2.0 ** (1 - b), 2.0 ** (1 - b - M), 2.0**-M
 
 
-def from_bits(bits, dtype):
-    """The positive number with the exponent and mantissa bits of the integer `bits`."""
-    return torch.tensor(bits, dtype=FORMATS[dtype][2]).view(dtype).item()
-
-
-def show_formats():
-    print("1. formats, from their bits: largest, smallest normal, smallest of all, epsilon")
-    for dtype, (E, M, _) in FORMATS.items():
+def show_formats(numbers=(1e-8, 1.001, 70000), steps=1000):
+    print(f"3. What becomes of a number in each format, and of 1 after {steps} steps of -1e-4?")
+    heads = "".join(f"   {number:<9g}" for number in numbers)
+    print(f"   format     E   M    largest    smallest   epsilon{heads}   steps")
+    stored = {}
+    for name, (dtype, E, M) in FORMATS.items():
         largest, normal, smallest, epsilon = limits(E, M)
         info = torch.finfo(dtype)
         assert (largest, normal, epsilon) == (info.max, info.smallest_normal, info.eps)
-        assert largest == from_bits((2**E - 1) * 2**M - 1, dtype)  # exponent 1…10, mantissa 1…1
-        assert (normal, smallest) == (from_bits(2**M, dtype), from_bits(1, dtype))
-        print(f"   {name_of(dtype):<8} E {E}   M {M:2}   {largest:.4e}   {normal:.2e}   "
-              f"{smallest:.2e}   {epsilon:.2e}")  # fmt: skip
-
-
-def show_updates(step=1e-4, steps=1000):
-    print(f"2. a weight of 1 after {steps} updates of -{step:g}")
-    ends = {}
-    for dtype, (_, M, _) in FORMATS.items():
         w = torch.ones((), dtype=dtype)
         for _ in range(steps):
-            w -= step
-        ends[dtype] = w.item()
-        print(f"   {name_of(dtype):<8} {w.item():.4f}   epsilon / 4 = {2.0**-M / 4:.1e}")
-    return ends
+            w -= 1e-4
+        stored[name] = [*torch.tensor(numbers, dtype=dtype).tolist(), w.item()]
+        cells = "".join(f"   {number:<9.4g}" for number in stored[name])
+        print(f"   {name:<8}   {E}   {M:<2}   {largest:<8.5g}   {smallest:.1e}    "
+              f"{epsilon:.1e}{cells}")  # fmt: skip
+    lost = [name for name, found in stored.items() if found[-1] == 1]
+    print(f"   -> 1e-8 is {stored['float16'][0]:g} in FP16, {stored['bfloat16'][0]:.0e} in BF16; "
+          f"small steps are lost in {' and '.join(lost)}")  # fmt: skip
+    return stored
 
 
-# --- loss scaling ------------------------------------------------------------------------------
-
-
-def show_flush(n, low=-10.0, high=-2.0):
-    print(f"3. {n:,} gradients, log-uniform from 1e{low:g} to 1e{high:g}: share that FP16 makes 0")
-    g = 10 ** torch.empty(n, dtype=torch.float64).uniform_(low, high)
-    shares = {}
-    for log2_scale in (0, 8, 16):
-        theory = max(0.0, (math.log10(2.0 ** (-25 - log2_scale)) - low) / (high - low))
-        share = ((g * 2.0**log2_scale).half() == 0).double().mean().item()
-        shares[log2_scale] = share, theory
-        print(f"   S = 2^{log2_scale:<2}   measured {share:.4f}   theory {theory:.4f}")
-    return shares
-
-
-def classifier(width=64):
-    """A network (B, 16) -> (B, 4)."""
-    hidden = [nn.Linear(width, width), nn.LayerNorm(width), nn.SiLU()]
-    first = [nn.Linear(16, width), nn.LayerNorm(width), nn.SiLU()]
-    return nn.Sequential(*first, *hidden, nn.Linear(width, 4))
-
-
-def teacher_task(steps, B=128):
-    """Batches x (B, 16), t (B,) of a random network's classes, and 2,048 more for validation."""
-    teacher = classifier()
-    with torch.no_grad():
-        teacher[-1].weight *= 8
-        x = torch.randn(steps * B + 2048, 16)
-        t = teacher(x).argmax(1)
-    val, batches = (x[-2048:], t[-2048:]), (x[:-2048].split(B), t[:-2048].split(B))
-    return list(zip(*batches, strict=True)), val
-
-
-def fit(model, batches, dtype, lr=2e-4):
-    """Adam under autocast to `dtype` on the CPU (none for float32); the loss of each step, a list.
-
-    Forward and cross-entropy under autocast, backward and step outside: backward uses the types of
-    forward. Exercise.
-    """
-    optimizer, losses = torch.optim.Adam(model.parameters(), lr=lr), []
-    for x, t in batches:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = F.cross_entropy(model(x), t)
-        optimizer.zero_grad()
-        loss.backward()  # outside autocast: backward uses the types of forward
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def show_training(log_dir, steps):
-    print(f"4. Adam, {steps} steps on a teacher's classes: validation loss")
-    batches, (x_val, t_val) = teacher_task(steps)
-    start, ends = classifier(), {}
-    variants = {
-        "float32": (torch.float32, torch.float32),
-        "bfloat16": (torch.bfloat16, torch.float32),
-        "bfloat16_weights": (torch.bfloat16, torch.bfloat16),
-    }
-    for name, (dtype, weights) in tqdm(variants.items(), disable=None):
-        model = copy.deepcopy(start).to(weights)
-        draw(log_dir / name, {"train/loss": fit(model, batches, dtype)})
-        with torch.no_grad():
-            ends[name] = F.cross_entropy(model.float()(x_val), t_val).item()
-        if name == "float32":
-            trained = model
-    print("   " + "   ".join(f"{name} {end:.4f}" for name, end in ends.items()))
-    return ends, trained, (x_val, t_val)
-
-
-def gradient_shares(model, x, t, scale):
-    """Shares of the gradients at linear layers' outputs that FP16 makes 0, and inf or nan.
-
-    Two floats, over all numbers of all nn.Linear of the Sequential `model` together. Forward and
-    cross-entropy of x, t under CPU autocast to float16, the loss times `scale`, backward. A forward
-    hook can put register_hook on each output; all forward hooks are removed afterwards. Exercise.
-    """
-    gradients = []
-
-    def watch(layer, x, y):
-        y.register_hook(gradients.append)
-
-    linear = [layer for layer in model if isinstance(layer, nn.Linear)]
-    handles = [layer.register_forward_hook(watch) for layer in linear]
-    with torch.autocast("cpu", torch.float16):
-        loss = F.cross_entropy(model(x), t)
-    (loss * scale).backward()
-    for handle in handles:
-        handle.remove()
-    g = torch.cat([g.flatten() for g in gradients])
-    assert g.dtype == torch.float16
-    return (g == 0).double().mean().item(), (~g.isfinite()).double().mean().item()
-
-
-def show_network_flush(log_dir, model, x, t):
-    print(f"5. gradients of the float32 network, batch of {len(x):,}, under FP16, by S")
-    shares = {k: gradient_shares(model, x, t, 2.0**k) for k in SCALES}
-    with SummaryWriter(log_dir / "network", purge_step=0) as writer:
-        for k, (zeroed, overflowed) in shares.items():
-            writer.add_scalar("grad/zeroed", zeroed, k)
-            writer.add_scalar("grad/overflowed", overflowed, k)
-    for k in (0, 4, 16, 28, 32):
-        print(f"   S = 2^{k:<2}   made 0: {shares[k][0]:.4f}   overflowed: {shares[k][1]:.4f}")
-    return shares
+# --- 4. the scaler by hand ---------------------------------------------------------------------
 
 
 class LossScaler:
-    """GradScaler by hand: scale(loss).backward(), step(optimizer), update()."""
+    """GradScaler by hand, for one optimizer. `overflow` is None until unscale_ has looked."""
 
     def __init__(self, init_scale=2.0**16, growth=2.0, backoff=0.5, growth_interval=2000):
         self.S, self.growth, self.backoff = init_scale, growth, backoff
-        self.interval, self.good, self.overflow = growth_interval, 0, False
+        self.interval, self.good, self.overflow = growth_interval, 0, None
+
+    def get_scale(self):
+        return self.S
 
     def scale(self, loss):
         return loss * self.S
 
-    def step(self, optimizer):
-        """Divide all gradients of the optimizer by S, and take its step if all numbers are finite.
+    def unscale_(self, optimizer):
+        """Divide all gradients of the optimizer by S; self.overflow: is a number inf or nan?
 
-        Else set self.overflow and take none. A parameter whose gradient is None is left out.
-        Exercise.
+        A parameter whose gradient is None is left out. Exercise.
         """
+        self.overflow = False
         for group in optimizer.param_groups:
             for w in group["params"]:
                 if w.grad is not None:
                     w.grad /= self.S
                     self.overflow |= not w.grad.isfinite().all().item()
+
+    def step(self, optimizer):
+        if self.overflow is None:
+            self.unscale_(optimizer)
         if not self.overflow:
             optimizer.step()
 
     def update(self):
-        """Back off after an overflow, grow after `interval` good steps in a row.
+        """Overflow: S times backoff, self.good = 0. Otherwise self.good counts the step, and at
+        self.interval S is multiplied by growth and self.good starts anew at 0.
 
-        Overflow: S times backoff, self.good = 0. Otherwise self.good counts the step, and at
-        self.interval S is multiplied by growth and self.good starts anew. self.overflow is False
-        afterwards. Exercise.
+        self.overflow is None afterwards. Exercise.
         """
         self.good = 0 if self.overflow else self.good + 1
         if self.overflow:
             self.S *= self.backoff
         elif self.good == self.interval:
             self.S, self.good = self.S * self.growth, 0
-        self.overflow = False
-
-    def get_scale(self):
-        return self.S
+        self.overflow = None
 
 
 def life(scaler, steps, overflow_at):
-    """S before each step, whether it was taken, and the weights, for a loss that overflows."""
-    w = torch.ones(3, requires_grad=True)
-    optimizer, scales, taken = torch.optim.SGD([w], lr=0.1), [], []
+    """S before each step, whether it was taken, and the last weights; inputs are inf at times."""
+    model, scales, taken = nn.Linear(3, 1, bias=False), [], []
+    nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for i in range(steps):
-        before = w.detach().clone()
-        optimizer.zero_grad()
-        loss = w.square().sum() * (math.inf if i in overflow_at else 1)
+        before, x = model.weight.clone(), torch.full((1, 3), math.inf if i in overflow_at else 1.0)
         scales.append(scaler.get_scale())
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        taken.append(not torch.equal(before, w))
-    return scales, taken, w.detach()
+        amp_step(model, x, torch.zeros(1, 1), F.mse_loss, optimizer, scaler, torch.float32)
+        taken.append(not torch.equal(before, model.weight))
+    return scales, taken, model.weight.detach()
 
 
-def show_scaler(log_dir, growth_interval=3, steps=14, overflow_at=(4, 5)):
-    print(f"6. a scaler's life, growth every {growth_interval}, overflow in {overflow_at}: log2 S")
-    lives = {}
-    for name, make in (("ours", LossScaler), ("torch", make_grad_scaler)):
-        scaler = make(growth_interval=growth_interval)
+def show_scaler(log_dir, interval=3, steps=14, overflow_at=(4, 5)):
+    print(f"4. How does S move? It doubles after {interval} good steps; {overflow_at} overflow")
+    print("   step           " + "".join(f"{i:5}" for i in range(steps)))
+    ours = LossScaler(growth_interval=interval)
+    theirs, lives = torch.amp.GradScaler("cpu", growth_interval=interval), {}
+    for name, scaler in (("ours", ours), ("torch", theirs)):
         scales, taken, _ = lives[name] = life(scaler, steps, overflow_at)
-        curves = {"amp/log2_scale": [math.log2(S) for S in scales], "amp/step_taken": taken}
-        draw(log_dir / name, curves)
-        shown = (
-            f"{math.log2(S):.0f}{' ' if t else '-'}" for S, t in zip(scales, taken, strict=True)
-        )
-        print(f"   {name:<5} {' '.join(shown)}   (-: skipped)")
+        logs = [math.log2(S) for S in scales]
+        draw(log_dir / name, {"amp/log2_scale": logs, "amp/step_taken": taken})
+        print(f"   {name:<5}   log2 S " + "".join(f"{S:5.0f}" for S in logs))
+        print(f"   {name:<5}   skipped" + "".join("     " if t else "  yes" for t in taken))
     assert lives["ours"][:2] == lives["torch"][:2]
     assert torch.equal(lives["ours"][2], lives["torch"][2])
+    skipped = len(taken) - sum(taken)
+    print(f"   -> {skipped} steps are skipped, each halves S; log2 S ends at {logs[-1]:.0f}")
     return lives["torch"][:2]
 
 
-def make_grad_scaler(**options):
-    return torch.amp.GradScaler("cpu", **options)
+# --- 5. training -------------------------------------------------------------------------------
 
 
-# --- autocast ----------------------------------------------------------------------------------
+def pixel_loss(z, t, pixels=2**27):
+    """The share of these logits z (B, 4) in a mean over 128 images of 1024 x 1024 pixels.
+
+    Cross-entropy's slope along a logit is between -1 and 1, so here it is at most 2^-27.
+    """
+    return F.cross_entropy(z, t, reduction="sum") / pixels
 
 
-def operations(device):
-    """{name: operation} on a tensor a (4, 8)."""
-    t, ones = torch.arange(4, device=device), torch.ones(8, device=device)
-    return {
-        "matmul": lambda a: a @ a.T,
-        "linear": lambda a: F.linear(a, a),
-        "conv1d": lambda a: F.conv1d(a[None], a[None]),
-        "attention": lambda a: F.scaled_dot_product_attention(a[None], a[None], a[None]),
-        "softmax": lambda a: F.softmax(a, -1),
-        "layer_norm": lambda a: F.layer_norm(a, (8,), ones),
-        "exp": lambda a: a.exp(),
-        "sum": lambda a: a.sum(),
-        "gelu": lambda a: F.gelu(a),
-        "cross_entropy": lambda a: F.cross_entropy(a, t),
-        "mse_loss": lambda a: F.mse_loss(a, a),
-    }
+def classifier(width=64):
+    """A network (B, 16) -> (B, 4)."""
+    first = nn.Sequential(nn.Linear(16, width), nn.LayerNorm(width), nn.SiLU())
+    hidden = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.SiLU())
+    return nn.Sequential(first, hidden, nn.Linear(width, 4))
 
 
-def autocast_types(device, dtype):
-    """{operation: types of its result under autocast, from float32 and from `dtype`}."""
-    x = torch.randn(4, 8, device=device)
-    with torch.autocast(device, dtype):
-        return {
-            name: (run(x).dtype, run(x.to(dtype)).dtype) for name, run in operations(device).items()
-        }
+def fit(model, batches, dtype, scaled, lr=2e-4):
+    """amp_step with Adam for each batch (x, t): the mean loss of a pixel in each step, a list."""
+    optimizer = torch.optim.Adam(model.parameters(), lr, eps=1e-16)  # eps far below the gradients
+    scaler, losses = torch.amp.GradScaler("cpu", enabled=scaled), []
+    for x, t in batches:
+        loss, _ = amp_step(model, x, t, pixel_loss, optimizer, scaler, dtype)
+        losses.append(loss * 2**27 / len(t))
+    return losses
 
 
-def show_autocast(device, dtype):
-    types = autocast_types(device, dtype)
-    kinds = {
-        f"always {name_of(dtype)}": (dtype, dtype),
-        "always float32": (torch.float32, torch.float32),
-        "as it comes": (torch.float32, dtype),
-    }
-    for kind, pair in kinds.items():
-        names = ", ".join(name for name, found in types.items() if found == pair)
-        print(f"   {device} {name_of(dtype):<8} {kind:<15} {names}")
-    return types
+def show_training(log_dir, steps, B=128):
+    print(f"5. What is learned in {steps} steps of Adam, if the loss is a mean over 2^27 pixels?")
+    print("   run                loss on new examples   accuracy   share of weights that moved")
+    teacher, start, ends = classifier(), classifier(), {}
+    with torch.no_grad():
+        teacher[-1].weight *= 8
+        x = torch.randn(steps + 16, B, 16)
+        t = teacher(x).argmax(-1)
+    f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+    for name, dtype, weights, scaled, n in (
+        ("not trained", f32, f32, False, 0),
+        ("float32", f32, f32, False, steps),
+        ("bfloat16", bf16, f32, False, steps),
+        ("bfloat16_weights", bf16, bf16, False, steps),
+        ("float16", f16, f32, False, steps),
+        ("float16_scaled", f16, f32, True, steps),
+    ):
+        model = copy.deepcopy(start).to(weights)
+        before = parameters_to_vector(model.parameters()).detach()
+        batches = tqdm(list(zip(x[:n].to(weights), t[:n], strict=True)), disable=None, leave=False)
+        draw(log_dir / name.replace(" ", "_"), {"train/loss": fit(model, batches, dtype, scaled)})
+        moved = (parameters_to_vector(model.parameters()) != before).float().mean().item()
+        with torch.no_grad():
+            z = model.float()(x[steps:].flatten(0, 1))
+        right = (z.argmax(1) == t[steps:].flatten()).float().mean().item()
+        ends[name] = F.cross_entropy(z, t[steps:].flatten()).item(), right, moved
+        print("   {:<16}   {:20.4f}   {:8.3f}   {:27.3f}".format(name, *ends[name]))
+    gap = abs(ends["float16_scaled"][0] - ends["float32"][0])
+    print(f"   -> FP16 alone moved {ends['float16'][2]:.0%} of the weights; scaled, its loss is "
+          f"{gap:.4f} away from float32's")  # fmt: skip
+    return ends
 
 
-# --- seconds -----------------------------------------------------------------------------------
-
-
-def matmul_seconds(n, dtype, device, repeat=5):
-    """The shortest of `repeat` products of (n, n) matrices."""
-    a, times = torch.randn(n, n, device=device).to(dtype), []
-    for _ in range(repeat + 1):  # the first sets things up
-        start = time.perf_counter()
-        a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()  # a GPU works on while Python goes ahead
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-def show_seconds(devices, sizes):
-    ratios = {}
-    for n in sizes:
-        base = matmul_seconds(n, torch.float32, "cpu")
-        for device in devices:
-            for dtype in FORMATS:
-                ratios[device, n, dtype] = matmul_seconds(n, dtype, device) / base
-            shown = (f"{name_of(dtype)} {ratios[device, n, dtype]:8.3f}" for dtype in FORMATS)
-            print(f"   n {n:5}   {device:<4}   {'   '.join(shown)}")
-    return ratios
-
-
-def main(seed=0, log_dir=LOG_DIR, n=1_000_000, train_steps=500, sizes=(64, 256, 512)):
+def main(seed=0, log_dir=LOG_DIR, batch=1024, width=256, train_steps=400):
     torch.manual_seed(seed)
-    show_formats()
-    measured = {"updates": show_updates(), "flush": show_flush(n)}
-    measured["training"], trained, val = show_training(log_dir, train_steps)
-    measured["network"] = show_network_flush(log_dir, trained, *val)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    measured = {"everyday": show_everyday(), "reasons": show_reasons(batch, width, device)}
+    measured["formats"] = show_formats()
     measured["life"] = show_scaler(log_dir)
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    skipped = "" if "cuda" in devices else "; cuda skipped: there is none"
-    print(f"7. autocast: types of results, from float32 and from 16-bit inputs{skipped}")
-    measured["types"] = {
-        (device, dtype): show_autocast(device, dtype)
-        for device in devices
-        for dtype in (torch.bfloat16, torch.float16)
-    }
-    print(f"8. seconds of an (n, n) product, the CPU's in float32 = 1{skipped}")
-    measured["seconds"] = show_seconds(devices, sizes)
+    measured["training"] = show_training(log_dir, train_steps)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return measured
 
 
