@@ -162,7 +162,7 @@ def limits(E, M):
 def show_formats(numbers=(1e-8, 1.001, 70000), steps=1000):
     print(f"3. What becomes of a number in each format, and of 1 after {steps} steps of -1e-4?")
     heads = "".join(f"   {number:<9g}" for number in numbers)
-    print(f"   format     E   M    largest    smallest   epsilon{heads}   steps")
+    print(f"   format     E   M    largest      smallest   epsilon{heads}   steps")
     stored = {}
     for name, (dtype, E, M) in FORMATS.items():
         largest, normal, smallest, epsilon = limits(E, M)
@@ -173,7 +173,7 @@ def show_formats(numbers=(1e-8, 1.001, 70000), steps=1000):
             w -= 1e-4
         stored[name] = [*torch.tensor(numbers, dtype=dtype).tolist(), w.item()]
         cells = "".join(f"   {number:<9.4g}" for number in stored[name])
-        print(f"   {name:<8}   {E}   {M:<2}   {largest:<8.5g}   {smallest:.1e}    "
+        print(f"   {name:<8}   {E}   {M:<2}   {largest:<10.5g}   {smallest:.1e}    "
               f"{epsilon:.1e}{cells}")  # fmt: skip
     lost = [name for name, found in stored.items() if found[-1] == 1]
     print(f"   -> 1e-8 is {stored['float16'][0]:g} in FP16, {stored['bfloat16'][0]:.0e} in BF16; "
