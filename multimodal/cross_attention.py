@@ -1,25 +1,28 @@
-"""Cross-attention lets a text ask an image; behind a gate of 0 it leaves a language model alone.
+"""With cross-attention a frozen language model answers what its text alone cannot tell: it asks an
+image. Behind a gate of 0 it is at first, bit by bit, the model that it was.
 
-    cross      softmax(q k^T / sqrt(d)) v     q from the text (B, T, C), k and v from the image
-               (B, P, K), d = C / H a head: an answer for each question, however many patches
+In cross-attention the queries come from one sequence, the text, and keys and values from another
+one, the image: each word asks all patches of the image. Two ways to give a trained, frozen language
+model an image are learned here. Flamingo puts cross-attention into it, behind gates that start
+closed. BLIP-2 trains a Q-Former in front of it: a few learned queries read the image, and what they
+find is put before the text as if it were words.
+
+    cross      softmax(q k^T / sqrt(d)) v        q = text W_q^T,  k = image W_k^T,  v = image W_v^T
     gated      h + tanh(a) cross(h, image),  then  h + tanh(b) mlp(h);  a = b = 0 at the start
-    Q-Former   Q learned questions, the same for every image: (B, P, K) -> (B, Q, C)
+    Q-Former   (B, P, K) -> (B, Q, C): Q learned queries, the same for each image
 
-At a = b = 0 (Flamingo) the gates alone get a gradient; once they have moved, the weights behind
-them do too. An absent image is masked: its row of weights is 0, and cross gives its bias alone.
-LLaVA needs none of this: it puts the patches, projected, among the tokens of the text.
+    B  pairs of text and image     T, C  words and their numbers     P, K  patches and their numbers
+    d  numbers per query and key   h  the text inside the model, (B, T, C)     a, b  learned numbers
 
-Checked here   cross = nn.MultiheadAttention with kdim and vdim; absent images; the Q-Former's form;
-               gates at 0: the output bit by bit, the gradients; a frozen language model that says
-               what colour a shape has: without an image, trained with images and asked with its own
-               or with another's, and trained on those of others (shuffled); where it looks
-TensorBoard    train/loss, gate/cross, gate/mlp by step in images, shuffled; attention/map: scenes
-               with the object asked for framed, and the weights on their patches
-Try            present=False for every image of the trained model: is it the language model again?
-               No: it guesses too, but the bias and the MLP still speak: it is surer of its guess
+Needs          attention_mechanism.py
+Checked here   plain = complete = nn.MultiheadAttention; gates of 0: the output and the gradients;
+               accuracy with the own image, with another's, and trained on those of others
+TensorBoard    attention/map in images: light on the framed object; attention/queries in qformer_4:
+               each row, a query, is light where one kind of shape lies; train/loss by step
+Try            in show_qformer, write (4, 2, 1) for (4, 1): what do two queries give?
+Answer         between the two: fewer queries than shapes cannot tell all colours
 Source         Alayrac et al. 2022 (Flamingo), arXiv:2204.14198, section 2.2; Li et al. 2023
-               (BLIP-2), arXiv:2301.12597, section 3.1; Liu et al. 2023 (LLaVA), arXiv:2304.08485,
-               section 4.1
+               (BLIP-2), arXiv:2301.12597, section 3.1 and figure 3
 """
 
 import argparse
@@ -34,8 +37,10 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, even while torch is being imported
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -48,11 +53,42 @@ COLOURS = {
     "yellow": (0.9, 0.8, 0.1), "white": (0.95, 0.95, 0.95), "pink": (0.95, 0.5, 0.8),
 }  # fmt: skip
 PROMPT = ("what", "colour", "is", "the")
-WORDS = (*PROMPT, *SHAPES, *COLOURS)
+FACTS = tuple(f"{colour}-{shape}" for shape in SHAPES for colour in COLOURS)  # "red-square" ...
+WORDS = (*PROMPT, *SHAPES, *COLOURS, *FACTS)
 CELL, GRID = 8, 3  # pixels of a patch, patches of a side
 
 
-# --- attention to another modality -------------------------------------------------------------
+# --- 1. in everyday code -----------------------------------------------------------------------
+
+
+def cross_plain(text, image, W_q, W_k, W_v):
+    """text (B, T, C) asks image (B, P, K): answers (B, T, d) and weights (B, T, P)."""
+    q, k, v = text @ W_q.T, image @ W_k.T, image @ W_v.T
+    weights = (q @ k.mT / math.sqrt(q.size(-1))).softmax(-1)  # each row sums to 1
+    return weights @ v, weights
+
+
+def show_everyday():
+    text = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # one text: 2 words of 2 numbers
+    image = torch.tensor([[[4.0, 0.0, 7.0], [0.0, 4.0, 8.0], [0.0, 0.0, 9.0]]])  # 3 patches of 3
+    W_q, W_k = torch.eye(2), torch.eye(2, 3)  # a key: the first two numbers of a patch
+    W_v = torch.tensor([[0.0, 0.0, 1.0]])  # a value: the third one
+    answers, weights = cross_plain(text, image, W_q, W_k, W_v)
+    torchs = F.scaled_dot_product_attention(text, image[..., :2], image[..., 2:])
+
+    print("1. In everyday code: 2 words ask 3 patches. A word is its query, a patch (key, value)")
+    print("   word     weight on patch ((4, 0), 7)   ((0, 4), 8)   ((0, 0), 9)   answer   torch's")
+    for i, name in enumerate(("(1, 0)", "(0, 1)")):
+        row = weights[0, i].tolist()
+        print(f"   {name}   {row[0]:27.3f}   {row[1]:11.3f}   {row[2]:11.3f}   "
+              f"{answers[0, i, 0]:6.3f}   {torchs[0, i, 0]:7.3f}")  # fmt: skip
+    most = weights[0].argmax(1)
+    print(f"   -> word 0 reads most from patch {most[0]}, word 1 from patch {most[1]}; torch's")
+    print(f"      answers are the same within {(answers - torchs).abs().max():.0e}")
+    return answers, weights
+
+
+# --- 2. complete: heads, and images that are absent --------------------------------------------
 
 
 class CrossAttention(nn.Module):
@@ -114,6 +150,39 @@ class CrossAttention(nn.Module):
         return self
 
 
+def show_twin(B=3, T=5, P=7, C=12, K=9, H=3):
+    print(
+        f"2. Is it nn.MultiheadAttention({C}, {H}, kdim={K}, vdim={K})? Largest difference, float64"
+    )
+    library = nn.MultiheadAttention(C, H, kdim=K, vdim=K, batch_first=True, dtype=F64)
+    ours = CrossAttention(C, H, K).double().copy_torch(library)
+    one = CrossAttention(C, 1, K).double().copy_torch(library)
+    text, image = torch.randn(B, T, C, dtype=F64), torch.randn(B, P, K, dtype=F64)
+    inputs = (text.requires_grad_(), image.requires_grad_())
+    plain = cross_plain(text, image, one.q_proj.weight, one.k_proj.weight, one.v_proj.weight)[0]
+    pairs = {
+        "torch's, 3 heads": (ours(text, image), library(text, image, image)[0]),
+        "plain, 1 head": (one(text, image), one.out_proj(plain)),
+    }
+    print("   complete minus     outputs   gradients")
+    off = []
+    for name, pair in pairs.items():
+        grads = [torch.autograd.grad(out.sin().sum(), inputs) for out in pair]
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-12)
+        torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+        off += [(x - y).abs().max().item() for x, y in (pair, *zip(*grads, strict=True))]
+        print(f"   {name:<16}   {off[-3]:7.0e}   {max(off[-2:]):9.0e}")
+    present = torch.tensor([True, False, True])
+    _, weights = ours(text, image, present=present, need_weights=True)
+    sums = weights.sum(-1).mean(dim=(1, 2)).tolist()
+    print(f"   -> the largest is {max(off):.0e}; weights sum to {sums[0]:g}, of an absent image to "
+          f"{sums[1]:g}")  # fmt: skip
+    return max(off), sums
+
+
+# --- 3. a gate of 0 ----------------------------------------------------------------------------
+
+
 class GatedCrossAttention(nn.Module):
     """h (B, T, C) plus what it asks of the image, and an MLP, each behind a gate of 0 at first."""
 
@@ -127,7 +196,7 @@ class GatedCrossAttention(nn.Module):
         self.gate_cross, self.gate_mlp = (nn.Parameter(torch.zeros(())) for _ in range(2))
 
     def forward(self, h, image, present=None):
-        """h + tanh(gate_cross) cross(norm1(h), image), then + tanh(gate_mlp) mlp(norm2(…)).
+        """h + tanh(gate_cross) cross(norm1(h), image), then + tanh(gate_mlp) mlp(norm2(h))).
 
         self.weights keeps the attention's weights (B, H, T, P), detached, to be looked at.
         Exercise.
@@ -136,29 +205,6 @@ class GatedCrossAttention(nn.Module):
         self.weights = weights.detach()  # (B, H, T, P), kept to be looked at
         h = h + self.gate_cross.tanh() * out
         return h + self.gate_mlp.tanh() * self.mlp(self.norm2(h))
-
-
-class QFormer(nn.Module):
-    """image (B, P, K) -> (B, Q, C): learned queries look at each other, then at the image."""
-
-    def __init__(self, num_queries, embed_dim, num_heads, kdim):
-        super().__init__()
-        self.queries = nn.Parameter(torch.randn(num_queries, embed_dim))
-        self.own = CrossAttention(embed_dim, num_heads)
-        self.cross = CrossAttention(embed_dim, num_heads, kdim)
-
-    def forward(self, image, present=None):
-        """(B, Q, C): the queries, plus self.own of them, then plus self.cross of the image.
-
-        The queries (Q, C) are the same for each of the B images; self.own(h, h) lets them look at
-        each other, self.cross(h, image, present=present) at the image. Exercise.
-        """
-        h = self.queries.expand(len(image), -1, -1)  # (B, Q, C)
-        h = h + self.own(h, h)
-        return h + self.cross(h, image, present=present)
-
-
-# --- scenes and questions ----------------------------------------------------------------------
 
 
 def draw_scenes(n):
@@ -207,9 +253,10 @@ def ask(colours, cells):
 
 
 class LanguageModel(nn.Module):
-    """Words (B, T) -> logits (B, V) of the next, by one block; `visual`, if any, comes before it.
+    """Words (B, T) -> logits (B, V) of the next one, by one block that sees all words.
 
-    Only the last word is read out, and it may see all words: a causal mask would change nothing.
+    `before` (B, Q, C) stands in front of the text as if it were words; `visual`, if any, is asked
+    before the block.
     """
 
     def __init__(self, d=48, heads=4):
@@ -219,11 +266,50 @@ class LanguageModel(nn.Module):
                                                 norm_first=True)  # fmt: skip
         self.head, self.visual = nn.Linear(d, len(WORDS)), None
 
-    def forward(self, words, image=None, present=None):
+    def forward(self, words, image=None, present=None, before=None):
         h = self.words(words) + self.places.weight[: words.size(1)]
         if self.visual is not None and image is not None:
             h = self.visual(h, image, present)
+        if before is not None:
+            h = torch.cat([before, h], dim=1)
         return self.head(self.block(h)[:, -1])
+
+
+def facts(colours):
+    """The words (B, 4) that say all colours (B, 4) of a scene, as "red-plus", in random order."""
+    first = len(WORDS) - len(FACTS) + len(COLOURS) * torch.arange(len(SHAPES))
+    return (first + colours).gather(1, torch.rand(colours.shape).argsort(1))
+
+
+def train(model, parameters, steps, logits_of, writer=None, shuffled=False):
+    """Adam on the parameters: cross-entropy of logits_of(scenes, colours, question).
+
+    If shuffled, the scenes are those of others.
+    """
+    optimizer = torch.optim.Adam(parameters, lr=3e-3)
+    for step in tqdm(range(steps), leave=False, disable=None):
+        scenes, colours, cells = draw_scenes(64)
+        question, answer, _ = ask(colours, cells)
+        logits = logits_of(patches(scenes).roll(int(shuffled), dims=0), colours, question)
+        loss = F.cross_entropy(logits, answer)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if writer:
+            writer.add_scalar("train/loss", loss.item(), step)
+    return model
+
+
+def train_language_model(seed, steps):
+    """A model of texts, frozen: it reads facts where they are told, and never sees an image."""
+    torch.manual_seed(seed)
+    model = LanguageModel()
+
+    def logits_of(image, colours, question):
+        told = torch.rand(()) < 0.5  # every second batch, on average
+        return model(question, before=model.words(facts(colours)) if told else None)
+
+    return train(model, model.parameters(), steps, logits_of).requires_grad_(False)
 
 
 def with_visual(model):
@@ -233,158 +319,233 @@ def with_visual(model):
     return model
 
 
-def answer_accuracy(model, shift=0, n=1000):
-    """Accuracy on new scenes, asked with the image `shift` places before; of a model that sees,
-    also the mean weight on the patch of the object asked for, and tanh(a)."""
-    scenes, colours, cells = draw_scenes(n)
-    question, answer, cell = ask(colours, cells)
-    with torch.no_grad():
-        logits = model(question, patches(scenes).roll(shift, dims=0))
-    right = (logits.argmax(1) == answer).double().mean().item()
-    if model.visual is None:
-        return (right,)
-    weights = model.visual.weights[:, :, -1].mean(1)  # of the last word, over heads: (B, 9)
-    gate = model.visual.gate_cross.tanh().item()
-    return right, weights[torch.arange(n), cell].mean().item(), gate
-
-
-# --- the sections ------------------------------------------------------------------------------
-
-
-def show_twin(B=3, T=5, P=7, C=12, K=9, H=3):
-    print(f"1. nn.MultiheadAttention with kdim {K}: largest difference of output, of gradients")
-    library = nn.MultiheadAttention(C, H, kdim=K, vdim=K, batch_first=True, dtype=F64)
-    ours = CrossAttention(C, H, K).double().copy_torch(library)
-    text, image = torch.randn(B, T, C, dtype=F64), torch.randn(B, P, K, dtype=F64)
-    inputs = (text.requires_grad_(), image.requires_grad_())
-    pair = ours(text, image), library(text, image, image)[0]
-    grads = [torch.autograd.grad(out.sin().sum(), inputs) for out in pair]
-    torch.testing.assert_close(*pair, rtol=0, atol=1e-12)
-    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
-    off = [(x - y).abs().max().item() for x, y in (pair, *zip(*grads, strict=True))]
-    print(f"   {off[0]:.0e}   {max(off[1:]):.0e}")
-    present = torch.tensor([True, False, True])
-    _, weights = ours(text, image, present=present, need_weights=True)
-    assert weights[1].abs().max() == 0 and (weights[0].sum(-1) - 1).abs().max() < 1e-12
-    print(f"   an absent image: sum of weights {weights[1].sum():g}")
-
-
-def show_queries(C=16, Q=4):
-    print(f"2. a Q-Former with {Q} queries: patches -> answers")
-    qformer, shapes = QFormer(Q, C, 2, 9), {}
-    for P in (1, 9, 100):
-        shapes[P] = tuple(qformer(torch.randn(2, P, 9)).shape)
-        print(f"   {P:3} patches   {shapes[P]}")
-    order = torch.randperm(9)
-    image = torch.randn(2, 9, 9)
-    torch.testing.assert_close(qformer(image), qformer(image[:, order]), rtol=0, atol=1e-5)
-    return shapes
-
-
-def train_language_model(seed, steps):
-    """A model of questions and answers that never sees an image, frozen."""
-    torch.manual_seed(seed)
-    model = LanguageModel()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(steps):
-        question, answer, _ = ask(*draw_scenes(64)[1:])
-        loss = F.cross_entropy(model(question), answer)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.requires_grad_(False)
-
-
 def show_gate(start):
-    print("3. gates of 0 on the frozen language model: output off by; largest gradients")
+    print("3. Is a frozen language model with gated cross-attention at first the same?")
+    print("             output changed   largest gradient     largest gradient")
+    print("   step        from without     of the 2 gates   of weights behind")
     model = with_visual(start)
     optimizer = torch.optim.Adam(model.visual.parameters(), lr=3e-3)
     scenes, colours, cells = draw_scenes(32)
     image, (question, answer, _) = patches(scenes), ask(colours, cells)
-    off = (model(question, image) - start(question)).abs().max()
-    assert off == 0
-    print(f"   output off by {off:g}")
-    grads = []
+    table = []
     for step in range(2):
         optimizer.zero_grad()
-        F.cross_entropy(model(question, image), answer).backward()
+        logits = model(question, image)
+        off = (logits - start(question)).abs().max().item()
+        F.cross_entropy(logits, answer).backward()
         largest = {"gates": 0.0, "behind": 0.0}
         for name, parameter in model.visual.named_parameters():
             key = "gates" if name.startswith("gate") else "behind"
             largest[key] = max(largest[key], parameter.grad.abs().max().item())
-        print(f"   step {step}   gates {largest['gates']:.1e}   behind {largest['behind']:.1e}")
-        grads.append(largest)
+        table.append((off, largest["gates"], largest["behind"]))
+        print(f"   {step:4}   {off:17.6f}   {largest['gates']:16.6f}   {largest['behind']:17.6f}")
         optimizer.step()
-    assert grads[0]["behind"] == 0
-    return grads
+    gates = "the gates alone" if table[0][2] == 0 else "not the gates alone"
+    print(f"   -> the first step changes the output by {table[0][0]:g} and moves {gates}")
+    return table
 
 
-def train_visual(start, seed, steps, shuffled, writer):
-    """The frozen model with gated cross-attention, trained on scenes, or on those of others."""
-    torch.manual_seed(seed)
-    model = with_visual(start)
-    optimizer = torch.optim.Adam(model.visual.parameters(), lr=3e-3)
-    for step in tqdm(range(steps), leave=False, disable=None):
-        scenes, colours, cells = draw_scenes(64)
-        question, answer, _ = ask(colours, cells)
-        image = patches(scenes).roll(1, dims=0) if shuffled else patches(scenes)
-        loss = F.cross_entropy(model(question, image), answer)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        writer.add_scalar("train/loss", loss.item(), step)
-        writer.add_scalar("gate/cross", model.visual.gate_cross.tanh(), step)
-        writer.add_scalar("gate/mlp", model.visual.gate_mlp.tanh(), step)
-    return model
+# --- 4. a language model that sees -------------------------------------------------------------
 
 
-def map_picture(model, n=6, scale=6):
-    """(3, H, W): scenes, the object asked for framed; under each the weights of its patches."""
+def answer_accuracy(logits_of, shift=0, n=1000):
+    """Accuracy on n new scenes, asked with the image `shift` places before; and the cells (n,)."""
+    scenes, colours, cells = draw_scenes(n)
+    question, answer, cell = ask(colours, cells)
+    with torch.no_grad():
+        logits = logits_of(patches(scenes).roll(shift, dims=0), colours, question)
+    return (logits.argmax(1) == answer).double().mean().item(), cell
+
+
+def show_answers(seed, log_dir, start, steps):
+    print("4. What colour is the SHAPE? 4 of 9 patches hold one; 1,000 new scenes")
+    print("   the frozen language model                  accuracy   weight on the object's patch")
+    rows = {}
+
+    def show(name, accuracy, weight=None):
+        rows[name] = accuracy, weight
+        print(f"   {name:<40}   {accuracy:8.3f}   {'-' if weight is None else f'{weight:.3f}':>28}")
+
+    def told(image, colours, question):
+        return start(question, before=start.words(facts(colours)))
+
+    show("told the facts in words", answer_accuracy(told)[0])
+    show("the question alone", answer_accuracy(lambda image, c, question: start(question))[0])
+    for name in ("images", "shuffled"):
+        torch.manual_seed(seed)
+        model = with_visual(start)
+
+        def sees(image, colours, question, model=model):
+            return model(question, image)
+
+        with SummaryWriter(log_dir / name, purge_step=0) as writer:
+            train(model, model.visual.parameters(), steps, sees, writer, name == "shuffled")
+            writer.add_image("attention/map", map_picture(model), 0, dataformats="HWC")
+        cases = {"images": ("gated, asked with its image", "gated, asked with another's image"),
+                 "shuffled": ("gated, trained on others' images",)}  # fmt: skip
+        for shift, words in enumerate(cases[name]):
+            accuracy, cell = answer_accuracy(sees, shift)
+            weights = model.visual.weights[:, :, -1].mean(1)  # of the last word, over heads: (n, 9)
+            show(words, accuracy, weights[torch.arange(len(cell)), cell].mean().item())
+    show("a guess", 1 / len(COLOURS), 1 / GRID**2)
+    seen, blind = rows["gated, asked with its image"][0], rows["the question alone"][0]
+    print(f"   -> with its image it answers {seen:.0%} of the questions, without one {blind:.0%}")
+    return rows
+
+
+# --- 5. a Q-Former in front of the language model ----------------------------------------------
+
+
+class QFormer(nn.Module):
+    """image (B, P, K) -> (B, Q, C): learned queries look at each other, then at the image."""
+
+    def __init__(self, num_queries, embed_dim, num_heads, kdim):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(num_queries, embed_dim))
+        self.own = CrossAttention(embed_dim, num_heads)
+        self.cross = CrossAttention(embed_dim, num_heads, kdim)
+
+    def forward(self, image, present=None):
+        """(B, Q, C): the queries, plus self.own of them, then plus self.cross of the image.
+
+        The queries (Q, C) are the same for each of the B images; self.own(h, h) lets them look at
+        each other, self.cross(h, image, present=present) at the image. self.weights keeps the
+        weights (B, H, Q, P) of the latter, detached. Exercise.
+        """
+        h = self.queries.expand(len(image), -1, -1)  # (B, Q, C)
+        h = h + self.own(h, h)
+        out, weights = self.cross(h, image, present=present, need_weights=True)
+        self.weights = weights.detach()  # (B, H, Q, P), kept to be looked at
+        return h + out
+
+
+class Seeing(nn.Module):
+    """Question (B, T), image (B, P, K) -> logits: what a Q-Former finds stands before the text.
+
+    The language model is frozen; the Q-Former and a linear layer into its words are trained.
+    """
+
+    def __init__(self, language_model, Q):
+        super().__init__()
+        C = language_model.words.embedding_dim
+        self.language_model = language_model
+        self.qformer, self.project = QFormer(Q, C, 4, 3 * CELL * CELL), nn.Linear(C, C)
+
+    def forward(self, question, image):
+        return self.language_model(question, before=self.project(self.qformer(image)))
+
+
+def weights_by_shape(model, n=1000):
+    """Mean weight (Q, 4) of each query on the patch of each shape, over n new scenes and heads."""
+    scenes, _, cells = draw_scenes(n)
+    with torch.no_grad():
+        model.qformer(patches(scenes))
+    weights = model.qformer.weights.mean(1)  # (n, Q, 9)
+    places = cells[:, None].expand(-1, weights.size(1), -1)  # (n, Q, 4)
+    return weights.gather(2, places).mean(0)
+
+
+def show_qformer(seed, log_dir, start, steps):
+    print(
+        "5. Q learned queries read the image, and stand before the question as if they were words"
+    )
+    print("   queries                                    accuracy")
+    rows, found = {}, {}
+    runs = [(Q, False) for Q in (4, 1)] + [(4, True)]
+    for Q, shuffled in runs:
+        torch.manual_seed(seed)
+        model = Seeing(start, Q)
+        trained = [*model.qformer.parameters(), *model.project.parameters()]
+
+        def sees(image, colours, question, model=model):
+            return model(question, image)
+
+        name = f"qformer_{Q}" + "_shuffled" * shuffled
+        with SummaryWriter(log_dir / name, purge_step=0) as writer:
+            train(model, trained, steps, sees, writer, shuffled)
+            if not shuffled:
+                picture = query_picture(model)
+                writer.add_image("attention/queries", picture, 0, dataformats="HWC")
+        rows[name], found[name] = answer_accuracy(sees)[0], weights_by_shape(model)
+        words = f"{Q}, trained on others' images" if shuffled else f"{Q}"
+        print(f"   {words:<40}   {rows[name]:8.3f}")
+    print("   weight of each of the 4 queries on the patch of the")
+    print("   query" + "".join(f"   {shape:>6}" for shape in SHAPES))
+    for q, row in enumerate(found["qformer_4"].tolist()):
+        print(f"   {q:5}" + "".join(f"   {weight:6.3f}" for weight in row))
+    kinds = len(set(found["qformer_4"].argmax(1).tolist()))
+    four, one = rows["qformer_4"], rows["qformer_1"]
+    print(
+        f"   -> the 4 queries look most at {kinds} different shapes, wherever these lie. They have"
+    )
+    print(f"      no question before them, and answer {four:.0%}; 1 query for 4 shapes {one:.0%}")
+    return rows, found["qformer_4"]
+
+
+# --- the lesson --------------------------------------------------------------------------------
+
+
+def picture_of(scenes, maps, words, framed=None, scale=6):
+    """uint8 (H, W, 3): a row of scenes (n, 3, 24, 24), under it rows of maps (R, n, 9), with words.
+
+    Each map is shown over its largest weight: light is much. `framed` (n,) are cells.
+    """
+    side, gap, top = scale * CELL, 6, 36
+    size, n = GRID * side, len(scenes)
+    canvas = Image.new("RGB", (n * (size + gap), top + (1 + len(maps)) * (size + gap)), "white")
+    pen = ImageDraw.Draw(canvas)
+    pen.text((4, 3), words, "black", ImageFont.load_default(13))
+    for i in range(n):
+        pictures = [(scenes[i].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()]
+        for weights in maps[:, i]:
+            grey = (weights / weights.amax() * 255).round().byte().view(GRID, GRID)
+            pictures.append(grey[..., None].expand(-1, -1, 3).numpy())
+        for row, picture in enumerate(pictures):
+            image = Image.fromarray(np.ascontiguousarray(picture)).resize(
+                (size, size), 0
+            )  # nearest
+            x, y = i * (size + gap), top + row * (size + gap)
+            canvas.paste(image, (x, y))
+            if framed is not None:
+                x, y = x + framed[i] % GRID * side, y + framed[i] // GRID * side
+                pen.rectangle((x, y, x + side - 1, y + side - 1), None, (255, 128, 0), 2)
+    return np.asarray(canvas)
+
+
+def map_picture(model, n=6):
+    """Scenes, the object asked for framed; under each the weights of the last word."""
     scenes, colours, cells = draw_scenes(n)
     question, _, cell = ask(colours, cells)
     with torch.no_grad():
         model(question, patches(scenes))
-    weights = model.visual.weights[:, :, -1].mean(1).view(n, 1, GRID, GRID)
-    maps = weights / weights.amax(dim=(1, 2, 3), keepdim=True)
-    side = scale * CELL
-    maps = maps.repeat_interleave(side, 2).repeat_interleave(side, 3)
-    scenes = scenes.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    rows = []
-    for picture in (scenes, maps.expand(-1, 3, -1, -1).clone()):
-        for image, place in zip(picture, cell.tolist(), strict=True):
-            y, x = side * (place // GRID), side * (place % GRID)
-            framed = image[:, y : y + side, x : x + side]
-            inside = framed[:, 2:-2, 2:-2].clone()
-            framed[:] = torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1)
-            framed[:, 2:-2, 2:-2] = inside
-        rows.append(torch.cat([F.pad(image, (0, 6), value=1.0) for image in picture], dim=2))
-    return torch.cat(rows, dim=1)
+    weights = model.visual.weights[:, :, -1].mean(1)  # (n, 9)
+    words = (
+        "Above: scenes, the object asked for framed.\nBelow: where the text looks, light is much"
+    )
+    return picture_of(scenes, weights[None], words, cell.tolist())
 
 
-def show_answers(seed, log_dir, start, steps):
-    print("4. what colour is the SHAPE: accuracy, weight on the object's patch, tanh(a)")
-    rows = {"text alone": answer_accuracy(start)}
-    for name in ("images", "shuffled"):
-        with SummaryWriter(log_dir / name, purge_step=0) as writer:
-            model = train_visual(start, seed, steps, name == "shuffled", writer)
-            rows[name] = answer_accuracy(model)
-            writer.add_image("attention/map", map_picture(model), 0)
-        if name == "images":
-            rows["another's"] = answer_accuracy(model, shift=1)
-    rows["chance"] = 1 / len(COLOURS), 1 / GRID**2
-    for name, numbers in rows.items():
-        print(f"   {name:<10}" + "".join(f"   {number:6.3f}" for number in numbers))
-    return rows
+def query_picture(model, n=6):
+    """Scenes; under each where every query looks, a row per query."""
+    scenes = draw_scenes(n)[0]
+    with torch.no_grad():
+        model.qformer(patches(scenes))
+    weights = model.qformer.weights.mean(1)  # (n, Q, 9)
+    words = (
+        "Above: scenes. Below: where each learned query\nlooks, one row per query, light is much"
+    )
+    return picture_of(scenes, weights.transpose(0, 1), words)
 
 
-def main(seed=0, log_dir=LOG_DIR, text_steps=150, steps=300):
+def main(seed=0, log_dir=LOG_DIR, text_steps=200, steps=300, query_steps=600):
     torch.manual_seed(seed)
-    show_twin()
-    shapes = show_queries()
+    measured = {"everyday": show_everyday(), "twin": show_twin()}
     start = train_language_model(seed, text_steps)
-    grads = show_gate(start)
-    rows = show_answers(seed, log_dir, start, steps)
-    return {"shapes": shapes, "grads": grads, "rows": rows}
+    measured["gate"] = show_gate(start)
+    measured["answers"] = show_answers(seed, log_dir, start, steps)
+    measured["qformer"] = show_qformer(seed, log_dir, start, query_steps)
+    print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
+    return measured
 
 
 def guard(main, *flags):
