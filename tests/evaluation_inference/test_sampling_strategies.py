@@ -1,4 +1,7 @@
 import math
+import random
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 import torch
@@ -14,8 +17,10 @@ def lesson(load):
 
 @pytest.fixture(scope="module", params=range(3))
 def measured(request, lesson, tmp_path_factory):
-    log_dir = tmp_path_factory.mktemp("runs")
-    return lesson.main(seed=request.param, log_dir=log_dir, **SMALL), log_dir
+    log_dir, out = tmp_path_factory.mktemp("runs"), StringIO()
+    with redirect_stdout(out):
+        figures = lesson.main(seed=request.param, log_dir=log_dir, **SMALL)
+    return figures, log_dir, out.getvalue()
 
 
 def kept(logits):
@@ -23,29 +28,28 @@ def kept(logits):
 
 
 def test_filters_by_hand_with_ties(lesson):
-    assert kept(lesson.min_p(torch.tensor([[0.25, 0.5]]).log(), 0.5)) == [[0, 1]]
+    assert kept(lesson.keep_min_p(torch.tensor([[0.25, 0.5]]).log(), 0.5)) == [[0, 1]]
     for n in range(2, 40):
-        assert len(kept(lesson.top_p(torch.zeros(1, n), (n - 1) / n))[0]) == n - 1
+        assert len(kept(lesson.keep_top_p(torch.zeros(1, n), (n - 1) / n))[0]) == n - 1
     p = torch.tensor([[0.125, 0.5, 0.125, 0.25]])
     for power in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         logits = p.log2().to(power)  # exact in every type
         z = p.double().log().to(power)  # rounded: limits keep clear of ties
-        assert kept(lesson.top_k(logits, 2)) == [[1, 3]]
-        assert kept(lesson.top_k(logits, 3)) == [[0, 1, 3]]  # of equals the first
-        assert kept(lesson.top_p(z, 0.49)) == [[1]]
-        assert kept(lesson.top_p(z, 0.74)) == [[1, 3]]
-        assert kept(lesson.top_p(z, 0.76)) == [[0, 1, 3]]
-        assert kept(lesson.min_p(z, 0.3)) == [[1, 3]]
-    assert lesson.greedy(torch.tensor([[1.0, 3.0, 3.0], [-INF, -2.0, -5.0]])).tolist() == [1, 1]
+        assert kept(lesson.keep_top_k(logits, 2)) == [[1, 3]]
+        assert kept(lesson.keep_top_k(logits, 3)) == [[0, 1, 3]]  # of equals the first
+        assert kept(lesson.keep_top_p(z, 0.49)) == [[1]]
+        assert kept(lesson.keep_top_p(z, 0.74)) == [[1, 3]]
+        assert kept(lesson.keep_top_p(z, 0.76)) == [[0, 1, 3]]
+        assert kept(lesson.keep_min_p(z, 0.3)) == [[1, 3]]
 
 
 def test_equal_shares_are_counted_exactly(lesson):
     for V in (3, 7, 10, 30):
         for n in range(1, V):
-            assert len(kept(lesson.top_p(torch.zeros(1, V), n / V))[0]) == n
+            assert len(kept(lesson.keep_top_p(torch.zeros(1, V), n / V))[0]) == n
     halves = torch.tensor([[0.4, 0.2, 0.2, 0.1, 0.1]]).log()
-    assert kept(lesson.min_p(halves, 0.5)) == [[0, 1, 2]]
-    assert kept(lesson.min_p(halves, 0.25)) == [[0, 1, 2, 3, 4]]
+    assert kept(lesson.keep_min_p(halves, 0.5)) == [[0, 1, 2]]
+    assert kept(lesson.keep_min_p(halves, 0.25)) == [[0, 1, 2, 3, 4]]
 
 
 def smallest_set(probs, p):
@@ -63,23 +67,25 @@ def test_top_p_is_the_smallest_set(lesson, seed):
     logits = 2 * torch.randn(4, 9, dtype=torch.float64)
     for p in (0.0, 0.1, 0.45, 0.9, 0.999):
         expected = [smallest_set(row.tolist(), p) for row in logits.softmax(1)]
-        assert kept(lesson.top_p(logits, p)) == expected
+        assert kept(lesson.keep_top_p(logits, p)) == expected
 
 
 def test_limits_are_defined(lesson):
     logits = torch.tensor([[1.0, -INF, 0.5, 2.0]])
-    assert torch.equal(lesson.top_k(logits, 99), logits)
-    assert torch.equal(lesson.top_p(logits, 1.0), logits)
-    assert torch.equal(lesson.min_p(logits, 0.0), logits)
-    assert kept(lesson.top_k(logits, 1)) == kept(lesson.top_p(logits, 0.0)) == [[3]]
-    assert kept(lesson.min_p(logits, 1.0)) == [[3]]
-    assert kept(lesson.temperature(logits, 0.1)) == [[0, 2, 3]]
+    assert torch.equal(lesson.keep_top_k(logits, 99), logits)
+    assert torch.equal(lesson.keep_top_p(logits, 1.0), logits)
+    assert torch.equal(lesson.keep_min_p(logits, 0.0), logits)
+    assert kept(lesson.keep_top_k(logits, 1)) == kept(lesson.keep_top_p(logits, 0.0)) == [[3]]
+    assert kept(lesson.keep_min_p(logits, 1.0)) == [[3]]
+    assert kept(lesson.temper(logits, 0.1)) == [[0, 2, 3]]
     all_equal = torch.zeros(1, 5)
-    assert kept(lesson.top_p(all_equal, 0.39)) == [[0, 1]] and kept(
-        lesson.min_p(all_equal, 1.0)
+    assert kept(lesson.keep_top_p(all_equal, 0.39)) == [[0, 1]] and kept(
+        lesson.keep_min_p(all_equal, 1.0)
     ) == [[0, 1, 2, 3, 4]]
     peak = torch.tensor([[200.0, 0.0, -200.0]])  # probability 1 in any float
-    assert kept(lesson.top_p(peak, 0.999)) == [[0]] and kept(lesson.top_p(peak, 1.0)) == [[0, 1, 2]]
+    assert kept(lesson.keep_top_p(peak, 0.999)) == [[0]] and kept(lesson.keep_top_p(peak, 1.0)) == [
+        [0, 1, 2]
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -87,15 +93,19 @@ def test_filters_keep_their_input_its_type_and_what_stays(lesson, dtype):
     torch.manual_seed(0)
     logits, tokens = (3 * torch.randn(3, 17)).to(dtype), torch.randint(17, (3, 6))
     before = logits.clone()
-    for filtered in (lesson.top_k(logits, 5), lesson.top_p(logits, 0.7), lesson.min_p(logits, 0.1)):
+    for filtered in (
+        lesson.keep_top_k(logits, 5),
+        lesson.keep_top_p(logits, 0.7),
+        lesson.keep_min_p(logits, 0.1),
+    ):
         assert filtered.dtype == dtype
         stays = filtered > -INF
         assert torch.equal(filtered[stays], logits[stays]) and 0 < stays.sum() < stays.numel()
         dropped = logits.masked_fill(stays, -INF).amax(1)
         assert (dropped <= filtered.masked_fill(~stays, INF).amin(1)).all()
     for filtered in (
-        lesson.temperature(logits, 2.0),
-        lesson.repetition_penalty(logits, tokens, 1.3),
+        lesson.temper(logits, 2.0),
+        lesson.penalize(logits, tokens, 1.3),
     ):
         assert filtered.dtype == dtype and not torch.equal(filtered, logits)
     assert torch.equal(logits, before)
@@ -105,18 +115,18 @@ def test_the_penalty_falls_once_on_each_word_said(lesson):
     logits = torch.tensor([[2.0, -3.0, 0.0, 5.0, -INF]])
     tokens = torch.tensor([[0, 1, 1, 0, 4]])
     expected = torch.tensor([[1.6, -3.75, 0.0, 5.0, -INF]])
-    torch.testing.assert_close(lesson.repetition_penalty(logits, tokens, 1.25), expected)
+    torch.testing.assert_close(lesson.penalize(logits, tokens, 1.25), expected)
 
 
-def test_try_a_shift_of_all_logits_is_noticed_by_the_penalty_alone(lesson):
+def test_a_shift_of_all_logits_is_noticed_by_the_penalty_alone(lesson):
     torch.manual_seed(0)
     logits, tokens = torch.randn(2, 9, dtype=torch.float64), torch.tensor([[1, 2], [3, 3]])
     filters = {
-        "temperature": lambda z: lesson.temperature(z, 1.7),
-        "top_k": lambda z: lesson.top_k(z, 4),
-        "top_p": lambda z: lesson.top_p(z, 0.8),
-        "min_p": lambda z: lesson.min_p(z, 0.2),
-        "penalty": lambda z: lesson.repetition_penalty(z, tokens, 1.5),
+        "temperature": lambda z: lesson.temper(z, 1.7),
+        "top_k": lambda z: lesson.keep_top_k(z, 4),
+        "top_p": lambda z: lesson.keep_top_p(z, 0.8),
+        "min_p": lambda z: lesson.keep_min_p(z, 0.2),
+        "penalty": lambda z: lesson.penalize(z, tokens, 1.5),
     }
     noticed = [name for name, f in filters.items()
                if not torch.allclose(f(logits).softmax(1), f(logits + 3).softmax(1))]  # fmt: skip
@@ -126,10 +136,12 @@ def test_try_a_shift_of_all_logits_is_noticed_by_the_penalty_alone(lesson):
 def test_the_five_go_in_the_order_of_transformers(lesson):
     torch.manual_seed(0)
     logits, tokens = 3 * torch.randn(4, 30), torch.randint(30, (4, 5))
-    expected = lesson.repetition_penalty(logits, tokens, 1.4)
-    expected = lesson.top_k(lesson.temperature(expected, 1.8), 12)
-    expected = lesson.min_p(lesson.top_p(expected, 0.85), 0.05)
-    got = lesson.apply_filters(logits, tokens, penalty=1.4, T=1.8, k=12, p=0.85, min_prob=0.05)
+    expected = lesson.penalize(logits, tokens, 1.4)
+    expected = lesson.keep_top_k(lesson.temper(expected, 1.8), 12)
+    expected = lesson.keep_min_p(lesson.keep_top_p(expected, 0.85), 0.05)
+    got = lesson.apply_filters(
+        logits, tokens, repetition_penalty=1.4, temperature=1.8, top_k=12, top_p=0.85, min_p=0.05
+    )
     assert torch.equal(got, expected)
     assert torch.equal(lesson.apply_filters(logits), logits)
 
@@ -149,17 +161,17 @@ def test_entropy_grows_with_temperature_by_the_variance_of_the_logits(lesson):
 def test_what_makes_no_sense_is_refused(lesson):
     z, tokens = torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.long)
     for call, message in (
-        (lambda: lesson.temperature(z, 0.0), "over 0, not 0.0: for 0 use greedy"),
-        (lambda: lesson.temperature(z, math.nan), "over 0"),
-        (lambda: lesson.top_k(z, 0), "k must be at least 1"),
-        (lambda: lesson.top_p(z, 1.1), "p must be from 0 to 1"),
-        (lambda: lesson.min_p(z, -0.1), "min_p must be from 0 to 1"),
-        (lambda: lesson.repetition_penalty(z, tokens, 0.0), "penalty must be over 0"),
-        (lambda: lesson.repetition_penalty(z, tokens[:1], 1.2), "1 rows of tokens for 2"),
+        (lambda: lesson.temper(z, 0.0), "over 0, not 0.0: for 0 take argmax"),
+        (lambda: lesson.temper(z, math.nan), "over 0"),
+        (lambda: lesson.keep_top_k(z, 0), "k must be at least 1"),
+        (lambda: lesson.keep_top_p(z, 1.1), "p must be from 0 to 1"),
+        (lambda: lesson.keep_min_p(z, -0.1), "min_p must be from 0 to 1"),
+        (lambda: lesson.penalize(z, tokens, 0.0), "penalty must be over 0"),
+        (lambda: lesson.penalize(z, tokens[:1], 1.2), "1 rows of tokens for 2"),
         (lambda: lesson.apply_filters(torch.tensor([[INF, 0.0]])), r"\+inf"),
-        (lambda: lesson.temperature(torch.tensor([[70.0]]).half(), 1e-3), "too large"),
-        (lambda: lesson.temperature(z, INF), "over 0"),
-        (lambda: lesson.repetition_penalty(z, tokens, INF), "penalty must be over 0"),
+        (lambda: lesson.temper(torch.tensor([[70.0]]).half(), 1e-3), "too large"),
+        (lambda: lesson.temper(z, INF), "over 0"),
+        (lambda: lesson.penalize(z, tokens, INF), "penalty must be over 0"),
         (lambda: lesson.apply_filters(torch.zeros(3)), r"must be \(B, V\), not \(3,\)"),
         (lambda: lesson.apply_filters(torch.full((1, 3), -INF)), "nothing but -inf"),
         (lambda: lesson.apply_filters(torch.full((1, 3), math.nan)), "hold NaN"),
@@ -169,8 +181,6 @@ def test_what_makes_no_sense_is_refused(lesson):
 
 
 def test_the_grammar_accepts_its_own_sentences_and_no_disagreement(lesson):
-    import random
-
     rng = random.Random(0)
     texts = [lesson.sentence(rng)[:-1] for _ in range(300)]
     assert lesson.grammatical(texts) == 1.0
@@ -183,23 +193,136 @@ def test_distinct_by_hand(lesson):
     assert lesson.distinct([["a"]]) == 0
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_plain_is_complete_and_computed_without_filters(lesson, seed):
+    torch.manual_seed(seed)
+    logits = 2 * torch.randn(3, 12)
+    for options in (
+        {"temperature": 0.6},
+        {"top_k": 4},
+        {"top_p": 0.7},
+        {"temperature": 1.5, "top_k": 9, "top_p": 0.9},
+    ):
+        plain = lesson.plain_probs(logits.clone(), **{"top_k": 50, **options})
+        torch.testing.assert_close(plain, lesson.apply_filters(logits, **options).softmax(1))
+        for row, z in zip(plain, logits, strict=True):
+            torch.testing.assert_close(row, lesson.analytic(z.tolist(), **options))
+    z = logits[0].tolist()
+    torch.testing.assert_close(
+        lesson.analytic(z, min_p=0.2), lesson.keep_min_p(logits, 0.2).softmax(1)[0]
+    )
+
+
+def test_of_many_equals_the_first_stay(lesson):
+    logits = torch.zeros(2, 3000)  # an unstable sort mixes rows of this length
+    assert kept(lesson.keep_top_k(logits, 40)) == [list(range(40))] * 2
+    assert kept(lesson.keep_top_p(logits, 0.01)) == [list(range(30))] * 2
+    assert (lesson.plain_probs(logits, top_k=40)[:, :40] > 0).all()
+
+
+def test_min_p_has_no_more_room_than_rounding_needs(lesson):
+    logits = torch.tensor([[0.5, 0.2499, 0.25, 0.0001]]).double().log()
+    assert kept(lesson.keep_min_p(logits, 0.5)) == [[0, 2]]
+    assert kept(lesson.keep_top_p(logits, 0.7501)) == [[0, 1, 2]]
+
+
+def test_chi_square_sees_a_wrong_filter_and_a_word_that_cannot_come(lesson, monkeypatch, capsys):
+    counts, p = torch.tensor([60, 40, 0]), torch.tensor([0.5, 0.5, 0.0])
+    assert lesson.chi_square(counts, p) == pytest.approx(4.0)
+    assert lesson.chi_square(torch.tensor([50, 49, 1]), p) == INF
+    keep = lesson.keep_top_k
+    monkeypatch.setattr(lesson, "keep_top_k", lambda logits, k: keep(logits, k - 1))
+    torch.manual_seed(0)
+    chi, _, freedom = lesson.show_draws(20_000)["top_k 5"]
+    assert chi > 50 * freedom
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert float(last.split("at most ")[1].split(" ")[0]) > 50
+
+
+def always(logits):
+    return lambda tokens: torch.tensor([logits]).expand(len(tokens), -1)
+
+
+def test_perplexity_is_the_models_own_and_entropy_of_what_is_drawn_from(lesson):
+    V = len(lesson.WORDS)
+    row = [0.5, 0.3] + [0.2 / (V - 2)] * (V - 2)
+    texts, entropy, surprise = lesson.generate(always([math.log(p) for p in row]), 5, top_k=1)
+    assert texts == [[]] * 5 and entropy == 0 and surprise == pytest.approx(math.log(2))
+    torch.manual_seed(0)
+    _, entropy, surprise = lesson.generate(always([math.log(p) for p in row]), 4000, top_k=2)
+    p = 0.5 / 0.8
+    expected = -p * math.log(p) - (1 - p) * math.log(1 - p)
+    assert entropy == pytest.approx(expected, rel=1e-4)
+    assert surprise == pytest.approx(-p * math.log(0.5) - (1 - p) * math.log(0.3), rel=0.03)
+
+
+def test_what_never_ends_is_cut_and_a_penalty_sees_what_was_said(lesson):
+    V = len(lesson.WORDS)
+    logits = [-INF, 2.0, 1.9] + [0.0] * (V - 3)
+    texts, _, _ = lesson.generate(always(logits), 3, longest=4, top_k=1)
+    assert texts == [["the"] * 4] * 3
+    texts, _, _ = lesson.generate(always(logits), 3, longest=3, top_k=1, repetition_penalty=1.5)
+    assert texts == [["the", "a", "the"]] * 3
+
+
+def test_try_a_shift_of_the_logits_changes_nothing(lesson, edited):
+    copied = edited(lesson, "    logits = model(the)\n", "    logits = 3 + model(the)\n")
+    model = lesson.train_model(0, 300, 2)
+    assert copied.show_order(model) == lesson.show_order(model)
+
+
+def test_main_shows_what_stays(measured):
+    figures, _, out = measured
+    kept_words = figures["kept"]
+    assert kept_words["none"] == pytest.approx([0.5, 0.25, 0.15, 0.1])
+    for name in ("top_k 3", "top_p 0.8", "min_p 0.25"):
+        assert kept_words[name] == pytest.approx([5 / 9, 2.5 / 9, 1.5 / 9, 0])
+    assert kept_words["top_p 0.7"] == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert kept_words["temperature 0.5"] == pytest.approx(
+        [p * p / 0.345 for p in (0.5, 0.25, 0.15, 0.1)]
+    )
+    assert kept_words["temperature 2"][3] == pytest.approx(
+        0.1**0.5 / sum(p**0.5 for p in (0.5, 0.25, 0.15, 0.1))
+    )
+    assert "   top_p 0.7        0.667  0.333  0.000  0.000" in out
+    assert "-> temperature 0.7, top_k 3 and top_p 0.9 leave 3 words; drawn: " in out
+
+
 def test_main_draws_what_it_should(measured):
     chi, order = measured[0]["chi"], measured[0]["order"]
-    assert all(
-        value < freedom + 4.5 * math.sqrt(2 * freedom) + 5 for value, freedom in chi.values()
-    )
+    assert [freedom for _, _, freedom in chi.values()][:3] == [11, 11, 4]
+    for name, (value, control, freedom) in chi.items():
+        assert 1e-3 < value < freedom + 4.5 * math.sqrt(2 * freedom) + 5
+        assert control > 20 * freedom or name == "none"
     assert order[4.0][0] > order[1.0][0] == order[1.0][1] > 1
     assert len({behind for _, behind in order.values()}) == 1
+    before = [row[0] for row in order.values()]
+    assert f"the number of words ({min(before)} to {max(before)}), after it" in measured[2]
 
 
 def test_main_trades_grammar_for_variety(measured, events):
-    rows, log_dir = measured[0]["rows"], measured[1]
-    for name, low, high in (("T", 0.25, 2.0), ("p", 0.25, 1.0)):
+    rows, log_dir, out = measured[0]["rows"], measured[1], measured[2]
+    for name, low, high in (("temperature", 0.25, 2.0), ("top_p", 0.25, 1.0)):
         for figure in ("entropy", "distinct_2", "perplexity"):
             assert rows[name, low][figure] < rows[name, high][figure]
-    assert rows["T", 0.25]["grammatical"] > 0.95 > 0.9 > rows["T", 2.0]["grammatical"]
-    assert rows["p", 0.0]["entropy"] == 0
-    assert rows["penalty", 2.0]["repeats"] < 0.3 * rows["penalty", 1.0]["repeats"]
-    assert rows["penalty", 2.0]["grammatical"] > 0.85
-    steps = [event.step for event in events(log_dir / "by_p").Scalars("text/entropy")]
-    assert steps == [0, 25, 50, 75, 90, 100]
+    cold, hot = rows["temperature", 0.25], rows["temperature", 2.0]
+    assert cold["grammatical"] > 0.95 > 0.9 > hot["grammatical"]
+    assert rows["top_p", 0.0]["entropy"] == 0
+    penalty = {value: rows["repetition_penalty", value] for value in (1.0, 2.0)}
+    assert penalty[2.0]["repeats"] < 0.3 * penalty[1.0]["repeats"]
+    assert penalty[2.0]["grammatical"] > 0.85
+    assert (
+        f"-> temperature 0.25: {cold['grammatical']:.2f} right, {cold['distinct_2']:.3f} pairs; "
+        f"2: {hot['grammatical']:.2f} right, {hot['distinct_2']:.3f} pairs"
+    ) in out
+    assert out.splitlines()[-1].startswith(f"look: tensorboard --logdir {log_dir}   http")
+    for run, name in (
+        ("by_temperature", "temperature"),
+        ("by_p", "top_p"),
+        ("by_penalty", "repetition_penalty"),
+    ):
+        logged = events(log_dir / run)
+        for tag in ("entropy", "distinct_2", "perplexity", "grammatical", "repeats"):
+            expected = [(round(100 * v), row[tag]) for (n, v), row in rows.items() if n == name]
+            points = [(e.step, e.value) for e in logged.Scalars(f"text/{tag}")]
+            assert points == [(step, pytest.approx(value)) for step, value in expected]
