@@ -318,7 +318,7 @@ def test_files_that_hide_a_module_are_named_and_nothing_else(fast, monkeypatch, 
         for name in ("queue", "random.py", "sympy.py", "typing_extensions.py")
         if name.removesuffix(".py") not in LOADED
     ]
-    assert facts["problems"][1]["type"] == f"rename {tmp_path / 'random.py'}"
+    assert facts["problems"][-1]["type"] == f"rename {tmp_path / 'typing_extensions.py'}"
 
 
 def test_the_notes_themselves_hide_no_module(lesson):

@@ -377,8 +377,9 @@ def test_what_is_transparent_becomes_white_without_a_warning(tmp_path, mode):
 def test_other_modes_keep_black_and_white(tmp_path, mode):
     picture = Image.new("RGB", (16, 8), "white")
     picture.paste("black", (0, 0, 8, 8))
-    picture.convert(mode).save(tmp_path / "a.tif")
-    assert pixels(tmp_path / "a.tif")[0, ::8, 0].tolist() == [0, 255]
+    path = tmp_path / ("a.jpg" if mode == "YCbCr" else "a.tif")  # Pillow 12 cannot read such a TIFF
+    picture.convert(mode).save(path)
+    assert pixels(path)[0, ::8, 0].tolist() == [0, 255]
 
 
 @pytest.mark.parametrize("limit", [100, 3])
