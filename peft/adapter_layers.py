@@ -61,7 +61,7 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, h):
-        """U f(D h + c) + e for h (..., d): self.down, self.f, self.up in turn; (..., d). Exercise."""
+        """U f(D h + c) + e, (..., d) for h (..., d): self.down, self.f, self.up. Exercise."""
         return self.up(self.f(self.down(h)))
 
 
