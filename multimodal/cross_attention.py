@@ -1,26 +1,28 @@
-"""With cross-attention a frozen language model answers what its text alone cannot tell: it asks an
-image. Behind a gate of 0 it is at first, bit by bit, the model that it was.
+"""With cross-attention a frozen language model answers what its text alone cannot tell, because it
+reads an image. Behind a gate of 0 it is at first, bit for bit, the model that it was.
 
 In cross-attention the queries come from one sequence, the text, and keys and values from another
-one, the image: each word asks all patches of the image. Two ways to give a trained, frozen language
-model an image are learned here. Flamingo puts cross-attention into it, behind gates that start
-closed. BLIP-2 trains a Q-Former in front of it: a few learned queries read the image, and what they
-find is put before the text as if it were words.
+one, the image: each word asks all patches (square pieces) of the image. Frozen means that the
+weights of the trained model do not change. Two ways to give it an image are shown. Flamingo puts
+cross-attention into it, behind gates: factors tanh(a) that start at 0. BLIP-2 trains a Q-Former in
+front of it, here a small one of one layer: a few learned queries read the image, and what they find
+stands in front of the text as if it were words.
 
     cross      softmax(q k^T / sqrt(d)) v        q = text W_q^T,  k = image W_k^T,  v = image W_v^T
     gated      h + tanh(a) cross(h, image),  then  h + tanh(b) mlp(h);  a = b = 0 at the start
     Q-Former   (B, P, K) -> (B, Q, C): Q learned queries, the same for each image
 
-    B  pairs of text and image     T, C  words and their numbers     P, K  patches and their numbers
-    d  numbers per query and key   h  the text inside the model, (B, T, C)     a, b  learned numbers
+    B  pairs of text and image     T  words of C numbers     P  patches of K numbers
+    d  numbers per query and key   a, b  learned numbers     mlp  two linear layers
+    h  the text inside the model, (B, T, C)
 
 Needs          attention_mechanism.py
 Checked here   plain = complete = nn.MultiheadAttention; gates of 0: the output and the gradients;
                accuracy with the own image, with another's, and trained on those of others
 TensorBoard    attention/map in images: light on the framed object; attention/queries in qformer_4:
-               each row, a query, is light where one kind of shape lies; train/loss by step
+               a row per query, most are lightest on one kind of shape; train/loss by step
 Try            in show_qformer, write (4, 2, 1) for (4, 1): what do two queries give?
-Answer         between the two: fewer queries than shapes cannot tell all colours
+Answer         between the two: with fewer queries than shapes fewer questions are answered
 Source         Alayrac et al. 2022 (Flamingo), arXiv:2204.14198, section 2.2; Li et al. 2023
                (BLIP-2), arXiv:2301.12597, section 3.1 and figure 3
 """
@@ -70,21 +72,22 @@ def cross_plain(text, image, W_q, W_k, W_v):
 
 def show_everyday():
     text = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # one text: 2 words of 2 numbers
-    image = torch.tensor([[[4.0, 0.0, 7.0], [0.0, 4.0, 8.0], [0.0, 0.0, 9.0]]])  # 3 patches of 3
+    image = torch.tensor([[[4.0, 0.0, 7.0], [0.0, 4.0, 8.0], [0.0, 0.0, 0.0]]])  # 3 patches of 3
     W_q, W_k = torch.eye(2), torch.eye(2, 3)  # a key: the first two numbers of a patch
     W_v = torch.tensor([[0.0, 0.0, 1.0]])  # a value: the third one
     answers, weights = cross_plain(text, image, W_q, W_k, W_v)
     torchs = F.scaled_dot_product_attention(text, image[..., :2], image[..., 2:])
 
     print("1. In everyday code: 2 words ask 3 patches. A word is its query, a patch (key, value)")
-    print("   word     weight on patch ((4, 0), 7)   ((0, 4), 8)   ((0, 0), 9)   answer   torch's")
+    print("   word     weight on patch ((4, 0), 7)   ((0, 4), 8)   ((0, 0), 0)   answer   torch's")
     for i, name in enumerate(("(1, 0)", "(0, 1)")):
         row = weights[0, i].tolist()
         print(f"   {name}   {row[0]:27.3f}   {row[1]:11.3f}   {row[2]:11.3f}   "
               f"{answers[0, i, 0]:6.3f}   {torchs[0, i, 0]:7.3f}")  # fmt: skip
-    most = weights[0].argmax(1)
-    print(f"   -> word 0 reads most from patch {most[0]}, word 1 from patch {most[1]}; torch's")
-    print(f"      answers are the same within {(answers - torchs).abs().max():.0e}")
+    names = ("first", "second", "third")
+    one, two = (names[patch] for patch in weights[0].argmax(1).tolist())
+    print(f"   -> the first word reads most from the {one} patch, the second from the {two};")
+    print(f"      torch's answers are the same within {(answers - torchs).abs().max():.0e}")
     return answers, weights
 
 
@@ -164,7 +167,7 @@ def show_twin(B=3, T=5, P=7, C=12, K=9, H=3):
         "torch's, 3 heads": (ours(text, image), library(text, image, image)[0]),
         "plain, 1 head": (one(text, image), one.out_proj(plain)),
     }
-    print("   complete minus     outputs   gradients")
+    print("   ours minus         outputs   gradients")
     off = []
     for name, pair in pairs.items():
         grads = [torch.autograd.grad(out.sin().sum(), inputs) for out in pair]
@@ -174,10 +177,11 @@ def show_twin(B=3, T=5, P=7, C=12, K=9, H=3):
         print(f"   {name:<16}   {off[-3]:7.0e}   {max(off[-2:]):9.0e}")
     present = torch.tensor([True, False, True])
     _, weights = ours(text, image, present=present, need_weights=True)
-    sums = weights.sum(-1).mean(dim=(1, 2)).tolist()
-    print(f"   -> the largest is {max(off):.0e}; weights sum to {sums[0]:g}, of an absent image to "
-          f"{sums[1]:g}")  # fmt: skip
-    return max(off), sums
+    sums = weights.sum(-1)  # (B, H, T)
+    torch.testing.assert_close(sums, present.double().view(B, 1, 1).expand_as(sums))
+    print(f"   -> the largest is {max(off):.0e}; a word's weights sum to {sums[0].mean():g}, or to")
+    print(f"      {sums[1].mean():g} where the image is missing")
+    return max(off), sums.mean(dim=(1, 2)).tolist()
 
 
 # --- 3. a gate of 0 ----------------------------------------------------------------------------
@@ -321,8 +325,8 @@ def with_visual(model):
 
 def show_gate(start):
     print("3. Is a frozen language model with gated cross-attention at first the same?")
-    print("             output changed   largest gradient     largest gradient")
-    print("   step        from without     of the 2 gates   of weights behind")
+    print("          output minus that   largest gradient     largest gradient")
+    print("   steps done   without image     of the 2 gates   of weights behind")
     model = with_visual(start)
     optimizer = torch.optim.Adam(model.visual.parameters(), lr=3e-3)
     scenes, colours, cells = draw_scenes(32)
@@ -338,10 +342,12 @@ def show_gate(start):
             key = "gates" if name.startswith("gate") else "behind"
             largest[key] = max(largest[key], parameter.grad.abs().max().item())
         table.append((off, largest["gates"], largest["behind"]))
-        print(f"   {step:4}   {off:17.6f}   {largest['gates']:16.6f}   {largest['behind']:17.6f}")
+        print(f"   {step:10}   {off:13.6f}   {largest['gates']:16.6f}   {largest['behind']:17.6f}")
         optimizer.step()
     gates = "the gates alone" if table[0][2] == 0 else "not the gates alone"
-    print(f"   -> the first step changes the output by {table[0][0]:g} and moves {gates}")
+    print(
+        f"   -> before any step the output differs by {table[0][0]:g}; the first step moves {gates}"
+    )
     return table
 
 
@@ -358,7 +364,7 @@ def answer_accuracy(logits_of, shift=0, n=1000):
 
 
 def show_answers(seed, log_dir, start, steps):
-    print("4. What colour is the SHAPE? 4 of 9 patches hold one; 1,000 new scenes")
+    print("4. What colour is the SHAPE? 4 of 9 patches hold a shape; 1,000 new scenes")
     print("   the frozen language model                  accuracy   weight on the object's patch")
     rows = {}
 
@@ -389,7 +395,7 @@ def show_answers(seed, log_dir, start, steps):
             show(words, accuracy, weights[torch.arange(len(cell)), cell].mean().item())
     show("a guess", 1 / len(COLOURS), 1 / GRID**2)
     seen, blind = rows["gated, asked with its image"][0], rows["the question alone"][0]
-    print(f"   -> with its image it answers {seen:.0%} of the questions, without one {blind:.0%}")
+    print(f"   -> with its image it answers {seen:.1%} of the questions, without one {blind:.1%}")
     return rows
 
 
@@ -446,9 +452,7 @@ def weights_by_shape(model, n=1000):
 
 
 def show_qformer(seed, log_dir, start, steps):
-    print(
-        "5. Q learned queries read the image, and stand before the question as if they were words"
-    )
+    print("5. Can Q learned queries read the image, if what they find stands before the question?")
     print("   queries                                    accuracy")
     rows, found = {}, {}
     runs = [(Q, False) for Q in (4, 1)] + [(4, True)]
@@ -476,9 +480,9 @@ def show_qformer(seed, log_dir, start, steps):
     kinds = len(set(found["qformer_4"].argmax(1).tolist()))
     four, one = rows["qformer_4"], rows["qformer_1"]
     print(
-        f"   -> the 4 queries look most at {kinds} different shapes, wherever these lie. They have"
+        f"   -> the 4 queries look most at {kinds} different shapes. They do not see the question,"
     )
-    print(f"      no question before them, and answer {four:.0%}; 1 query for 4 shapes {one:.0%}")
+    print(f"      and {four:.1%} are answered; with 1 query for 4 shapes {one:.1%}")
     return rows, found["qformer_4"]
 
 

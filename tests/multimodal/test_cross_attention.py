@@ -317,10 +317,12 @@ def test_what_main_prints(run):
         assert f"   {name:<40}   {accuracy:8.3f}   {shown:>28}\n" in out
     seen = result["answers"]["gated, asked with its image"][0]
     blind = result["answers"]["the question alone"][0]
-    assert f"it answers {seen:.0%} of the questions, without one {blind:.0%}\n" in out
+    assert f"it answers {seen:.1%} of the questions, without one {blind:.1%}\n" in out
     for step, (off, gates, behind) in enumerate(result["gate"]):
-        assert f"   {step:4}   {off:17.6f}   {gates:16.6f}   {behind:17.6f}\n" in out
-    assert "-> the first step changes the output by 0 and moves the gates alone\n" in out
+        assert f"   {step:10}   {off:13.6f}   {gates:16.6f}   {behind:17.6f}\n" in out
+    assert (
+        "-> before any step the output differs by 0; the first step moves the gates alone\n" in out
+    )
     rows, found = result["qformer"]
     for name, words in (("qformer_4", "4"), ("qformer_1", "1"),
                         ("qformer_4_shuffled", "4, trained on others' images")):  # fmt: skip
@@ -329,13 +331,19 @@ def test_what_main_prints(run):
         assert f"   {q:5}" + "".join(f"   {weight:6.3f}" for weight in row) + "\n" in out
     kinds = len(set(found.argmax(1).tolist()))
     assert f"-> the 4 queries look most at {kinds} different shapes" in out
-    assert f"answer {rows['qformer_4']:.0%}; 1 query for 4 shapes {rows['qformer_1']:.0%}\n" in out
-    assert "   (1, 0)                         0.894         0.053         0.053    7.159" in out
-    assert "-> word 0 reads most from patch 0, word 1 from patch 1;" in out
-    assert (
-        f"-> the largest is {result['twin'][0]:.0e}; weights sum to 1, of an absent image to 0"
-        in out
-    )
+    four, one = rows["qformer_4"], rows["qformer_1"]
+    assert f"      and {four:.1%} are answered; with 1 query for 4 shapes {one:.1%}\n" in out
+    assert "   (1, 0)                         0.894         0.053         0.053    6.683" in out
+    assert "   (0, 1)                         0.053         0.894         0.053    7.524" in out
+    assert "-> the first word reads most from the first patch, the second from the second;" in out
+    largest = f"{result['twin'][0]:.0e}"
+    assert f"-> the largest is {largest}; a word's weights sum to 1, or to\n      0 where" in out
+    for head in (
+        "   ours minus         outputs   gradients\n",
+        "   steps done   without image     of the 2 gates   of weights behind\n",
+        "   the frozen language model                  accuracy   weight on the object",
+    ):
+        assert out.count(head) == 1
     assert out.splitlines()[-1].startswith(f"look: tensorboard --logdir {log_dir}   http")
 
 
