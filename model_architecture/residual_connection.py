@@ -1,30 +1,33 @@
-"""Skips keep a deep network's gradient from vanishing; unless scaled, they make it explode.
+"""Skips keep a deep network's gradient from vanishing; with He's weights plain ones let it explode.
 
-A skip adds the input h of a block to what the block computes: h + f(h). So the block learns what to
-change in h, and the gradient of the sum reaches h unchanged, beside what comes through f. Without
-skips, 32 layers with nn.Linear's own weights let almost no gradient through. But sums grow with
-every block: scale f, let it start at 0, or give it norm(h), as language models do (Pre-LN).
+A skip adds the input h of a block to what the block makes of it: the output is h + f(h). So the
+block learns what to change in h, and the gradient has a second way back to h, around f. Without
+skips, 32 layers with nn.Linear's own weights let almost no gradient through. He's larger weights
+keep its size without skips too, but 16 of ResNet's blocks learn far slower so (section 4). Sums
+grow from block to block: multiply f by a small a, or let f read norm(h), as language models do.
 
-                 next h           |dL/dh_0|^2 / |dL/dh_L|^2   share of the skips alone
-    no skip      f(h)             (v / 2)^L                   0
-    skip         h + a f(h)       (1 + a^2 v / 2)^L           (1 + a^2 v / 2)^-L
-    pre-norm     h + f(norm(h))   L + 1    for v = 2          1 / (L + 1)
-    post-norm    norm(h + f(h))   1        for v = 2          2^-L
+                next h           |g_0|^2 / |g_L|^2, an average over random weights
+    no skip     f(h)             (v / 2)^L
+    skip        h + a f(h)       (1 + a^2 v / 2)^L     plain: a = 1; scaled: a = 1 / sqrt(L)
+    pre-norm    h + f(norm(h))   L + 1                 for v = 2, if h_0 has mean square 1
+    post-norm   norm(h + f(h))   1                     for v = 2
 
-    h_0, h_L  n numbers before the first and after the last of L blocks    dL/d..  a loss's gradient
-    f(h) = W relu(h)  the entries of W are random with mean 0, variance v / n: v is 2 in He's
-    weights, 1/3 in nn.Linear's     a  a number that scales f     norm(h) = h / sqrt(mean of h^2)
-    share  the part of |dL/dh_0|^2 that never passed through an f     (means, for large n)
+    h_0, h_L    n numbers before the first and after the last of L blocks
+    g_0, g_L    the gradients of a loss with respect to h_0 and to h_L
+    f(h)        W relu(h); the entries of the matrix W are random, their mean is 0, their variance
+                v / n: v is 2 in He's weights, 1/3 in nn.Linear's own
+    norm(h)     h / sqrt(mean of h^2). With LayerNorm, the last two rows are called Pre-LN, Post-LN
 
-Needs          nn_seq.py, nn_conv2d.py, normalization.py, attention_mechanism.py
-Checked here   BasicBlock = torchvision's; blocks that start as the identity; the table above;
-               BasicBlocks and Transformers trained, beside those that should fail
-TensorBoard    depth/log2_gradient by layer in net/...; stack/loss by step in stack/... (a guess has
-               1.386); transformer/loss by step in transformer/... (a guess has 2.079)
+Needs          nn_seq.py, nn_conv2d.py, normalization.py
+Checked here   BasicBlock, ResNet's block of two convolutions, = torchvision's; blocks that start
+               as the identity; the table above; BasicBlocks trained with skips and without
+TensorBoard    depth/log2_gradient by layer: net/no_skip_default climbs from -41 to 0, net/skip_he
+               falls from 16 to 0; stack/loss by step: stack/skip falls first
 Try            in join, write 2 * L**-0.5 for L**-0.5: what does the row skip_scaled measure now?
-Answer         about +2.7; at any depth it stays below 2.9, as (1 + 4 / L)^L is below e^4
-Source         arXiv:1512.03385 (ResNet), 1706.02677, section 5.1 (start at 0), 2002.10444 (Pre-norm
-               at the start), 2002.04745 (Post-LN, warm-up)
+Answer         about +2.7, while its formula still says +0.7; at any depth the gradient grows less
+               than e^2 times (+2.9), as (1 + 4 / L)^L is below e^4
+Source         arXiv:1512.03385 (ResNet), 1706.02677, section 5.1 (start at 0), 2002.10444 (pre-norm
+               at the start), 2002.04745 (Pre-LN, Post-LN)
 """
 
 import argparse
@@ -56,31 +59,24 @@ def residual(h, f):
     return h + f(h)
 
 
-def pre_norm(h, norm, f):
-    """As residual, but f gets norm(h); the sum itself is never normalised. Exercise."""
-    return h + f(norm(h))
-
-
-def post_norm(h, norm, f):
-    """The norm of h + f(h), so that what goes on is a normalised sum. Exercise."""
-    return norm(h + f(h))
-
-
 def show_everyday(depth=20):
-    print("1. In everyday code: a skip is one plus sign. f(h) = h / 2, and h is 1 at the start")
-    print(f"   next h          after 1 layer   after {depth}   gradient behind {depth} layers")
-    f = nn.Linear(1, 1, bias=False)
+    f, h = nn.Linear(1, 1, bias=False), torch.tensor([2.0], requires_grad=True)
     nn.init.constant_(f.weight, 0.5)
-    found = {}
-    rows = [("f(h)", 0, 1), ("h + f(h)", 1, 1), (f"h + f(h) / {depth}", 1, 1 / depth)]
-    for name, skip, a in rows:
-        h = start = torch.ones(1, 1, requires_grad=True)
-        states = [h := skip * h + a * f(h) for _ in range(depth)]
-        h.backward()
-        found[name] = states[0].item(), h.item(), start.grad.item()
-        print("   {:<13} {:15.3f} {:10.1e} {:26.1e}".format(name, *found[name]))
+    plain, skip, scaled, found = [h], [h], [h], {}
+    for _ in range(depth):
+        plain.append(f(plain[-1]))
+        skip.append(residual(skip[-1], f))
+        scaled.append(residual(scaled[-1], lambda h: f(h) / depth))
+    print("1. In everyday code: a skip is one plus sign. Here f(h) = h / 2, and h begins at 2")
+    print("                     h after      h after    gradient of the last h")
+    print(f"   next h            1 layer    {depth:>2} layers    for the first h")
+    rows = ("f(h)", plain), ("h + f(h)", skip), (f"h + f(h) / {depth}", scaled)
+    for name, states in rows:
+        (slope,) = torch.autograd.grad(states[-1], h)
+        found[name] = states[1].item(), states[-1].item(), slope.item()
+        print("   {:<15} {:9.4g} {:12.4g} {:17.4g}".format(name, *found[name]))
     kept = [name for name, (*_, slope) in found.items() if 0.1 < slope < 10]
-    print(f"   -> neither vanishes nor explodes: {', '.join(kept)}")
+    print(f"   -> the gradient stays between 0.1 and 10 with: {', '.join(kept) or '-'}")
     return found
 
 
@@ -119,19 +115,20 @@ class BasicBlock(nn.Module):
 def show_block():
     from torchvision.models import resnet  # takes 3 s, so only here
 
-    print("2. Is BasicBlock torchvision's, and what do ten of them do before training?")
+    print("2. Is our BasicBlock torchvision's? Do ten of them change an input before training?")
     ours, twin, x = BasicBlock(6, 6), resnet.BasicBlock(6, 6), torch.randn(4, 6, 9, 11).relu()
     twin.load_state_dict(ours.state_dict())  # the same weights, by the same names
-    off = {"one block minus torchvision's": ours(x) - twin(x)}
+    off = {"our block minus torchvision's": ours(x) - twin(x)}
     for zero in (False, True):
         ten = [BasicBlock(6, 6, zero_init_residual=zero) for _ in range(10)]
-        off[f"ten minus input, zero_init_residual={zero}"] = nn.Sequential(*ten)(x) - x
-    print("   output                                      largest")
+        off[f"ten blocks minus input, zero_init_residual={zero}"] = nn.Sequential(*ten)(x) - x
+    print("   difference, for an input >= 0                     largest |entry|")
     for name, difference in off.items():
         off[name] = difference.abs().max().item()
-        print(f"   {name:<42} {off[name]:8.1g}")
+        print(f"   {name:<48} {off[name]:16.2g}")
     _, usual, zero = off.values()
-    print(f"   -> ten blocks change their input by up to {usual:.0f}; begun at zero, by {zero:g}")
+    print(f"   -> ten blocks change their input by up to {usual:.0f}; "
+          f"those that zero_init_residual starts, by {zero:g}")  # fmt: skip
     return off
 
 
@@ -142,6 +139,18 @@ NETS = {  # run: v, and how f(h) joins h; "default" are nn.Linear's own weights
     "skip_default": (1 / 3, "skip"), "skip_he": (2, "skip"), "skip_scaled": (2, "scaled"),
     "pre_norm": (2, "pre"), "post_norm": (2, "post"),
 }  # fmt: skip
+NEXT = {"none": "f(h)", "skip": "h + f(h)", "scaled": "h + f(h) / sqrt(L)",
+        "pre": "h + f(norm(h))", "post": "norm(h + f(h))"}  # fmt: skip
+
+
+def pre_norm(h, norm, f):
+    """As residual, but f gets norm(h); the sum itself is never normalised. Exercise."""
+    return h + f(norm(h))
+
+
+def post_norm(h, norm, f):
+    """The norm of h + f(h), so that what goes on is a normalised sum. Exercise."""
+    return norm(h + f(h))
 
 
 def rms(h):
@@ -150,30 +159,25 @@ def rms(h):
 
 def join(kind, h, f, L):
     """The next h of one of L blocks whose branch is f."""
-    if kind == "none":
-        return f(h)
     if kind == "scaled":
         return h + L**-0.5 * f(h)
-    if kind == "pre":
-        return pre_norm(h, rms, f)
-    return post_norm(h, rms, f) if kind == "post" else residual(h, f)
+    if kind in ("pre", "post"):
+        return pre_norm(h, rms, f) if kind == "pre" else post_norm(h, rms, f)
+    return f(h) if kind == "none" else residual(h, f)
 
 
-def theory(kind, v, k, L):
-    """E|dL/dh_k|^2 / E|dL/dh_L|^2, and its share that the skips alone carry: as on top, k for 0.
+def theory(kind, v, L):
+    """|g_0|^2 / |g_L|^2 by the docstring's table; kind is none, skip, scaled, pre or post.
 
-    The exponent is then L - k; pre-norm has (L + 1) / (k + 1). a^2 is 1 / L if "scaled". Exercise.
+    a^2 is 1 for "skip" and 1 / L for "scaled". Exercise.
     """
-    if kind == "none":
-        return (v / 2) ** (L - k), 0
-    growth = (1 + v / 2 / (L if kind == "scaled" else 1)) ** (L - k)
-    if kind == "pre":
-        growth = (L + 1) / (k + 1)
-    return 1 if kind == "post" else growth, 1 / growth
+    if kind in ("pre", "post"):
+        return L + 1 if kind == "pre" else 1
+    return {"none": v / 2, "skip": 1 + v / 2, "scaled": 1 + v / 2 / L}[kind] ** L
 
 
 def gradients_by_depth(kind, v, width, depth, batch=32):
-    """dL/dh_k (B, n) for k = 0 ... L, of a loss <r, h_L> with a random r.
+    """The gradients (B, n) of a loss <r, h_L>, with a random r, for h_0 ... h_L.
 
     Not of h_L.sum(): behind a LayerNorm the sum is 0, and so is its gradient, whatever h is.
     """
@@ -185,30 +189,27 @@ def gradients_by_depth(kind, v, width, depth, batch=32):
 
 
 def show_depth(log_dir, width, depth):
-    print(f"3. Gradient behind {depth} blocks of {width} units: log2 of |dL/dh_0| / |dL/dh_L|")
-    print("                     n * variance       log2:      log2:   share of skips, 4 blocks:")
-    print("   run                of a weight    measured    formula   measured    formula")
+    print(f"3. How much of a gradient comes back through L = {depth} blocks of {width} units?")
+    print("                                         n * variance    log2 of |g_0| / |g_L|")
+    print("   run               next h               of a weight    measured      formula")
     measured = {}
     for name, (v, kind) in NETS.items():
         g = gradients_by_depth(kind, v, width, depth)
-        log2 = [(g_k.norm() / g[-1].norm()).log2().item() for g_k in g]
-        # dL/dh_k is dL/dh_L, scaled by the skips, and what the branches add, orthogonal to it
-        share = F.cosine_similarity(g[-5].flatten(), g[-1].flatten(), dim=0).item() ** 2
+        log2 = measured[name] = [(g_k.norm() / g[-1].norm()).log2().item() for g_k in g]
         draw(log_dir / "net" / name, {"depth/log2_gradient": log2})
-        size, part = theory(kind, v, 0, depth)[0], theory(kind, v, depth - 4, depth)[1]
-        print(f"   {name:<15} {v:14.2f} {log2[0]:+11.1f} {math.log2(size) / 2:+10.1f} "
-              f"{share:10.3f} {part:10.3f}")  # fmt: skip
-        measured[name] = log2, share
-    lost = [name for name, (log2, _) in measured.items() if log2[0] < -10]
-    huge = [name for name, (log2, _) in measured.items() if log2[0] > 10]
-    print(f"   -> less than 1 / 1000 is left in: {', '.join(lost) or '-'}; "
-          f"1000 times as much in: {', '.join(huge) or '-'}")  # fmt: skip
+        formula = math.log2(theory(kind, v, depth)) / 2
+        print(f"   {name:<17} {NEXT[kind]:<18} {v:13.2f} {log2[0]:+11.1f} {formula:+12.1f}")
+    print("   g_0, g_L: gradients at the first block's input, the last block's output; +1 is twice")
+    lost = [name for name, log2 in measured.items() if log2[0] < -10]
+    huge = [name for name, log2 in measured.items() if log2[0] > 10]
+    kept = [name for name, log2 in measured.items() if "no_skip" in name and abs(log2[0]) < 1]
+    print(f"   -> less than 1 / 1000 of it: {', '.join(lost) or '-'}; more than 1000 times: "
+          f"{', '.join(huge) or '-'};\n      without a skip and yet between a half and twice: "
+          f"{', '.join(kept) or '-'}")  # fmt: skip
     return measured
 
 
 # --- 4. BasicBlocks trained --------------------------------------------------------------------
-
-STACKS = {"no_skip": {"skip": False}, "skip": {}, "from_zero": {"zero_init_residual": True}}
 
 
 def gratings(batch=64, size=8, noise=0.5):
@@ -232,13 +233,12 @@ def stack(blocks, C=8, **options):
     return net
 
 
-def fit(model, optimizer, sample, steps, warmup=0):
-    """The loss before every step; the rate rises linearly to its peak in `warmup` steps."""
-    peak, losses = optimizer.param_groups[0]["lr"], []
-    for step in tqdm(range(steps), leave=False, disable=None):
-        optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / max(warmup, 1))
-        x, t = sample()
-        loss = F.cross_entropy(model(x).flatten(0, -2), t.flatten())
+def fit(net, steps):
+    """The loss before every step of SGD, each on a new batch."""
+    optimizer, losses = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), []
+    for _ in tqdm(range(steps), leave=False, disable=None):
+        x, t = gratings()
+        loss = F.cross_entropy(net(x), t)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -247,66 +247,17 @@ def fit(model, optimizer, sample, steps, warmup=0):
 
 
 def show_stacks(seed, log_dir, blocks, steps):
-    print(f"4. Do {blocks} BasicBlocks learn the direction of a wave? Mean loss; a guess: 1.39")
-    print("   no_skip: f(h); skip: h + f(h); from_zero: h + f(h), with f(h) = 0 at the start")
-    print(f"   run         steps 1-10   steps 11-20   last ten of {steps}")
+    print(f"4. Do {blocks} BasicBlocks learn the direction of a wave? Mean loss; a guess has 1.39")
+    print(f"   run       next h     steps 1-10   steps 11-20   last ten of {steps}")
     measured = {}
-    for name, options in STACKS.items():
+    for name, text, skip in (("no_skip", "f(h)", False), ("skip", "h + f(h)", True)):
         torch.manual_seed(seed)
-        net = stack(blocks, **options)
-        losses = fit(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), gratings, steps)
+        losses = fit(stack(blocks, skip=skip), steps)
         draw(log_dir / "stack" / name, {"stack/loss": losses})
         measured[name] = [sum(part) / 10 for part in (losses[:10], losses[10:20], losses[-10:])]
-        print("   {:<10} {:11.2f} {:13.2f} {:15.2f}".format(name, *measured[name]))
-    order = sorted(measured, key=lambda name: measured[name][1])
-    print(f"   -> by the loss in steps 11-20: {' before '.join(order)}")
-    return measured
-
-
-# --- 5. Transformers: Pre-LN and Post-LN trained -----------------------------------------------
-
-RECIPES = {  # norm_first; part of the rate; part of the steps in which the rate rises: warm-up
-    "post_ln": (False, 1.0, 0.0), "post_ln_tenth": (False, 0.1, 0.0),
-    "post_ln_warmup": (False, 1.0, 0.5), "pre_ln": (True, 1.0, 0.0),
-}  # fmt: skip
-
-
-def transformer(blocks, norm_first, d=32):
-    """Numbers (B, 6) -> logits (B, 6, 8). norm_first is Pre-LN: its sum gets a norm at the end."""
-    options = {"dropout": 0.0, "batch_first": True, "norm_first": norm_first}
-    layers = [nn.TransformerEncoderLayer(d, 4, 4 * d, **options) for _ in range(blocks)]
-    last = nn.LayerNorm(d) if norm_first else nn.Identity()
-    net = nn.Sequential(nn.Embedding(6 * 8, d), *layers, last, nn.Linear(d, 8))
-    for p in net.parameters():
-        if p.dim() > 1:
-            nn.init.xavier_uniform_(p)
-    return net
-
-
-def reversals(batch=32):
-    """Texts of 6 tokens out of 8 (B, 6), as token + 8 * position; and the tokens in reverse."""
-    tokens = torch.randint(8, (batch, 6))
-    return tokens + 8 * torch.arange(6), tokens.flip(1)
-
-
-def show_transformers(seed, log_dir, blocks, steps, lr):
-    print(f"5. Do {blocks} Transformer layers learn to reverse a text? A guess has a loss of 2.08")
-    print(
-        "   post_ln: norm(h + f(h)), with a tenth of the rate, or warm-up; pre_ln: h + f(norm(h))"
-    )
-    print(f"   run                rate   steps of warm-up   loss, last ten of {steps} steps")
-    measured = {}
-    for name, (norm_first, part, warmup) in RECIPES.items():
-        torch.manual_seed(seed)
-        model, rise = transformer(blocks, norm_first), int(warmup * steps)
-        optimizer = torch.optim.Adam(model.parameters(), lr * part)
-        losses = fit(model, optimizer, reversals, steps, rise)
-        draw(log_dir / "transformer" / name, {"transformer/loss": losses})
-        measured[name] = sum(losses[-10:]) / 10
-        print(f"   {name:<15} {lr * part:7g} {rise:18} {measured[name]:21.3f}")
-    stuck = [name for name, loss in measured.items() if loss > 1.6]
-    print(f"   -> least loss: {min(measured, key=measured.get)}; "
-          f"next to nothing is learned by: {', '.join(stuck) or '-'}")  # fmt: skip
+        print("   {:<9} {:<10} {:10.2f} {:13.2f} {:15.2f}".format(name, text, *measured[name]))
+    gap = measured["no_skip"][1] - measured["skip"][1]
+    print(f"   -> in steps 11-20, the loss without skips minus the loss with skips is {gap:+.2f}")
     return measured
 
 
@@ -318,13 +269,11 @@ def draw(log_dir, curves):
                 writer.add_scalar(tag, value, step)
 
 
-def main(seed=0, log_dir=LOG_DIR, width=256, depth=32, blocks=16, steps=60, layers=6,
-         transformer_steps=160, lr=1e-2):  # fmt: skip
+def main(seed=0, log_dir=LOG_DIR, width=256, depth=32, blocks=16, steps=60):
     torch.manual_seed(seed)
     measured = {"everyday": show_everyday(), "blocks": show_block()}
     measured["depth"] = show_depth(log_dir, width, depth)
     measured["stacks"] = show_stacks(seed, log_dir, blocks, steps)
-    measured["transformers"] = show_transformers(seed, log_dir, layers, transformer_steps, lr)
     print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return measured
 
