@@ -1,25 +1,28 @@
-"""FP16 makes gradients of 2^-25 and less 0, so that training can stand still; a loss scaled by S
-before backward() brings them back. BF16 has the range of FP32 and needs no scale.
+"""In float16 a gradient of 2^-25 or less becomes 0, so that training can stand still. A loss that
+is multiplied by S before backward() keeps it. bfloat16 has the range of float32 and needs no S.
 
-Mixed precision multiplies matrices in 16 bits and keeps the weights in 32. On a GPU this is several
-times faster, and what is kept of a batch takes little more than half the memory. torch.autocast
-picks the type of each operation. FP16 also needs a GradScaler: it multiplies the loss by S and
-divides the gradients by S before the step. If a gradient overflowed (is inf or nan), it skips the
-step and halves S. Clip gradients after unscale_, else the limit is S times too low. Start with
-bfloat16 where your GPU has it.
+Mixed precision multiplies matrices in numbers of 16 bits, float16 (FP16) or bfloat16 (BF16), and
+keeps the weights in 32 bits, float32 (FP32). What is kept for backward() then takes little more
+than half the memory. On a GPU large products of matrices are much faster: over 10 times on an H200.
+torch.autocast picks the type of each operation. Start with bfloat16 where your GPU has it.
+
+float16 also needs a GradScaler. It multiplies the loss by S, and unscale_ divides the gradients by
+S again. If one of them is inf or nan, the step is skipped and S is halved. Clip after unscale_:
+before it the gradients are S times too large. S does not help against an eps that is too large.
 
     E, M     bits of a number for its exponent and for its digits (mantissa); one more is its sign
     b        = 2^(E-1) - 1, the largest exponent
     largest  2^b (2 - 2^-M)    smallest normal (all digits)  2^(1-b)    smallest of all  2^(1-b-M)
-    epsilon  2^-M: the gap from 1 to the next number. A sum is rounded to the nearest one, so that
-             1 - d stays 1 for d below epsilon / 4, however often it is repeated
+    epsilon  2^-M, the gap from 1 to the next number; below 1 the gap is epsilon / 2. Results go to
+             the nearest number, so 1 - d is 1 again for d below epsilon / 4, however often
 
 Needs          nn_linear.py, nn_optim.py, 06_gradient_accumulation_and_tricks.py
-Checked here   memory; the formats; a scaler by hand = GradScaler; FP16 training with it, without
+Checked here   memory; the formats; a scaler by hand = GradScaler; float16 training with it, without
 TensorBoard    train/loss by step: float16 stays flat, float16_scaled falls as float32 does, and
                bfloat16_weights more slowly. amp/log2_scale and amp/step_taken by step: ours = torch
-Try            in amp_step, move the line scaler.unscale_(optimizer) below the next one
-Answer         Step 4 of section 1 finds a norm of 40960, and moves the weights only to 0.9999
+Try            in amp_step, move the line scaler.unscale_(optimizer) below the next one. Which norm
+               does step 4 of section 1 find, and how far do its weights move?
+Answer         It finds 40960, which is 5 S, and moves the weights only to 0.9999
 Source         Micikevicius et al. 2018, arXiv:1710.03740, section 3; torch.amp
 """
 
@@ -79,25 +82,40 @@ def amp_step(model, x, t, loss_of, optimizer, scaler, dtype=torch.float16, max_n
 
 
 def show_everyday(steps=5):
-    print("1. In everyday code: the loop of mixed precision, in FP16 with a GradScaler")
     print(
-        "   (|w x - 0| for x = (3, 4) and w = (1, 1): the gradient is x, of norm 5, clipped to 1)"
+        "1. In everyday code: one step with bfloat16; then float16, whose gradients need a scale S"
     )
-    print("   step    S before   norm found   weights after       S after")
+    print(
+        "   (one example: loss |3 w1 + 4 w2|, so the gradient is (3, 4), of norm 5; clipped to 1)"
+    )
+    print("   type       step   S before   norm after unscale_   weights after       S after")
+    x, t, rows = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 1), []
     model = nn.Linear(2, 1, bias=False)
     nn.init.ones_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with torch.autocast("cpu", torch.bfloat16):  # "cuda" on a GPU
+        loss = F.l1_loss(model(x), t)
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    w1, w2 = model.weight[0].tolist()
+    print(f"   bfloat16      1          -   {norm:19.4f}   {w1:7.4f} {w2:7.4f}           -")
+    nn.init.ones_(model.weight)
     scaler = torch.amp.GradScaler("cpu")  # "cuda" on a GPU; enabled=False for bfloat16
-    x, t, rows = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 1), []
     for step in range(1, steps + 1):
         before = scaler.get_scale()
         _, norm = amp_step(model, x, t, F.l1_loss, optimizer, scaler)
         rows.append((before, norm, *model.weight[0].tolist(), scaler.get_scale()))
-        print("   {:4}   {:9.0f}   {:10.4f}   {:7.4f} {:7.4f}   {:9.0f}".format(step, *rows[-1]))
+        print(
+            "   float16    {:4}   {:8.0f}   {:19.4f}   {:7.4f} {:7.4f}   {:9.0f}".format(
+                step, *rows[-1]
+            )
+        )
     skipped, S = sum(not math.isfinite(row[1]) for row in rows), rows[-1][0]
     print(f"   -> {skipped} steps are skipped, until the larger gradient, 4 S = {4 * S:.0f}, is "
-          f"below FP16's largest, {torch.finfo(torch.float16).max:.0f}")  # fmt: skip
-    return rows
+          f"below float16's largest, {torch.finfo(torch.float16).max:.0f}")  # fmt: skip
+    return (w1, w2), rows
 
 
 # --- 2. why 16 bits ----------------------------------------------------------------------------
@@ -123,7 +141,7 @@ def kept_bytes(model, x, t, dtype):
 
 def show_reasons(batch, width, device):
     print(f"2. Why 16 bits? Memory and speed of 4 Linear + GELU of width {width}, batch {batch}")
-    print("   autocast to   weights, MB   kept for backward, MB   as a share")
+    print("   autocast to   weights, MB   kept for backward, MB   share of float32's")
     layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.GELU())]
     model, kept, seconds = nn.Sequential(*layers).to(device), {}, {}
     x, t = torch.randn(batch, width, device=device), torch.arange(batch, device=device) % width
@@ -131,7 +149,7 @@ def show_reasons(batch, width, device):
         kept[name] = kept_bytes(model, x, t, dtype) / 1e6
         weights = sum(w.nbytes for w in model.parameters()) / 1e6
         print(f"   {name:<11}   {weights:11.2f}   {kept[name]:21.2f}   "
-              f"{kept[name] / kept['float32']:10.2f}")  # fmt: skip
+              f"{kept[name] / kept['float32']:18.2f}")  # fmt: skip
         if device == "cuda":
             from torch.utils.benchmark import Timer  # waits for the GPU; without one it warns
 
@@ -161,8 +179,8 @@ def limits(E, M):
 
 def show_formats(numbers=(1e-8, 1.001, 70000), steps=1000):
     print(f"3. What becomes of a number in each format, and of 1 after {steps} steps of -1e-4?")
-    heads = "".join(f"   {number:<9g}" for number in numbers)
-    print(f"   format     E   M    largest      smallest   epsilon{heads}   steps")
+    heads = "".join(f"  {number:>9g}" for number in numbers)
+    print(f"   format    E   M    largest  smallest  epsilon{heads}  1 at the end")
     stored = {}
     for name, (dtype, E, M) in FORMATS.items():
         largest, normal, smallest, epsilon = limits(E, M)
@@ -172,12 +190,13 @@ def show_formats(numbers=(1e-8, 1.001, 70000), steps=1000):
         for _ in range(steps):
             w -= 1e-4
         stored[name] = [*torch.tensor(numbers, dtype=dtype).tolist(), w.item()]
-        cells = "".join(f"   {number:<9.4g}" for number in stored[name])
-        print(f"   {name:<8}   {E}   {M:<2}   {largest:<10.5g}   {smallest:.1e}    "
-              f"{epsilon:.1e}{cells}")  # fmt: skip
+        cells = "".join(f"  {number:9.4g}" for number in stored[name][:-1])
+        print(f"   {name:<8}  {E}  {M:2}  {largest:9.4g}   {smallest:.1e}  {epsilon:.1e}{cells}"
+              f"  {stored[name][-1]:12.4g}")  # fmt: skip
     lost = [name for name, found in stored.items() if found[-1] == 1]
-    print(f"   -> 1e-8 is {stored['float16'][0]:g} in FP16, {stored['bfloat16'][0]:.0e} in BF16; "
-          f"small steps are lost in {' and '.join(lost)}")  # fmt: skip
+    tiny = [f"{stored[name][0]:.1g} in {name}" for name in ("float16", "bfloat16")]
+    print(f"   -> {numbers[0]:g} becomes {', '.join(tiny)}; small steps are lost in "
+          f"{' and '.join(lost)}")  # fmt: skip
     return stored
 
 
@@ -243,7 +262,9 @@ def life(scaler, steps, overflow_at):
 
 
 def show_scaler(log_dir, interval=3, steps=14, overflow_at=(4, 5)):
-    print(f"4. How does S move? It doubles after {interval} good steps; {overflow_at} overflow")
+    bad = " and ".join(map(str, overflow_at))
+    print(f"4. How does S move? It starts at 2^16 and doubles after {interval} good steps")
+    print(f"   (the gradients of steps {bad} are inf; a column shows S before that step)")
     print("   step           " + "".join(f"{i:5}" for i in range(steps)))
     ours = LossScaler(growth_interval=interval)
     theirs, lives = torch.amp.GradScaler("cpu", growth_interval=interval), {}
@@ -280,7 +301,7 @@ def classifier(width=64):
 
 def fit(model, batches, dtype, scaled, lr=2e-4):
     """amp_step with Adam for each batch (x, t): the mean loss of a pixel in each step, a list."""
-    optimizer = torch.optim.Adam(model.parameters(), lr, eps=1e-16)  # eps far below the gradients
+    optimizer = torch.optim.Adam(model.parameters(), lr, eps=1e-16)  # far below the gradients
     scaler, losses = torch.amp.GradScaler("cpu", enabled=scaled), []
     for x, t in batches:
         loss, _ = amp_step(model, x, t, pixel_loss, optimizer, scaler, dtype)
@@ -290,8 +311,10 @@ def fit(model, batches, dtype, scaled, lr=2e-4):
 
 def show_training(log_dir, steps, B=128):
     print(f"5. What is learned in {steps} steps of Adam, if the loss is a mean over 2^27 pixels?")
-    print("   run                loss on new examples   accuracy   share of weights that moved")
-    teacher, start, ends = classifier(), classifier(), {}
+    print("   (Adam's eps is 1e-16: its default, 1e-8, is of the size of these gradients)")
+    print("                      on new examples     weights")
+    print("   run                  loss   accuracy   share moved   largest distance from float32's")
+    teacher, start, ends, last = classifier(), classifier(), {}, {}
     with torch.no_grad():
         teacher[-1].weight *= 8
         x = torch.randn(steps + 16, B, 16)
@@ -308,16 +331,23 @@ def show_training(log_dir, steps, B=128):
         model = copy.deepcopy(start).to(weights)
         before = parameters_to_vector(model.parameters()).detach()
         batches = tqdm(list(zip(x[:n].to(weights), t[:n], strict=True)), disable=None, leave=False)
-        draw(log_dir / name.replace(" ", "_"), {"train/loss": fit(model, batches, dtype, scaled)})
-        moved = (parameters_to_vector(model.parameters()) != before).float().mean().item()
+        losses = fit(model, batches, dtype, scaled)
+        if losses:
+            draw(log_dir / name, {"train/loss": losses})
+        last[name] = parameters_to_vector(model.parameters()).detach()
+        moved = (last[name] != before).float().mean().item()
         with torch.no_grad():
             z = model.float()(x[steps:].flatten(0, 1))
         right = (z.argmax(1) == t[steps:].flatten()).float().mean().item()
         ends[name] = F.cross_entropy(z, t[steps:].flatten()).item(), right, moved
-        print("   {:<16}   {:20.4f}   {:8.3f}   {:27.3f}".format(name, *ends[name]))
-    gap = abs(ends["float16_scaled"][0] - ends["float32"][0])
-    print(f"   -> FP16 alone moved {ends['float16'][2]:.0%} of the weights; scaled, its loss is "
-          f"{gap:.4f} away from float32's")  # fmt: skip
+    for name in ends:
+        ends[name] += ((last[name] - last["float32"]).abs().max().item(),)
+        print("   {:<16}   {:6.4f}   {:8.3f}   {:11.3f}   {:31.5f}".format(name, *ends[name]))
+    gap, low = abs(ends["float16_scaled"][0] - ends["float32"][0]), ends["bfloat16_weights"]
+    print(f"   -> float16 alone moved {ends['float16'][2]:.0%} of the weights; scaled, its loss is "
+          f"{gap:.0e} away from float32's")  # fmt: skip
+    print(f"   -> weights in bfloat16: loss {low[0]:.4f}, and {1 - low[2]:.0%} of them are where "
+          "they began; keep 32 bits")  # fmt: skip
     return ends
 
 

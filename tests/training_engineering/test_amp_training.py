@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-SMALL = {"batch": 64, "width": 32, "train_steps": 60}
+SMALL = {"batch": 64, "width": 32, "train_steps": 50}
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -67,22 +67,27 @@ def test_a_step_without_a_scaler_is_the_plain_one(lesson):
 def test_try_clipping_before_unscale_lowers_the_threshold_by_the_scale(lesson, edited):
     first = "    scaler.unscale_(optimizer)\n"
     second = "    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)\n"
-    rows = edited(lesson, first + second, second + first).show_everyday()
-    assert rows[3][1] == pytest.approx(40960)
+    _, rows = edited(lesson, first + second, second + first).show_everyday()
+    assert rows[3][1] == pytest.approx(40960) == 5 * rows[3][0]
     assert [f"{w:.4f}" for w in rows[3][2:4]] == ["0.9999", "0.9999"]
     assert [row[0] for row in rows] == [2.0**k for k in (16, 15, 14, 13, 13)]
 
 
 def test_the_everyday_steps_are_skipped_until_the_gradient_fits(lesson, capsys):
-    rows = lesson.show_everyday()
+    with_bfloat16, rows = lesson.show_everyday()
+    assert with_bfloat16 == pytest.approx((0.4, 0.2), abs=1e-5)
     assert [row[0] for row in rows] == [2.0**k for k in (16, 15, 14, 13, 13)]
     assert [row[4] for row in rows] == [2.0**k for k in (15, 14, 13, 13, 13)]
     assert [row[1] for row in rows] == pytest.approx([math.inf] * 3 + [5.0] * 2)
     weights = [*[1.0] * 6, 0.4, 0.2, -0.2, -0.6]
     assert [w for row in rows for w in row[2:4]] == pytest.approx(weights, abs=1e-5)
-    assert (
-        "-> 3 steps are skipped, until the larger gradient, 4 S = 32768" in capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert re.search(r"^   bfloat16 +1 +- +5\.0000 +0\.4000 +0\.2000 +-$", out, re.MULTILINE)
+    for step, (before, norm, w1, w2, after) in enumerate(rows, 1):
+        cells = ["float16", str(step), f"{before:.0f}", f"{norm:.4f}", f"{w1:.4f}", f"{w2:.4f}"]
+        assert [*cells, f"{after:.0f}"] in [line.split() for line in out.splitlines()]
+    assert "-> 3 steps are skipped, until the larger gradient, 4 S = 32768" in out
+    assert "below float16's largest, 65504" in out
 
 
 # --- memory and types --------------------------------------------------------------------------
@@ -191,7 +196,17 @@ def test_formats_show_what_becomes_of_numbers_and_small_steps(lesson, capsys):
     assert stored["float16"] == [0, 1.0009765625, math.inf, 1.0]
     assert stored["bfloat16"] == pytest.approx([1e-8, 1.0, 7.0144e4, 1.0], rel=2e-3)
     out = capsys.readouterr().out
-    assert "1e-8 is 0 in FP16, 1e-08 in BF16; small steps are lost in float16 and bfloat16" in out
+    assert "1e-08 becomes 0 in float16, 1e-08 in bfloat16; small steps are lost in " in out
+    assert "lost in float16 and bfloat16\n" in out
+    for name, numbers in stored.items():
+        cells = re.search(rf"^   {name} .*$", out, re.MULTILINE)[0].split()
+        info = torch.finfo(lesson.FORMATS[name][0])
+        smallest = info.smallest_normal * info.eps
+        found = [float(cell) for cell in cells[3:]]
+        assert found[:3] == pytest.approx([info.max, smallest, info.eps], rel=0.04)
+        assert found[3:] == pytest.approx(numbers, rel=1e-3)
+        assert [int(cell) for cell in cells[1:3]] == list(lesson.FORMATS[name][1:])
+    assert max(map(len, out.splitlines())) <= 100
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
@@ -203,6 +218,38 @@ def test_backward_in_16_bits_needs_the_scale_only_in_fp16(dtype):
         found[S] = w.grad.item() / S
     assert found[2.0**10] == 2.0**-26
     assert found[1.0] == (0 if dtype == F16 else 2.0**-26)
+
+
+def gradient_shares(model, x, t, S, loss_of):
+    """Shares of the gradients at the outputs of all linear layers that are 0, and inf or nan."""
+    gradients = []
+
+    def watch(layer, args, y):
+        y.register_hook(gradients.append)
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(watch)
+    with torch.autocast("cpu", F16):
+        loss = loss_of(model(x), t)
+    (loss * S).backward()
+    g = torch.cat([g.flatten() for g in gradients])
+    assert g.dtype == F16
+    return (g == 0).double().mean().item(), (~g.isfinite()).double().mean().item()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_shares_of_gradients_made_0_and_inf_by_s(lesson, seed):
+    torch.manual_seed(seed)
+    model, x, t = lesson.classifier(), torch.randn(128, 16), torch.randint(4, (128,))
+
+    def shares(k):
+        return gradient_shares(copy.deepcopy(model), x, t, 2.0**k, lesson.pixel_loss)
+
+    zeroed = [shares(k)[0] for k in (0, 4, 8, 16, 24)]
+    assert zeroed[0] == 1 > zeroed[1] > 0.9 > zeroed[2] > 0.2 > 0.01 > zeroed[3] >= zeroed[4]
+    assert shares(24)[1] == shares(36)[1] == 0 and shares(36)[0] < 1e-3
+    assert shares(50) == (0, 1)
 
 
 @pytest.mark.parametrize("log2_scale", [0, 8, 16])
@@ -292,6 +339,24 @@ def test_fit_learns_only_what_survives(lesson):
     assert 0.005 < moved[F32, False].abs().max() <= 0.0501
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_adams_default_eps_is_too_large_for_these_gradients(lesson, edited, seed):
+    torch.manual_seed(seed)
+    start, teacher, x = lesson.classifier(), lesson.classifier(), torch.randn(40, 128, 16)
+    with torch.no_grad():
+        teacher[-1].weight *= 8
+        batches = list(zip(x, teacher(x).argmax(-1), strict=True))
+    plain = edited(lesson, "lr, eps=1e-16)", "lr)")
+    ends = []
+    for module, dtype, scaled in ((lesson, F32, False), (plain, F32, False), (plain, F16, True)):
+        ends.append(sum(module.fit(copy.deepcopy(start), batches, dtype, scaled)[-10:]) / 10)
+    assert ends[1] > ends[0] + 0.04
+    assert ends[2] == pytest.approx(ends[1], abs=5e-3)  # S does not help
+    lesson.pixel_loss(start(x[0]), batches[0][1]).backward()
+    g = torch.cat([w.grad.flatten() for w in start.parameters()])
+    assert 1e-9 < g.abs().median() < 1e-8 < g.square().mean().sqrt() < 1e-7
+
+
 @pytest.fixture(scope="module")
 def measured(lesson, tmp_path_factory):
     """(result, folder, printed) of three seeds."""
@@ -308,16 +373,24 @@ def measured(lesson, tmp_path_factory):
 def test_main_trains_in_fp16_only_with_the_scaler(measured):
     for result, _, printed in measured:
         ends = result["training"]
-        for name, (loss, right, moved) in ends.items():
-            assert f"   {name:<16}   {loss:20.4f}   {right:8.3f}   {moved:27.3f}\n" in printed
+        for name, (loss, right, moved, far) in ends.items():
+            row = f"   {name:<16}   {loss:.4f} {right:10.3f} {moved:13.3f} {far:33.5f}\n"
+            assert row in printed
         assert ends["float16"] == ends["not trained"] and ends["float16"][2] == 0
+        assert ends["float32"][3] == 0 and ends["not trained"][3] > 5e-3
+        for name in ("bfloat16", "float16_scaled"):  # near float32's weights, and not the same
+            assert 1e-6 < ends[name][3] < 0.2 * ends["not trained"][3]
         best = ends["float32"]
         assert best[0] < ends["not trained"][0] - 0.1 and best[1] > ends["not trained"][1] + 0.05
         for name in ("bfloat16", "float16_scaled"):
             assert ends[name][0] == pytest.approx(best[0], abs=2e-3) and ends[name][2] > 0.99
         assert ends["bfloat16_weights"][0] > best[0] + 0.02 and ends["bfloat16_weights"][2] < 0.9
         gap = abs(ends["float16_scaled"][0] - best[0])
-        assert f"FP16 alone moved 0% of the weights; scaled, its loss is {gap:.4f} away" in printed
+        assert f"float16 alone moved 0% of the weights; scaled, its loss is {gap:.0e} aw" in printed
+        loss, _, moved, _ = ends["bfloat16_weights"]
+        assert (
+            f"in bfloat16: loss {loss:.4f}, and {1 - moved:.0%} of them are where they" in printed
+        )
 
 
 def test_main_prints_memory_and_says_what_is_skipped(measured):
@@ -334,6 +407,17 @@ def test_main_prints_memory_and_says_what_is_skipped(measured):
         assert ("speed: skipped, no CUDA GPU" in printed) == (not seconds)
         assert "-> 2 steps are skipped, each halves S; log2 S ends at 17" in printed
         assert f"look: tensorboard --logdir {log_dir} " in printed
+        assert "(the gradients of steps 4 and 5 are inf; " in printed
+        assert "doubles after 3 good steps\n" in printed
+        scales, taken = result["life"]
+        for name in ("ours ", "torch"):
+            row = re.search(rf"^   {name}   log2 S(.*)$", printed, re.MULTILINE)[1].split()
+            assert [int(cell) for cell in row] == [math.log2(S) for S in scales]
+            row = re.search(rf"^   {name}   skipped(.*)$", printed, re.MULTILINE)[1]
+            yes = [row[5 * i : 5 * i + 5] == "  yes" for i in range(len(taken))]
+            assert yes == [not good for good in taken]
+        lines = [line for line in printed.splitlines() if not line.startswith("look")]
+        assert max(map(len, lines)) <= 100
 
 
 def test_main_logs_each_life_and_each_training(measured, events):
@@ -343,6 +427,8 @@ def test_main_logs_each_life_and_each_training(measured, events):
         run = events(log_dir / name)
         assert [e.value for e in run.Scalars("amp/log2_scale")] == [math.log2(S) for S in scales]
         assert [e.value for e in run.Scalars("amp/step_taken")] == taken
+    names = {"float32", "bfloat16", "bfloat16_weights", "float16", "float16_scaled"}
+    assert {path.name for path in log_dir.iterdir()} == names | {"ours", "torch"}
     curves = {}
     for name in ("float32", "bfloat16", "bfloat16_weights", "float16", "float16_scaled"):
         logged = events(log_dir / name).Scalars("train/loss")
