@@ -1,30 +1,31 @@
 """Sampling settings decide how varied a language model's text is, and how much of it is right.
 
-A language model gives every next word a number, its logit z; softmax turns logits to probabilities,
-and one word is drawn. Drawn as they are, unlikely words come up now and then and break sentences;
-always taking the likeliest word says the same again and again. Filters stand between the two.
+For each word that may come next a language model gives a number z, its logit. Softmax turns logits
+into probabilities p = exp(z) / (sum of exp(z) over all words), and one word is drawn. An unlikely
+word comes up now and then and may break the sentence; always taking the likeliest word gives the
+same sentence each time. Five settings stand between the two. Their names are the arguments of
+generate() in the library transformers, which applies them in this order:
 
-    temperature         z / T             T near 0: nearly always the likeliest; T = 1: as learned
-    top_k               keeps the k largest logits
-    top_p               keeps the fewest words, likeliest first, whose probabilities reach p
-    min_p               keeps words with at least min_p times the probability of the likeliest
-    repetition_penalty  z / c if z > 0, else z c, for each word that was said, c being the penalty
+    repetition_penalty  of each word that was said, z becomes z / c if z > 0, else z c; c: penalty
+    temperature         z becomes z / T: below T = 1 the likeliest word gains, above T = 1 it loses
+    top_k               keeps the k words with the largest z
+    top_p               keeps the fewest words, likeliest first, whose p together reach this value
+    min_p               keeps the words whose p is at least this value times the largest p
 
-What is dropped gets z = -inf. These are the argument names of transformers' generate; its order is
-penalty, temperature, top_k, top_p, min_p. Values to start from: temperature 0.7 to 1, top_k 50
-(its default), top_p 0.9 to 0.95, min_p 0.05 to 0.1, repetition_penalty 1.1 to 1.2. Of equal
-logits keep_top_k keeps the first, so that exactly k stay (transformers' top_k keeps all ties).
+A word that is not kept gets z = -inf, and so p = 0. Values to start from: transformers 4 documents
+top_k 50 as its default and min_p 0.01 to 0.2 as typical, which it compares with top_p 0.99 to 0.8;
+it quotes about 1.2 for the penalty from Keskar.
 
 Needs          nn_loss.py
-Checked here   plain = complete; draws against a distribution computed without the filters; the
-               order of temperature and top_p; variety and grammar of a model's sentences
-TensorBoard    text/entropy, distinct_2, perplexity, grammatical, repeats by 100 times the value,
-               in the runs by_temperature, by_p, by_penalty
-Try            in show_order, add 3 to the logits: logits = 3 + model(...). What changes?
-Answer         Nothing: softmax sees differences alone. (The repetition penalty would notice.)
+Checked here   the order of temperature and top_p; grammar, variety and repetition by setting
+TensorBoard    text/grammatical, distinct_2, perplexity, repeats; x-axis: 100 times the value; runs
+               by_temperature, by_p (at temperature 2), by_penalty. By temperature, grammatical
+               falls and distinct_2 (pairs of words that differ) rises
+Try            in show_order, write logits = 3 + model(the). What changes?
+Answer         Nothing: softmax sees only differences. (The repetition penalty would notice.)
 Source         Holtzman 2020, arXiv:1904.09751, 3.1 (top-p); Fan 2018, arXiv:1805.04833 (top-k);
                Nguyen 2024, arXiv:2407.01082 (min-p); Keskar 2019, arXiv:1909.05858, 4.1 (penalty;
-               there all are divided, which makes negative logits likelier)
+               there every z is divided, which makes a negative z likelier)
 """
 
 import argparse
@@ -44,7 +45,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 TOPIC = "evaluation_inference"
 LOG_DIR = Path(__file__).resolve().parents[1] / "runs" / TOPIC / "sampling_strategies"
@@ -63,63 +63,57 @@ def plain_probs(logits, temperature=1.0, top_k=50, top_p=1.0):
     z, order = (logits / temperature).sort(dim=1, descending=True, stable=True)
     z[:, top_k:] = -math.inf
     probs = z.softmax(1)
-    probs[probs.cumsum(1) - probs >= top_p] = 0  # those before it reach top_p already
+    probs[:, 1:][probs.cumsum(1)[:, :-1] >= top_p] = 0  # the words before it reach top_p already
     probs = probs / probs.sum(1, keepdim=True)
     return torch.zeros_like(probs).scatter(1, order, probs)  # back in the order of the words
 
 
 def show_everyday():
-    print("1. In everyday code: which of four words can be drawn, and how often?")
+    print("1. In everyday code: with what probability is each of four words drawn?")
     logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()  # (B, V): one text, four words
     probs = plain_probs(logits, temperature=0.7, top_k=3, top_p=0.9)
     word = probs.multinomial(1)  # (B, 1): the number of the word that comes next
 
-    print("   setting            A      B      C      D")
-    rows = {"none": plain_probs(logits), "all three": probs}
-    for name, options in {
-        "temperature 0.5": {"temperature": 0.5}, "temperature 2": {"temperature": 2.0},
-        "top_k 3": {"top_k": 3}, "top_p 0.7": {"top_p": 0.7}, "top_p 0.8": {"top_p": 0.8},
-    }.items():  # fmt: skip
-        rows[name] = plain_probs(logits, **options)
-    rows["min_p 0.25"] = keep_min_p(logits, 0.25).softmax(1)
+    print("   setting                    A      B      C      D")
+    rows = {
+        "none": plain_probs(logits),
+        "temperature 0.5": plain_probs(logits, temperature=0.5),
+        "temperature 2": plain_probs(logits, temperature=2.0),
+        "top_k 3": plain_probs(logits, top_k=3),
+        "top_p 0.7": plain_probs(logits, top_p=0.7),
+        "top_p 0.8": plain_probs(logits, top_p=0.8),
+        "min_p 0.25": keep_min_p(logits, 0.25).softmax(1),
+        "0.7, top_k 3, top_p 0.9": probs,
+    }
     for name, row in rows.items():
-        print(f"   {name:<15}  {'  '.join(f'{p:.3f}' for p in row[0].tolist())}")
+        print(f"   {name:<23}  {'  '.join(f'{p:.3f}' for p in row[0].tolist())}")
     left = (probs > 0).sum().item()
     print(f"   -> temperature 0.7, top_k 3 and top_p 0.9 leave {left} words; drawn: "
           f"{'ABCD'[word.item()]}")  # fmt: skip
     return {name: row[0].tolist() for name, row in rows.items()}
 
 
-# --- 2. the five filters: logits (B, V) -> logits (B, V) ---------------------------------------
+# --- 2. the five settings, and their order: logits (B, V) -> logits (B, V) ---------------------
 
 
 def temper(logits, temperature):
     """Logits over temperature > 0.
 
-    ValueError "the temperature must be over 0, not T: for 0 take argmax" (nan and infinity, too);
-    "logits over T are too large for ..." if the quotient is infinite. Exercise.
+    ValueError "the temperature must be over 0, not T: for 0 take argmax" (nan and infinity, too).
+    Exercise.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"the temperature must be over 0, not {temperature}: for 0 take argmax")
-    scaled = logits / temperature
-    if (scaled == math.inf).any():
-        raise ValueError(f"logits over {temperature} are too large for {logits.dtype}: take argmax")
-    return scaled
+    return logits / temperature
 
 
 def keep_top_k(logits, k):
     """The k largest of each row, of equals the first; all if k >= V.
 
-    The others of the logits (B, V) are -inf. ValueError "k must be at least 1, not ...". Exercise.
+    The others of the logits (B, V) are -inf. Exercise.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
     order = logits.argsort(dim=1, descending=True, stable=True)
     return logits.scatter(1, order[:, k:], -math.inf)
-
-
-def probabilities(logits):
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
 
 
 def keep_top_p(logits, p):
@@ -133,7 +127,7 @@ def keep_top_p(logits, p):
     if p == 1:
         return logits.clone()
     order = logits.argsort(dim=1, descending=True, stable=True)
-    probs = probabilities(logits).gather(1, order)
+    probs = logits.float().softmax(1).gather(1, order)
     dropped = probs.cumsum(1) - probs >= p - 1e-6  # those before it reach p
     dropped[:, 0] = False
     return logits.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
@@ -142,12 +136,9 @@ def keep_top_p(logits, p):
 def keep_min_p(logits, p):
     """Words with at least p times the largest probability of their row; the others are -inf.
 
-    Rounding must not count: p (1 - 1e-6) times is enough. ValueError "min_p must be from 0 to 1,
-    not ...". Exercise.
+    Rounding must not count: p (1 - 1e-6) times is enough. Exercise.
     """
-    if not 0 <= p <= 1:
-        raise ValueError(f"min_p must be from 0 to 1, not {p}")
-    probs = probabilities(logits)
+    probs = logits.float().softmax(1)
     least = p * (1 - 1e-6) * probs.amax(1, keepdim=True)
     return logits.masked_fill(probs < least, -math.inf)
 
@@ -155,108 +146,50 @@ def keep_min_p(logits, p):
 def penalize(logits, tokens, penalty):
     """Words of tokens (B, L), that were said, made less likely by penalty > 1, each of them once.
 
-    Their logits z become z / penalty if z > 0, else z * penalty. ValueError "the penalty must be
-    over 0, not ..." (infinity, too); "n rows of tokens for m rows of logits". Exercise.
+    Their logits z become z / penalty if z > 0, else z * penalty. Exercise.
     """
-    if not 0 < penalty < math.inf:
-        raise ValueError(f"the penalty must be over 0, not {penalty}")
-    if len(tokens) != len(logits):
-        raise ValueError(f"{len(tokens)} rows of tokens for {len(logits)} rows of logits")
     said = logits.gather(1, tokens)
     return logits.scatter(1, tokens, torch.where(said > 0, said / penalty, said * penalty))
 
 
-def apply_filters(logits, tokens=None, repetition_penalty=1.0, temperature=1.0, top_k=None,
-                  top_p=1.0, min_p=0.0):  # fmt: skip
-    """All five, in the order of the transformers library."""
-    if logits.dim() != 2:
-        raise ValueError(f"logits must be (B, V), not {tuple(logits.shape)}")
-    if (logits.isnan() | (logits == math.inf)).any() or (logits == -math.inf).all(1).any():
-        raise ValueError("logits hold NaN, +inf, or a row of nothing but -inf")
-    if tokens is None and repetition_penalty != 1:
-        raise ValueError("a penalty needs the tokens that were said")
-    if tokens is not None:
+def apply_settings(logits, tokens=None, repetition_penalty=1.0, temperature=1.0, top_k=None,
+                   top_p=1.0, min_p=0.0):  # fmt: skip
+    """All five, in the order of the library transformers. A penalty needs the tokens (B, L)."""
+    if repetition_penalty != 1:
         logits = penalize(logits, tokens, repetition_penalty)
-    logits = temper(logits, temperature)
-    if top_k is not None:
-        logits = keep_top_k(logits, top_k)
+    logits = keep_top_k(temper(logits, temperature), top_k or logits.size(1))
     return keep_min_p(keep_top_p(logits, top_p), min_p)
 
 
-def analytic(z, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
-    """The same for one row of logits, word by word and without the filters: V probabilities."""
-    weight = [math.exp((x - max(z)) / temperature) for x in z]
-    order = sorted(range(len(z)), key=lambda i: -weight[i])[:top_k]
-    total, mass, stays = sum(weight[i] for i in order), 0.0, []
-    for i in order:
-        if mass < top_p * total and weight[i] >= min_p:  # the largest weight is 1
-            stays.append(i)
-        mass += weight[i]
-    total = sum(weight[i] for i in stays)
-    return torch.tensor([weight[i] / total if i in stays else 0.0 for i in range(len(z))])
-
-
-def chi_square(counts, p):
-    """Sum of (counts - expected)^2 / expected over words that can come; inf if another has come."""
-    expected = counts.sum() * p
-    if (counts[p == 0] > 0).any():
-        return math.inf
-    return ((counts - expected)[p > 0].square() / expected[p > 0]).sum().item()
-
-
-def show_draws(samples):
-    print(f"2. Do {samples:,} draws follow the formulas? Chi-square: about the freedom if so")
-    print("   setting                              words kept   chi-square   freedom   unfiltered")
-    logits, results = 2 * torch.randn(1, 12), {}
-    for options in ({}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1},
-                    {"temperature": 1.5, "top_k": 9, "top_p": 0.9}):  # fmt: skip
-        name = ", ".join(f"{key} {value}" for key, value in options.items()) or "none"
-        p, figures = analytic(logits[0].tolist(), **options), []
-        for z in (apply_filters(logits, **options), logits):
-            draws = z.softmax(1)[0].multinomial(samples, replacement=True)
-            figures.append(chi_square(draws.bincount(minlength=12), p))
-        kept = (p > 0).sum().item()
-        results[name] = *figures, kept - 1
-        print(f"   {name:<35}  {kept:10}   {figures[0]:10.1f}   {kept - 1:7}   {figures[1]:10.1f}")
-    most = max(chi / freedom for chi, _, freedom in results.values())
-    print(f"   -> filtered draws: chi-square at most {most:.1f} times the freedom; inf: a word "
-          "came that is dropped")  # fmt: skip
-    return results
-
-
-# --- 3. the order matters ----------------------------------------------------------------------
-
-
 def show_order(model):
-    print('3. How many words does top_p 0.9 keep after "the", by where the temperature stands?')
-    print("   temperature   before top_p   after top_p")
+    print(f'2. After "the", how many of {len(WORDS)} words does top_p 0.9 keep?')
+    print("   temperature   temperature, then top_p   top_p, then temperature")
     the, kept = torch.tensor([[0, 0, 0, 0, WORDS.index("the")]]), {}
     logits = model(the)
     for T in (0.5, 1.0, 2.0, 4.0):
-        before, after = keep_top_p(temper(logits, T), 0.9), temper(keep_top_p(logits, 0.9), T)
-        kept[T] = [(z > -math.inf).sum().item() for z in (before, after)]
-        print(f"   {T:11}   {kept[T][0]:12}   {kept[T][1]:11}")
-    low, high = ([row[i] for row in kept.values()] for i in (0, 1))
-    print(f"   -> before top_p the temperature changes the number of words ({min(low)} to "
-          f"{max(low)}), after it less ({min(high)} to {max(high)})")  # fmt: skip
+        first, last = keep_top_p(temper(logits, T), 0.9), temper(keep_top_p(logits, 0.9), T)
+        kept[T] = [(z > -math.inf).sum().item() for z in (first, last)]
+        print(f"   {T:11}   {kept[T][0]:23}   {kept[T][1]:23}")
+    first, last = ([row[i] for row in kept.values()] for i in (0, 1))
+    behind = f"not at all (always {last[0]})" if len(set(last)) == 1 else f"too: {last}"
+    print(f"   -> temperature before top_p changes the number ({min(first)} to {max(first)} words)"
+          f", after top_p {behind}")  # fmt: skip
     return kept
 
 
-# --- 4. what a model says ----------------------------------------------------------------------
+# --- 3. what a model says ----------------------------------------------------------------------
 
 
-def generate(model, n, longest=16, **filters):
-    """n texts, as words before the first "."; mean entropy of a draw, mean -log p of a word.
+def generate(model, n, longest=16, **settings):
+    """n texts, as words before the first "."; and the perplexity of their words to the model.
 
-    The entropy is of the filtered distribution, -log p is the model's own, without filters.
+    Perplexity is exp(mean -log p of a word), with the model's own p, before any setting.
     """
     tokens = torch.zeros(n, CONTEXT, dtype=torch.long)
-    alive, entropies, surprise = torch.ones(n, dtype=torch.bool), [], []
+    alive, surprise = torch.ones(n, dtype=torch.bool), []
     for _ in range(longest):
         raw = model(tokens[:, -CONTEXT:])
-        drawn_from = apply_filters(raw, tokens[:, CONTEXT:], **filters).softmax(1)
-        word = drawn_from.multinomial(1)  # (B, 1)
-        entropies.append(torch.special.entr(drawn_from).sum(1)[alive])
+        word = apply_settings(raw, tokens[:, CONTEXT:], **settings).softmax(1).multinomial(1)
         surprise.append(-raw.log_softmax(1).gather(1, word).squeeze(1)[alive])
         tokens = torch.cat([tokens, word], dim=1)
         alive &= word.squeeze(1) != 0
@@ -264,14 +197,11 @@ def generate(model, n, longest=16, **filters):
             break
     texts = [[WORDS[i] for i in row] for row in tokens[:, CONTEXT:].tolist()]
     texts = [text[: text.index(".")] if "." in text else text for text in texts]
-    return texts, torch.cat(entropies).mean().item(), torch.cat(surprise).mean().item()
+    return texts, torch.cat(surprise).mean().exp().item()
 
 
 def distinct(texts, n=2):
-    """Share of the n-grams of all texts that are different ones.
-
-    A text is a list of words, an n-gram n of them in a row. 0 if there is none. Exercise.
-    """
+    """The different n-grams (n words in a row) of all texts (lists of words), over all of them."""
     grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
     return len(set(grams)) / max(1, len(grams))
 
@@ -280,44 +210,54 @@ def grammatical(texts):
     return sum(GRAMMAR.fullmatch(" ".join(text)) is not None for text in texts) / len(texts)
 
 
-def show_curves(log_dir, model, texts):
-    print(
-        f"4. {texts} sentences of a trained model by setting: how varied, and how many are right?"
-    )
-    print("   entropy: of a draw, in nats; pairs: different ones of all pairs of neighbours;")
-    print("   perplexity: exp(mean -log p) by the model; twice: sentences that say a word twice")
-    print("   setting                  entropy   pairs   perplexity   grammatical   twice")
-    settings, rows = {
-        "by_temperature": ("temperature", (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)),
-        "by_p": ("top_p", (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)),
-        "by_penalty": ("repetition_penalty", (1.0, 1.2, 1.5, 2.0)),
-    }, {}  # fmt: skip
-    quoted = {}
-    for run, (name, values) in settings.items():
+def show_texts(log_dir, model, n, seed):
+    print(f"3. {n} sentences of a trained model by setting: how many are right, how varied?")
+    print("   right: share of grammatical sentences; pairs: different pairs of neighbouring words")
+    print("   over all pairs; perplexity: exp(mean -log p of a word by the model); twice: share of")
+    print("   sentences that say a word twice (which may be right: the dog sees the cat)")
+    print("   setting                         right   pairs   perplexity   twice")
+    rng, (x, y) = random.Random(seed + 1000), examples(n, seed + 1000)  # the same new sentences
+    texts = {("real", 0): [sentence(rng)[:-1] for _ in range(n)]}
+    perplexity, rows = {("real", 0): F.cross_entropy(model(x), y).exp().item()}, {}
+    names, hot = {("real", 0): "new sentences of the language"}, {"temperature": 2.0}
+    for name, values, others in (
+        ("temperature", (0.25, 0.5, 0.75, 1.0, 1.5, 2.0), {}),
+        ("top_p", (0.0, 0.5, 0.75, 0.9, 1.0), hot), ("top_k", (5,), hot), ("min_p", (0.1,), hot),
+        ("repetition_penalty", (1.0, 1.2, 1.5, 2.0), {}),
+    ):  # fmt: skip
+        for value in values:
+            key, options = (name, value), {**others, name: value}
+            texts[key], perplexity[key] = generate(model, n, **options)
+            names[key] = ", ".join(f"{k} {v:g}" for k, v in options.items())
+    for key, said in texts.items():
+        twice = sum(len(set(text)) < len(text) for text in said) / n
+        row = grammatical(said), distinct(said), perplexity[key], twice
+        rows[key] = dict(zip(TAGS, row, strict=True))
+        print("   {:<29}   {:5.2f}   {:5.3f}   {:10.2f}   {:5.2f}".format(names[key], *row))
+    print("   (top_p 1 and repetition_penalty 1 change nothing: their rows show what chance does)")
+    for key in (("temperature", 2.0), ("top_p", 0.9)):
+        wrong = (" ".join(text) for text in texts[key] if not grammatical([text]))
+        print(f"   first wrong sentence of {names[key]}: {next(wrong, '(none)')}"[:100])
+    right, twice = ({key: row[tag] for key, row in rows.items()} for tag in (TAGS[0], TAGS[3]))
+    cold, mild, hot = (right["temperature", T] for T in (0.25, 1.0, 2.0))
+    print(f"   -> right at temperature 0.25, 1 and 2: {cold:.2f}, {mild:.2f} and {hot:.2f}")
+    print(f"   -> right at temperature 2 with top_p 0.9: {right['top_p', 0.9]:.2f}, with top_k 5: "
+          f"{right['top_k', 5]:.2f}, with min_p 0.1: {right['min_p', 0.1]:.2f}")  # fmt: skip
+    some, strong = (twice["repetition_penalty", c] for c in (1.2, 2.0))
+    print(f"   -> sentences that say a word twice: {twice['real', 0]:.2f} in the language, "
+          f"{some:.2f} with penalty 1.2, {strong:.2f} with 2")  # fmt: skip
+    for run, name in RUNS.items():
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
-            for value in values:
-                said, entropy, surprise = generate(model, texts, **{name: value})
-                row = rows[name, value] = {
-                    "entropy": entropy, "distinct_2": distinct(said),
-                    "perplexity": math.exp(surprise), "grammatical": grammatical(said),
-                    "repeats": sum(len(set(text)) < len(text) for text in said) / texts,
-                }  # fmt: skip
+            for value, row in ((value, row) for (key, value), row in rows.items() if key == name):
                 for tag, figure in row.items():
                     writer.add_scalar(f"text/{tag}", figure, round(100 * value))
-                a, b, c, d, e = row.values()
-                print(f"   {name:<18} {value:4.2f}  {a:7.2f}   {b:5.3f}   {c:10.2f}   {d:11.2f}   "
-                      f"{e:5.2f}")  # fmt: skip
-                quoted[name, value] = " / ".join(" ".join(text) for text in said[:2])
-    for value in (0.25, 2.0):
-        print(f"   said at temperature {value}: {quoted['temperature', value]}"[:100])
-    cold, hot = rows["temperature", 0.25], rows["temperature", 2.0]
-    print(f"   -> temperature 0.25: {cold['grammatical']:.2f} right, {cold['distinct_2']:.3f} "
-          f"pairs; 2: {hot['grammatical']:.2f} right, {hot['distinct_2']:.3f} pairs")  # fmt: skip
     return rows
 
 
 # --- the small language, and its model ---------------------------------------------------------
 
+TAGS = "grammatical", "distinct_2", "perplexity", "repeats"
+RUNS = {"by_temperature": "temperature", "by_p": "top_p", "by_penalty": "repetition_penalty"}
 WORDS = [
     ".", "the", "a", "small", "big", "old", "red", "dog", "cat", "bird", "dogs", "cats", "birds",
     "sees", "hears", "see", "hear", "sleeps", "sings", "sleep", "sing", "often",
@@ -370,7 +310,7 @@ def train_model(seed, n, epochs):
         nn.Linear(64, len(WORDS)),
     )  # fmt: skip
     optimizer, (x, y) = torch.optim.Adam(model.parameters(), lr=5e-3), examples(n, seed)
-    for _ in tqdm(range(epochs), desc="language model", leave=False, disable=None):
+    for _ in range(epochs):
         for i in torch.randperm(len(x)).split(128):
             loss = F.cross_entropy(model(x[i]), y[i])
             optimizer.zero_grad()
@@ -379,11 +319,11 @@ def train_model(seed, n, epochs):
     return model.requires_grad_(False)
 
 
-def main(seed=0, log_dir=LOG_DIR, samples=100_000, sentences=3000, epochs=8, texts=1000):
+def main(seed=0, log_dir=LOG_DIR, sentences=3000, epochs=8, texts=1000):
     torch.manual_seed(seed)
-    measured = {"kept": show_everyday(), "chi": show_draws(samples)}
-    model = train_model(seed, sentences, epochs)
-    measured |= {"order": show_order(model), "rows": show_curves(log_dir, model, texts)}
+    measured, model = {"kept": show_everyday()}, train_model(seed, sentences, epochs)
+    measured["order"] = show_order(model)
+    measured["rows"] = show_texts(log_dir, model, texts, seed)
     print(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?smoothing=0#timeseries")
     return measured
 
