@@ -1,11 +1,11 @@
-"""Focal loss with gamma = 2 ranks a rare class better than cross-entropy after 20 positives and
-right labels, and worse where every tenth label is a yes by mistake.
+"""Focal loss makes easy examples count less: with gamma = 2, 1,000 examples whose right answer has
+the probability 0.99 pull less on a network than one example whose right answer has 0.1.
 
 In detection one object stands against a hundred or more pieces of background, the easy negatives.
-Each has a small loss, but together they have much of it. Focal loss multiplies the loss of an
-example by a factor that is near 0 where the network is sure and right. The price: its p is no
-longer a probability (section 6 corrects it). If only too few positives are found, no other loss is
-needed: say yes from a lower p on (section 4).
+By cross-entropy each pulls little, but 1,000 together pull as much as eleven hard ones (section 3).
+Focal loss multiplies the loss of an example by a factor that is near 0 where the network is sure
+and right. Here gamma = 2 ranks better after few positives, and worse where most positives are
+wrong (section 5). alpha mainly moves p: a bound on p other than 0.5 does the same (section 4).
 
     p_t    = p for y = 1, 1 - p for y = 0        a_t = alpha for y = 1, 1 - alpha for y = 0
     FL     = -a_t (1 - p_t)^gamma log p_t        cross-entropy for gamma = 0 and a_t = 1
@@ -16,14 +16,16 @@ needed: say yes from a lower p on (section 4).
     gamma  0 or more: how much less easy examples count      alpha  the weight of a yes, 0 to 1
 
 With K classes p_t is the softmax probability of the right class, and alpha has a weight for each.
+The p that has the least loss is no probability, and a formula turns it into one. For trained
+networks this mends what alpha did; for gamma = 2 it can be worse than nothing (section 6).
 
 Needs          nn_loss.py, nn_optim.py
 Checked here   plain = complete = torchvision.ops.sigmoid_focal_loss = the softmax form with 2
-               classes; the gradient; what alpha and gamma do; when gamma helps; p corrected
-TensorBoard    focal/factor and focal/gradient by 100 p_t in the runs gamma_0, gamma_0.5 ...;
-               PR CURVES: precision by recall in the runs imbalance/...
-Try            in RIVALS, write 0.75 for 0.25: what happens to the row gamma_2_alpha in section 4?
-Answer         both recalls rise; average precision changes by less than 0.1, up or down
+               classes; the gradient; what alpha and gamma do; when gamma helps; the best p
+TensorBoard    focal/factor and focal/gradient in the runs gamma_0, gamma_0.5 ..., x-axis: p_t in
+               percent; the larger gamma, the earlier both fall to 0. PR CURVES: imbalance/...
+Try            in RIVALS, write 0.75 for 0.25: what happens to the row gamma_2_alpha of section 4?
+Answer         more yeses, and more right ones; average precision changes by less than 0.1
 Source         Lin et al. 2017, arXiv:1708.02002, eq. 4, 5, section 3.3, appendix B
 """
 
@@ -65,19 +67,19 @@ def show_everyday():
     logits, targets = p.logit(), torch.tensor([1.0, 1.0, 0.0, 0.0])
     ce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     ours = focal_plain(logits, targets, alpha=0.25, gamma=2.0)
-    theirs = torchvision_loss(
-        logits, targets, alpha=0.25, gamma=2.0
-    )  # in training: reduction="mean"
+    # to train: reduction="mean"; in detection reduction="sum" / number of boxes matched to objects
+    theirs = torchvision_loss(logits, targets, alpha=0.25, gamma=2.0)
 
     print("1. In everyday code: which of 4 examples has how much loss? alpha 0.25, gamma 2")
-    print("   p     target   cross-entropy   focal_plain   torchvision   by head")
+    print("   p     target   cross-entropy   focal_plain   torchvision   "
+          "by hand: a_t (1 - p_t)^gamma CE")  # fmt: skip
     heads = ("0.25 * 0.1^2 * 0.1054", "0.25 * 0.9^2 * 2.3026",
              "0.75 * 0.9^2 * 2.3026", "0.75 * 0.1^2 * 0.1054")  # fmt: skip
     for row in zip(p, targets, ce, ours, theirs, heads, strict=True):
         print("   {:.1f}   {:6.0f}   {:13.4f}   {:11.4f}   {:11.4f}   {}".format(*row))
     times = [(loss[1] / loss[0]).item() for loss in (ce, ours)]
-    print(f"   -> a yes with p = 0.1 has {times[0]:.0f} times the cross-entropy of a yes with "
-          f"p = 0.9, and {times[1]:,.0f} times its focal loss")  # fmt: skip
+    print(f"   -> a yes with p = 0.1 costs {times[0]:.0f} times as much as one with p = 0.9 by "
+          f"cross-entropy,\n      and {times[1]:,.0f} times by focal loss")  # fmt: skip
     return ours, theirs
 
 
@@ -153,7 +155,7 @@ def focal_gradient(p_t, gamma):
 def show_gamma(log_dir):
     print("3. What does gamma do to an easy (p_t = 0.99) and to a hard (p_t = 0.1) example?")
     print("           (1 - p_t)^gamma    size of dFL/dx     1,000 easy ones pull as")
-    print("   gamma   easy      hard     easy      hard     hard as so many hard ones")
+    print("   gamma   easy      hard     easy      hard     much as this many hard ones")
     p_t, ratios = torch.linspace(0.01, 0.99, 99, dtype=F64), {}
     for gamma in (0.0, 0.5, 1.0, 2.0, 5.0):
         x = p_t.logit().requires_grad_()
@@ -239,27 +241,32 @@ def fit(seed, train, x_val, alpha, gamma, epochs, prior=0.01):
 
 
 def show_networks(seed, log_dir, n, epochs):
-    print(f"4. What do alpha and gamma do to a network? {n:,} points, one in 100 positive;")
-    print("   judged on as many others. Average precision: is the ranking good? 1 is best.")
-    print("   Recall: share of the positives found. Easy negatives: p < 0.1 by the first network")
-    print("   trained by      average     recall, if yes      share of the loss that")
-    print("                   precision   is p > 0.5    0.1   the easy negatives have")
+    print(f"4. What do alpha and gamma do to a network? {n:,} points, one in 100 positive")
+    print(f"   judged on {n:,} others. Average precision: is the ranking good? 1 is best")
+    print("   yes: points with p > 0.5; right: those of them that are positive; CE: how many are")
+    print("   positive among as many points, those with the highest p by cross_entropy")
+    print("   easy: share of the loss that the negatives with p < 0.1 (by cross_entropy) have")
+    print("   trained by      average precision     yes   right    CE     easy")
     train, (x, y) = rare_class(seed, n, n)
     rows, first = {}, None
     for name, (alpha, gamma) in RIVALS.items():
         z = fit(seed, train, x, alpha, gamma, epochs)
         first, p = z if first is None else first, z.sigmoid()
         easy = easy_negative_share(sigmoid_focal_loss(first, y, alpha, gamma), first.sigmoid(), y)
-        recall = [(p[y == 1] > bar).double().mean().item() for bar in (0.5, 0.1)]
-        rows[name] = {"AP": average_precision(p, y), "recall": recall, "easy": easy, "p": p}
-        print("   {:<13}   {:9.3f}   {:10.3f}  {:5.3f}   {:23.4f}".format(
-            name, rows[name]["AP"], *recall, easy))  # fmt: skip
+        yes = int((p > 0.5).sum())
+        right, as_many = int(y[p > 0.5].sum()), int(y[first.topk(yes).indices].sum())
+        rows[name] = {"AP": average_precision(p, y), "yes": yes, "right": right, "CE": as_many,
+                      "easy": easy, "p": p}  # fmt: skip
+        print("   {:<13}   {:17.3f}   {:5,}   {:5}   {:3}   {:.4f}".format(
+            name, rows[name]["AP"], yes, right, as_many, easy))  # fmt: skip
         with SummaryWriter(log_dir / "imbalance" / name, purge_step=0) as writer:
             writer.add_pr_curve("val/precision_recall", y.int(), p, 0)
-    print(f"   (always 0.01)   {average_precision(0.01 + 0 * y, y):9.3f}   {0:10.3f}  {0:5.3f}")
-    aps, (half, tenth) = [row["AP"] for row in rows.values()], rows["cross_entropy"]["recall"]
+    print(f"   (always 0.01)   {average_precision(0.01 + 0 * y, y):17.3f}   {0:5}   {0:5}   {0:3}")
+    aps = [row["AP"] for row in rows.values()]
+    off = max(abs(row["right"] - row["CE"]) for row in rows.values())
     print(f"   -> the average precisions differ by {max(aps) - min(aps):.3f} at most")
-    print(f"   -> cross-entropy finds {half:.3f} with p > 0.5, but {tenth:.3f} with p > 0.1")
+    print("   -> with another bound than 0.5 cross_entropy finds as many, give or take "
+          f"{off} of {y.sum():.0f}")  # fmt: skip
     return rows, y
 
 
@@ -268,8 +275,9 @@ def show_networks(seed, log_dir, n, epochs):
 
 def show_when(seed, n, epochs, sets):
     print(f"5. When does gamma help? Average precision, means over {sets} data sets, no alpha")
-    print("   training points   wrong labels   gamma 0   gamma 2   difference, its standard error")
-    gains = {}
+    print("   training   positives:    gamma 0   gamma 2   difference +- its standard error")
+    print("   points     right/wrong")
+    gains, sure = {}, {"better": [], "worse": []}
     for points, wrong in ((n // 5, 0.0), (n, 0.0), (n, 0.1)):
         ap = torch.zeros(sets, 2)
         for k in tqdm(range(sets), leave=False, disable=None):
@@ -277,12 +285,15 @@ def show_when(seed, n, epochs, sets):
             for i, gamma in enumerate((0.0, 2.0)):  # as many steps for few points as for many
                 ap[k, i] = average_precision(fit(k, train, x, None, gamma, epochs * n // points), y)
         gain = ap[:, 1] - ap[:, 0]
-        gains[points, wrong] = gain.mean().item()
-        print("   {:<15,}   {:<12.0%}   {:7.3f}   {:7.3f}   {:+.3f} +- {:.3f}".format(
-            points, wrong, *ap.mean(0), gain.mean(), gain.std() / math.sqrt(sets)))  # fmt: skip
-    better = [f"{points:,} points, {wrong:.0%} wrong" for (points, wrong), gain in gains.items()
-              if gain > 0]  # fmt: skip
-    print(f"   -> gamma = 2 is better with {'; '.join(better) or 'none'}")
+        mean, error = gains[points, wrong] = gain.mean().item(), gain.std().item() / sets**0.5
+        positives = f"{points // 100}/{train[1].sum() - points // 100:,.0f}"
+        print("   {:<8,}   {:<11}   {:7.3f}   {:7.3f}   {:+.3f} +- {:.3f}".format(
+            points, positives, *ap.mean(0), mean, error))  # fmt: skip
+        if abs(mean) > 2 * error:
+            sure["better" if mean > 0 else "worse"].append(positives)
+    print("   -> by more than 2 standard errors gamma = 2 is better with "
+          f"{', '.join(sure['better']) or 'none'}; worse with "
+          f"{', '.join(sure['worse']) or 'none'}")  # fmt: skip
     return gains
 
 
@@ -301,13 +312,13 @@ def true_share(p, alpha, gamma):
 
 
 def show_probabilities(rows, y):
-    print("6. Is p a probability? The p of the least mean loss, where a share is positive")
-    print("   gamma   share 0.01   share 0.1   share 0.5   the first corrected")
+    print("6. Is p a probability? The p with the least mean loss, if a share of all is positive")
+    print("   gamma   share 0.01   share 0.1   share 0.5   share 0.01, corrected")
     p, best = torch.arange(1, 10_000, dtype=F64) / 10_000, {}
     for gamma in (0.0, 1.0, 2.0, 5.0):
         yes, no = -((1 - p) ** gamma) * p.log(), -(p**gamma) * (1 - p).log()
         best[gamma] = [p[(s * yes + (1 - s) * no).argmin()] for s in (0.01, 0.1, 0.5)]
-        print("   {:<5}   {:10.3f}   {:9.3f}   {:9.3f}   {:19.3f}".format(
+        print("   {:<5}   {:10.3f}   {:9.3f}   {:9.3f}   {:21.3f}".format(
             gamma, *best[gamma], true_share(best[gamma][0], None, gamma)))  # fmt: skip
     print("   The networks of section 4, at the 2 % of the points with the highest p")
     print("   trained by      mean p   mean p corrected   share of positives")
@@ -317,12 +328,15 @@ def show_probabilities(rows, y):
         p = row["p"][top]
         means[name] = [v.mean().item() for v in (p, true_share(p, *RIVALS[name]), y[top])]
         print("   {:<13}   {:6.3f}   {:16.3f}   {:18.3f}".format(name, *means[name]))
-    before, after = (max(abs(row[i] - row[2]) for row in means.values()) for i in (0, 1))
-    print(f"   -> mean p minus the share, largest: {before:.3f}, corrected: {after:.3f}")
+    off = {name: [abs(v - row[2]) for v in row[:2]] for name, row in means.items()}
+    print("   -> |mean p - share|: cross_entropy {:.3f}; alpha_0.99 {:.3f}, corrected {:.3f};"
+          .format(off["cross_entropy"][0], *off["alpha_0.99"]))  # fmt: skip
+    print("      with gamma = 2 at most {:.3f}, corrected {:.3f}".format(
+        *(max(off[name][i] for name in ("gamma_2", "gamma_2_alpha")) for i in (0, 1))))  # fmt: skip
     return best, means
 
 
-def main(seed=0, log_dir=LOG_DIR, n=10_000, epochs=8, sets=5):
+def main(seed=0, log_dir=LOG_DIR, n=10_000, epochs=8, sets=10):
     torch.manual_seed(seed)
     measured = {"everyday": show_everyday(), "off": show_complete(), "ratios": show_gamma(log_dir)}
     rows, y = measured["networks"], measured["y"] = show_networks(seed, log_dir, n, epochs)

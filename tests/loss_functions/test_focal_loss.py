@@ -189,8 +189,28 @@ def test_main_begins_with_four_losses(measured):
                -0.75 * 0.81 * math.log(0.1), -0.75 * 0.01 * math.log(0.9)]  # fmt: skip
     assert ours.tolist() == pytest.approx(by_head, rel=1e-4)
     assert theirs.tolist() == pytest.approx(by_head, rel=1e-4)
-    assert "has 22 times the cross-entropy of a yes with p = 0.9, and 1,770 times" in measured[2]
+    assert "costs 22 times as much as one with p = 0.9 by cross-entropy" in measured[2]
+    assert "and 1,770 times by focal loss" in measured[2]
+    assert "by hand: a_t (1 - p_t)^gamma CE" in measured[2]
+
+
+def test_main_prints_the_same_mean_loss_by_four_ways(measured, lesson, monkeypatch, capsys):
     assert 0 < measured[0]["off"] < 1e-12
+    given = []
+
+    def noted(x, y, alpha, gamma):
+        given.append((x.detach(), y))
+        return torchvision_loss(x, y, alpha, gamma)
+
+    monkeypatch.setattr(lesson, "torchvision_loss", noted)
+    lesson.show_complete()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:5]]
+    for (x, y), row, (alpha, gamma) in zip(
+        given, rows, ((0.25, 2.0), (0.8, 0.5), (0.6, 3.7)), strict=True
+    ):
+        assert set(y.tolist()) == {0.0, 1.0} and x.shape == (50,) and x.std() > 1.5
+        loss = torchvision_loss(x, y, alpha, gamma).mean().item()
+        assert row == [str(alpha), str(gamma), *4 * [f"{loss:.6f}"]]
 
 
 def test_main_shows_what_gamma_does_to_easy_examples(measured, events):
@@ -199,6 +219,13 @@ def test_main_shows_what_gamma_does_to_easy_examples(measured, events):
         0.0027, abs=1e-4
     )
     assert "one hard one for gamma = 1, 2, 5\n" in measured[2]
+    for gamma, ratio in ratios.items():
+        slopes = [-((1 - p) ** gamma) * (gamma * p * math.log(p) + p - 1) for p in (0.99, 0.1)]
+        row = (f"   {gamma:<5}   {0.01**gamma:.1e}   {0.9**gamma:.3f}    {slopes[0]:.1e}   "
+               f"{slopes[1]:.3f}    {ratio:.4f}\n")  # fmt: skip
+        assert row in measured[2] and ratio == pytest.approx(1000 * slopes[0] / slopes[1])
+    assert "size of dFL/dx     1,000 easy ones pull as" in measured[2]
+    assert "hard     easy      hard     much as this many hard ones" in measured[2]
     for gamma in (0.0, 0.5, 1.0, 2.0, 5.0):
         run = events(measured[1] / f"gamma_{gamma:g}")
         factor, pull = run.Scalars("focal/factor"), run.Scalars("focal/gradient")
@@ -217,14 +244,28 @@ def test_main_takes_easy_negatives_out_of_the_loss(measured):
     assert focal["easy"] < 0.02 * entropy["easy"]
     assert focal["easy"] < both["easy"]  # the weight of a negative is 0.75
     assert weights["easy"] < 0.1 * entropy["easy"]
-    assert weights["recall"][0] > entropy["recall"][0] and both["recall"][0] < focal["recall"][0]
-    assert all(row["recall"][1] >= row["recall"][0] for row in rows.values())
-    assert all(row["AP"] > 0.3 for row in rows.values())
-    assert "(always 0.01)       0.010        0.000  0.000" in measured[2]
+    assert weights["yes"] > entropy["yes"] and weights["right"] > entropy["right"]
+    assert both["yes"] < focal["yes"]
+    assert entropy["CE"] == entropy["right"]
+    y, text = measured[0]["y"], measured[2]
+    for name, row in rows.items():
+        said = row["p"] > 0.5
+        assert (row["yes"], row["right"]) == (said.sum(), y[said].sum())
+        top = entropy["p"].topk(row["yes"]).indices
+        assert row["CE"] == y[top].sum() and abs(row["right"] - row["CE"]) <= 8
+        assert row["AP"] > 0.3
+        assert "   {:<13}   {:17.3f}   {:5,}   {:5}   {:3}   {:.4f}\n".format(
+            name, row["AP"], row["yes"], row["right"], row["CE"], row["easy"]) in text  # fmt: skip
+    assert "(always 0.01)               0.010       0       0     0\n" in text
+    for words in ("judged on 4,000 others. Average precision", "yes: points with p > 0.5; right: ",
+                  "positive among as many points, those with the highest p by cross_entropy",
+                  "easy: share of the loss that the negatives with p < 0.1",
+                  "average precision     yes   right    CE     easy\n"):  # fmt: skip
+        assert words in text
     aps = [row["AP"] for row in rows.values()]
-    half, tenth = entropy["recall"]
-    assert f"differ by {max(aps) - min(aps):.3f} at most" in measured[2]
-    assert f"finds {half:.3f} with p > 0.5, but {tenth:.3f} with p > 0.1" in measured[2]
+    off = max(abs(row["right"] - row["CE"]) for row in rows.values())
+    assert f"differ by {max(aps) - min(aps):.3f} at most" in text
+    assert f"finds as many, give or take {off} of 40\n" in text
 
 
 def test_main_draws_precision_by_recall_of_the_validation_points(measured, events):
@@ -247,10 +288,26 @@ def test_main_draws_precision_by_recall_of_the_validation_points(measured, event
 def test_main_says_when_gamma_helps(measured):
     gains, text = measured[0]["gains"], measured[2]
     assert list(gains) == [(800, 0.0), (4000, 0.0), (4000, 0.1)]
-    assert gains[800, 0.0] > 0.02  # 0.07 to 0.13 on six other seeds
-    assert gains[4000, 0.1] < -0.1  # -0.22 to -0.41
-    better = [f"{n:,} points, {wrong:.0%} wrong" for (n, wrong), gain in gains.items() if gain > 0]
-    assert f"gamma = 2 is better with {'; '.join(better) or 'none'}\n" in text
+    assert gains[800, 0.0][0] > 0.02  # 0.07 to 0.13 on six other seeds
+    assert gains[4000, 0.1][0] < -0.1  # -0.22 to -0.41
+    sure = {1: [], -1: []}
+    for (gain, error), positives in zip(gains.values(), ("8/0", "40/0", "40/400"), strict=True):
+        if abs(gain) > 2 * error:
+            sure[1 if gain > 0 else -1].append(positives)
+        assert f"   {gain:+.3f} +- {error:.3f}\n" in text and f"   {positives} " in text
+    better, worse = (", ".join(sure[sign]) or "none" for sign in (1, -1))
+    assert f"gamma = 2 is better with {better}; worse with {worse}\n" in text
+    assert "points     right/wrong" in text and "means over 2 data sets, no alpha" in text
+
+
+def test_the_error_of_a_mean_difference(lesson, monkeypatch, capsys):
+    scores = iter(3 * [0.1, 0.3, 0.1, 0.5])  # gains of 0.2 and 0.4
+    monkeypatch.setattr(lesson, "fit", lambda *given: given)
+    monkeypatch.setattr(lesson, "average_precision", lambda *given: next(scores))
+    gains = lesson.show_when(0, 500, 1, 2)
+    for mean, error in gains.values():
+        assert (mean, error) == pytest.approx((0.3, 0.1))
+    assert "better with 1/0, 5/0, 5/50; worse with none" in capsys.readouterr().out
 
 
 def test_main_corrects_p(measured):
@@ -259,16 +316,22 @@ def test_main_corrects_p(measured):
     assert [p.item() for p in best[0.0]] == pytest.approx([0.01, 0.1, 0.5], abs=1e-4)
     weighted = means["alpha_0.99"]
     assert weighted[0] > weighted[2] + 0.2
-    assert all(abs(corrected - share) < 0.25 for _, corrected, share in means.values())
-    errors = [max(abs(row[i] - row[2]) for row in means.values()) for i in (0, 1)]
-    assert errors[1] < 0.6 * errors[0]
-    assert f"largest: {errors[0]:.3f}, corrected: {errors[1]:.3f}" in text
+    off = {name: [abs(v - row[2]) for v in row[:2]] for name, row in means.items()}
+    assert off["alpha_0.99"][1] < 0.6 * off["alpha_0.99"][0]
+    assert off["cross_entropy"][0] == pytest.approx(off["cross_entropy"][1])
+    before, after = (max(off[name][i] for name in ("gamma_2", "gamma_2_alpha")) for i in (0, 1))
+    assert f"|mean p - share|: cross_entropy {off['cross_entropy'][0]:.3f}; alpha_0.99" in text
+    assert "alpha_0.99 {:.3f}, corrected {:.3f};\n".format(*off["alpha_0.99"]) in text
+    assert f"with gamma = 2 at most {before:.3f}, corrected {after:.3f}\n" in text
+    assert "share 0.01, corrected\n" in text
+    for name, row in means.items():
+        assert "   {:<13}   {:6.3f}   {:16.3f}   {:18.3f}\n".format(name, *row) in text
 
 
 def test_try_a_larger_alpha_finds_more_and_ranks_as_before(lesson, edited, tmp_path):
     other = edited(lesson, '"gamma_2_alpha": (0.25, 2.0)', '"gamma_2_alpha": (0.75, 2.0)')
-    rows = [copy.show_networks(0, tmp_path / str(i), 6000, 6)[0]["gamma_2_alpha"]
+    rows = [copy.show_networks(0, tmp_path / str(i), 10_000, 8)[0]["gamma_2_alpha"]
             for i, copy in enumerate((lesson, other))]  # fmt: skip
-    assert rows[1]["recall"][0] > rows[0]["recall"][0] + 0.1
-    assert rows[1]["recall"][1] > rows[0]["recall"][1]
+    assert rows[1]["yes"] > rows[0]["yes"] + 10
+    assert rows[1]["right"] > rows[0]["right"] + 5
     assert abs(rows[1]["AP"] - rows[0]["AP"]) < 0.1
