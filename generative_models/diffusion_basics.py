@@ -1,25 +1,28 @@
 """A network that has only learned to guess noise can make new data out of pure noise.
 
 That is a diffusion model. Training adds noise to data and asks a network for that noise. Sampling
-starts from noise alone and takes the guessed noise away, a little in each of T steps. You need it
-to draw new samples of your data, also of one class. Fewer steps are faster, but their coefficients
-must be computed anew: with those of the T steps, most of the noise stays.
+starts from noise alone. In each of T steps it takes a little of the guessed noise away; most
+samplers then add a little fresh noise. You need it to draw new samples of your data, also of one
+class. Fewer steps are faster, but compute their coefficients anew: with those of the T steps,
+most of the noise stays.
 
     forward    x_t = sqrt(A_t) x_0 + sqrt(1 - A_t) eps        A_t: alpha-bar_t in the papers
     training   lower the mean of (eps - guess(x_t, t))^2 over data x_0, noise eps and t = 1 ... T
     step back  x_s for s < t, if x_0 is known; with a = A_t / A_s it is Gaussian:
                mean      (sqrt(A_s) (1 - a) x_0 + sqrt(a) (1 - A_s) x_t) / (1 - A_t)
                variance  (1 - a) (1 - A_s) / (1 - A_t)
-    guidance   guess(x_t, t) + w (guess(x_t, t, class) - guess(x_t, t))
+    samplers   take x_0 from the guess of eps. tilde: this mean, noise of this variance; beta
+               (Algorithm 2): of variance 1 - a; ddim: sqrt(A_s) x_0 + sqrt(1 - A_s) eps, no noise
+    guidance   guess(x_t, t) + w (guess(x_t, t, class) - guess(x_t, t)); the paper's w is w - 1
 
     x_t  data after t of T noisy steps     eps  noise from N(0, I)     w  strength of the guidance
     A_t  product of 1 - beta_1 ... 1 - beta_t; beta_t is the variance of the noise of step t
 
 Needs          nn_module.py, nn_optim.py
-Checked here   sample = denoise with all T steps; three samplers and a mistake in few steps; digits
-               by class beside real ones. A loss of 0.22 is the least possible on section 1's ring
+Checked here   sample = denoise with all T steps; tilde, beta, ddim and a mistake in few steps;
+               digits by class beside real ones
 TensorBoard    ring/from_noise, digits/from_noise: noise becomes data, from left to right;
-               train/loss by step in ring, digits; schedule/log10_snr by t in linear, cosine
+               train/loss in ring (0.22 is the least possible), digits; schedule/log10_snr by t
 Try            in show_fewer_steps, write few=5 for few=50: which sampler is still good?
 Answer         none: fewer than half of the points come near a centre, with each of them
 Source         Ho et al. 2020 (DDPM), arXiv:2006.11239, Algorithms 1, 2; Song et al. 2021 (DDIM),
@@ -85,7 +88,7 @@ def sample(model, x, beta):
     """
     A = (1 - beta).cumprod(0)
     for t in range(len(beta) - 1, 0, -1):
-        eps = model(x, torch.full((len(x),), t))
+        eps = model(x, torch.full((len(x),), t, device=x.device))
         x = (x - beta[t] / (1 - A[t]).sqrt() * eps) / (1 - beta[t]).sqrt()
         if t > 1:
             x = x + beta[t].sqrt() * torch.randn_like(x)
@@ -95,7 +98,8 @@ def sample(model, x, beta):
 class Net(nn.Module):
     """The guess of eps from x (B, n) and t (B,), for a class `label` (B,) or for none.
 
-    Its layers give v = sqrt(A) eps - sqrt(1 - A) x_0; eps follows from v and x.
+    The last layer gives v = sqrt(A) eps - sqrt(1 - A) x_0, so that eps = sqrt(A) v + sqrt(1 - A) x.
+    Where A is near 0, x_0 from a guess of eps is divided by almost 0; from a guess of v it is not.
     """
 
     def __init__(self, n, width, A):
@@ -107,6 +111,7 @@ class Net(nn.Module):
 
     def forward(self, x, t, label=None):
         label = torch.full_like(t, NO_CLASS) if label is None else label
+        # e: the time t as sines and cosines of many periods, and the class
         angle = t[:, None] * 1e4 ** (-torch.arange(16, device=t.device) / 16)
         e = torch.cat([angle.sin(), angle.cos(), self.label(label)], dim=1)  # (B, 64)
         h = self.first(torch.cat([x, e], dim=1))
@@ -150,7 +155,8 @@ def show_everyday(log_dir, steps, n):
     print("   noise in           point out          nearest centre     distance")
     for before, after in zip(noise[:3], points["trained network"][:3], strict=True):
         centre = CENTRES[(CENTRES - after).norm(dim=1).argmin()]
-        shown = "   ".join(f"({p[0]:6.2f}, {p[1]:6.2f})" for p in (before, after, centre))
+        shown = [(p.round(decimals=2) + 0).tolist() for p in (before, after, centre)]  # no -0.00
+        shown = "   ".join(f"({p[0]:6.2f}, {p[1]:6.2f})" for p in shown)
         print(f"   {shown}   {(after - centre).norm():8.2f}")
     print(f"   {n:,} points         share within 0.3 of a centre   centres found, of 8")
     found = {name: near(x) for name, x in points.items()}
@@ -226,7 +232,8 @@ def spaced(T, steps):
 
 
 def show_fewer_steps(log_dir, model, beta, n, few=50):
-    print(f"2. Do {few} steps do instead of {T:,}? {n:,} points")
+    print(f"2. Do {few} steps do instead of {T:,}? {n:,} points: a share varies by "
+          f"{math.sqrt(0.09 / n):.2f}")  # fmt: skip
     A, noise, times, found = (1 - beta).cumprod(0), torch.randn(n, 2), spaced(T, few), {}
     state = torch.get_rng_state()  # every row gets the same noise
     every, jumps = list(pairwise(range(T, -1, -1))), list(pairwise(times))
@@ -239,16 +246,19 @@ def show_fewer_steps(log_dir, model, beta, n, few=50):
         ("mistake: A_s of step t - 1", "beta", wrong),
     ):  # fmt: skip
         torch.set_rng_state(state)
-        x, kept = denoise(steady(model), noise, pairs, A, sampler, seen=seen)
+        x, kept = denoise(predictor(model), noise, pairs, A, sampler, seen=seen)
         share, held = found[name] = near(x)
         print(f"   {name:<31} {len(pairs):7}   {share:19.3f}   {held:19}")
         if pairs is every:
             frames = [*kept.values(), x, ring(n)]
             torch.set_rng_state(state)
             off = (sample(model, noise, beta) - x).abs().max().item()
-    print(f"   Section 1's sample is the first row: largest difference of a point {off:.0e}")
-    worst = min(found, key=lambda name: found[name][0])
-    print(f"   -> fewest near a centre: {worst}. Compute A_t / A_s for the steps you take")
+    print("   sample() of section 1, from the same noise, gives the points of the first row: "
+          f"largest\n   difference {off:.0e}")  # fmt: skip
+    full, by_beta, tilde, ddim, wrong = (share for share, _ in found.values())
+    print(f"   -> near a centre: {T:,} steps {full:.2f}; {few} steps: tilde {tilde:.2f}, ddim "
+          f"{ddim:.2f}, beta {by_beta:.2f},\n      with coefficients of single steps {wrong:.2f}: "
+          "compute a = A_t / A_s for the steps you take")  # fmt: skip
     words = f"Points at t = {', '.join(map(str, seen))} and 0: from noise to the ring. Last: real"
     with SummaryWriter(log_dir / "ring") as writer:  # section 1's run goes on
         writer.add_image("ring/from_noise", caption(panels(frames), words), 0, dataformats="HWC")
@@ -268,7 +278,7 @@ def cosine_schedule(T=1000, s=0.008):
     return F.pad((f[1:] / f[:-1]).clamp(min=0.001).cumprod(0), (1, 0), value=1.0)
 
 
-def steady(model, *labels, w=0):
+def predictor(model, *labels, w=0):
     """predict(x, t), one t for all: the model's guess, with guidance w if labels (B,) are given."""
 
     def predict(x, t):
@@ -280,9 +290,9 @@ def steady(model, *labels, w=0):
 
 
 def show_digits(log_dir, images, labels, beta, steps, each, sample_steps, device):
-    print(f"3. Do digits come as asked? {sample_steps} steps, tilde, cosine schedule")
+    print(f"3. Do digits come as asked? {sample_steps} steps, tilde; w: strength of guidance")
     for name, A in (("linear", (1 - beta).cumprod(0)), ("cosine", cosine_schedule(T).float())):
-        print(f"   {name} schedule: less than 1 % signal (A_t < 0.01) in {(A < 0.01).sum()} steps")
+        print(f"   {name} schedule: x_t has less than 0.1 x_0 in {(A < 0.01).sum()} of {T:,} steps")
         with SummaryWriter(log_dir / name, purge_step=0) as writer:
             for t in range(10, T + 1, 10):
                 writer.add_scalar("schedule/log10_snr", (A[t] / (1 - A[t])).log10(), t)
@@ -302,7 +312,7 @@ def show_digits(log_dir, images, labels, beta, steps, each, sample_steps, device
     times, samples = spaced(T, sample_steps), [("real", real, real_labels), ("noise", noise, asked)]
     seen = times[:: max(1, sample_steps // 8)][:8]
     for w in (0, 1, 3):
-        predict = steady(model, asked, w=w)
+        predict = predictor(model, asked, w=w)
         x, kept = denoise(predict, noise, pairwise(times), A, "tilde", 1.0, seen)
         samples.append((f"w = {w}", x, asked))
         way = torch.stack([x_t[::each] for x_t in kept.values()], dim=1)  # (10, 8, 196)
@@ -312,14 +322,18 @@ def show_digits(log_dir, images, labels, beta, steps, each, sample_steps, device
         words += f"{len(seen) + 1} columns: noise becomes a digit. Then: other samples"
         with SummaryWriter(log_dir / f"guidance_{w}", purge_step=0) as writer:
             writer.add_image("digits/from_noise", caption(grid, words, 3), 0, dataformats="HWC")
-    print("   images   as asked (nearest training image)   variance within a class, all pixels")
+    means = torch.stack([x_0[labels == k].mean(0) for k in range(10)])[asked]
+    samples.insert(1, ("class means", means, asked))
+    print("   as asked: the training image nearest to it is of the digit asked for")
+    print("   images        as asked   distance to that image   variance of a digit, all pixels")
     found = {}
     for name, x, wanted in samples:
-        right = (labels[torch.cdist(x, x_0).argmin(1)] == wanted).float().mean().item()
+        far, nearest = torch.cdist(x, x_0).min(1)
+        right, far = (labels[nearest] == wanted).float().mean().item(), far.mean().item()
         within = torch.stack([x[wanted == k].var(0).sum() for k in range(10)]).mean().item()
-        found[name] = right, within
-        print(f"   {name:<6}   {right:34.3f}   {within:35.1f}")
-    (one, v1), (three, v3), (_, v) = found["w = 1"], found["w = 3"], found["real"]
+        found[name] = right, far, within
+        print(f"   {name:<11}   {right:8.3f}   {far:22.2f}   {within:31.1f}")
+    (one, _, v1), (three, _, v3), (_, _, v) = found["w = 1"], found["w = 3"], found["real"]
     print(f"   -> from w = 1 to 3: as asked {one:.2f} to {three:.2f}, variance {v1 / v:.0%} to "
           f"{v3 / v:.0%} of real")  # fmt: skip
     return found
