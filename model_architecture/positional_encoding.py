@@ -10,11 +10,13 @@ of a position instead, by angles that grow with it; the values v stay as they ar
     RoPE         R_t turns pair i by the angle t w_i:   (R_m q) . (R_n k) = q . (R_(n-m) k)
 
     t, m, n  positions, from 0     d  numbers per vector, even     i  number of a pair, from 0
+    PE(t)    the vector of position t, d numbers     w_i  the angle that pair i turns per position
 
-The score of RoPE depends on the offset n - m alone: to move both positions does not change it. For
-sinusoidal positions this holds of PE(m) . PE(n), and no longer behind learned matrices. Past the
-trained length RoPE goes on best in the small task here. Large language models with RoPE fail there
-too, unless the base 10000 is changed or they are trained on (Chen et al. 2023).
+The score of RoPE depends on the offset n - m alone: to move both positions does not change it. The
+product PE(m) . PE(n) depends on it alone too, but not once learned matrices stand between, as in
+the score PE(m) . (W PE(n)). Past the trained length RoPE is best in the small task here. Large
+language models with RoPE fail there, unless their positions are scaled down (Chen et al. 2023) or
+the base 10000 is raised, mostly with some more training.
 
 Needs          nn_linear.py, attention_mechanism.py
 Checked here   order lost and seen; plain = complete; which scores know the offset alone; accuracy
@@ -73,22 +75,22 @@ def attend(q, k, v):
 
 
 def show_everyday():
-    print("1. In everyday code: does attention see who bites whom? Its output at the word 'bites'")
-    print("                  dog bites man             man bites dog")
-    x = torch.tensor([[2.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 2.0, 0.0]])
+    print("1. In everyday code: does attention see who bites whom? Its output at 'bites',")
+    print("   4 numbers            dog bites man             man bites dog")
+    x = torch.tensor([[2.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 0.0, 0.0]])
     dog_first, man_first = x, x.flip(0)  # dog, bites, man, one vector each; and the other way round
     found, table = {}, nn.Embedding(3, 4).weight  # a learned table, as it starts: random
-    for name in ("no positions", "sinusoidal", "learned", "RoPE"):
+    for name in ("no positions", "sinusoidal", "learned (random)", "RoPE"):
         found[name] = []
         for z in (dog_first, man_first):
             if name == "sinusoidal":
                 z = z + plain_sinusoidal(3, 4)
-            elif name == "learned":
+            elif name == "learned (random)":
                 z = z + table.detach()
             q, k = (plain_rope(z), plain_rope(z)) if name == "RoPE" else (z, z)
             found[name].append(attend(q, k, z)[1])
         shown = ["  ".join(f"{number:5.2f}" for number in y.tolist()) for y in found[name]]
-        print(f"   {name:<12}   {shown[0]}    {shown[1]}")
+        print(f"   {name:<16}   {shown[0]}    {shown[1]}")
     blind = [name for name, (y, z) in found.items() if torch.allclose(y, z)]
     print(f"   -> the same numbers for both sentences with: {', '.join(blind)}")
     return found
@@ -202,23 +204,27 @@ class Echo(nn.Module):
 
 def show_pairs(T=64, d=32):
     print(
-        "2. Are the plain lines those with options? And may the two ways to pair numbers be mixed?"
+        "2. Do the short functions agree with the complete ones? And may weights made for one way"
     )
-    print("   difference of                                                 largest")
+    print("   of pairing be used with the other?")
+    print("   difference of                                                   largest")
     x, positions = torch.randn(T, d), torch.arange(T)
     half, neighbours = apply_rope(x, positions), apply_rope(x, positions, interleaved=True)
-    order = to_half_split(d)
+    order, a = to_half_split(d), angles(positions, d)
+    turn = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(a), a)
     rows = {
-        "plain sinusoidal and sinusoidal": plain_sinusoidal(T, d) - sinusoidal(T, d),
-        "plain RoPE and apply_rope": plain_rope(x) - half,
+        "section 1's sinusoidal and the complete one": plain_sinusoidal(T, d) - sinusoidal(T, d),
+        "section 1's RoPE and apply_rope": plain_rope(x) - half,
+        "apply_rope, interleaved, and complex numbers x e^(ia)":
+            neighbours - torch.view_as_real(turn).flatten(-2),
         "pairs (i, i + d/2) and pairs (2i, 2i + 1)": half - neighbours,
-        "the same, numbers of x put in order first":
+        "the same, with the numbers of x put in order first":
             apply_rope(x[:, order], positions) - neighbours[:, order],
     }  # fmt: skip
     rows = {name: difference.abs().max().item() for name, difference in rows.items()}
     for name, largest in rows.items():
-        print(f"   {name:<45}   {largest:18.6f}")
-    mixed, ordered = list(rows.values())[2:]
+        print(f"   {name:<53}   {largest:12.6f}")
+    mixed, ordered = list(rows.values())[3:]
     print(f"   -> mixed pairs are wrong by up to {mixed:.1f}, put in order by {ordered:.6f}")
     print("      (i, i + d/2) is Hugging Face's LLaMA; (2i, 2i + 1) Meta's, and the paper")
     return rows
@@ -228,8 +234,10 @@ def show_pairs(T=64, d=32):
 
 
 def show_laws(T=64, d=32):
-    print(f"3. Which scores depend on the offset n - m alone? {T} positions, d = {d}; one q, one k")
-    print("   and one matrix W, random: largest change of a score")
+    print(
+        f"3. Which scores depend on the offset n - m alone? {T} positions, d = {d}, one q and k for"
+    )
+    print("   all; W, random, stands for learned matrices. Largest change of a score")
     print("   score of positions m and n      both moved by one   m and n exchanged")
     PE, positions = sinusoidal(T, d, dtype=F64), torch.arange(T)
     q, k = torch.randn(2, d, dtype=F64)
@@ -246,7 +254,7 @@ def show_laws(T=64, d=32):
         largest[name] = moved.item(), exchanged.item()
         print(f"   {name:<29}   {moved:17.6f}   {exchanged:17.6f}")
     offset = [name for name, (moved, _) in largest.items() if moved < 1e-10]
-    print(f"   -> they depend on n - m alone: {'; '.join(offset)}")
+    print(f"   -> on n - m alone depend: {'; '.join(offset)}")
     sides = [name for name in offset if largest[name][1] > 1e-3]
     print(f"      of these know which of the two comes first: {'; '.join(sides)}")
     length = (turned_q.norm(dim=1) - q.norm()).abs().max()
@@ -282,7 +290,10 @@ def train_echo(kind, V, T, back, steps):
 def show_extrapolation(seed, log_dir, lengths, steps, V=8, back=2):
     T, last = lengths[0], lengths[-1]
     print(f"4. Does it go on past the trained length? Task: say the token {back} places back;")
-    print(f"   trained on texts of {T} tokens. Accuracy at positions (a guess: {1 / V})")
+    print(
+        f"   trained on texts of {T} tokens. Accuracy at positions, counted from 1, of texts that"
+    )
+    print(f"   have the length behind 'of' (a guess: {1 / V})")
     heads = [f"{back + 1}-{T} of {T}", *(f"{T + 1}-{length} of {length}" for length in lengths[1:])]
     print(f"   {'':<12}" + "".join(f"{head:>16}" for head in [*heads, f"{back + 1}-{T} of {last}"]))
     table = {}
@@ -302,10 +313,17 @@ def show_extrapolation(seed, log_dir, lengths, steps, V=8, back=2):
     try:
         LearnedPositions(T, 2)(last)
     except ValueError as error:
-        print(f"   -: learned has no longer texts: {error}")
-    print("   none has only how often each token occurs, which is a little better than a guess")
-    rope, sine = table["rope", last], table["sinusoidal", last]
-    print(f"   -> past position {T} in texts of {last}: RoPE {rope:.2f}, sinusoidal {sine:.2f}")
+        print(f"   -: learned cannot read longer texts: {error}")
+    print(
+        f"   none knows which tokens occur, not where: {table['none', T]:.3f}, a guess {1 / V:.3f}"
+    )
+    shown, loses = [], []
+    for kind in ("rope", "sinusoidal"):
+        old, past = table[kind, "old"], table[kind, last]
+        shown.append(f"{kind} {old:.2f}, {past:.2f}")
+        loses.append("the position" if past < old - 0.1 else "the length of the text")
+    print(f"   -> texts of {last}, positions up to {T} and past it: {'; '.join(shown)}.")
+    print(f"      rope loses by {loses[0]}, sinusoidal by {loses[1]}")
     return table
 
 

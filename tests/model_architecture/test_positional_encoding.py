@@ -262,7 +262,7 @@ def test_try_q_alone_turned_is_blind(lesson, edited):
     dog_first, man_first = copy.show_everyday()["RoPE"]
     torch.testing.assert_close(dog_first, man_first)
     dog_first, man_first = lesson.show_everyday()["RoPE"]
-    assert (dog_first - man_first).abs().max() > 0.3
+    assert (dog_first - man_first).abs().max() > 0.2
 
 
 SEEDS = (0, 1, 2)
@@ -284,8 +284,8 @@ def test_main_loses_and_sees_order(run):
 
 
 def test_main_keeps_its_laws(run):
-    plain_sinusoidal, plain_rope, mixed, ordered = run[0]["pairs"].values()
-    assert max(plain_sinusoidal, plain_rope, ordered) < 1e-5 and mixed > 1
+    plain_sinusoidal, plain_rope, turned, mixed, ordered = run[0]["pairs"].values()
+    assert max(plain_sinusoidal, plain_rope, turned, ordered) < 1e-5 and mixed > 1
     products, rope, projected = run[0]["laws"].values()
     assert max(*products, rope[0]) < 1e-10 and min(rope[1], *projected) > 0.5
 
@@ -302,28 +302,35 @@ def test_what_main_prints(run):
     result, log_dir, lines = run
     found, table = "\n".join(lines), result["table"]
     assert [line[0] for line in lines if re.match(r"\d\. ", line)] == list("1234")
-    mixed, ordered = list(result["pairs"].values())[2:]
+    mixed, ordered = list(result["pairs"].values())[3:]
+    loses = [
+        "the position" if table[kind, 36] < table[kind, "old"] - 0.1 else "the length of the text"
+        for kind in ("rope", "sinusoidal")
+    ]
     for words in (
-        "   no positions    1.00   0.58   1.00   0.58     1.00   0.58   1.00   0.58",
-        "   RoPE            1.00   0.83   1.00   0.83     1.00   0.48   1.00   0.48",
+        "   no positions        1.00   1.00   0.58   0.58     1.00   1.00   0.58   0.58",
+        "   RoPE                0.82   1.18   0.68   0.68     1.09   0.91   0.53   0.53",
         "   -> the same numbers for both sentences with: no positions",
         f"   -> mixed pairs are wrong by up to {mixed:.1f}, put in order by {ordered:.6f}",
         "   score of positions m and n      both moved by one   m and n exchanged",
-        "   -> they depend on n - m alone: PE(m) . PE(n); RoPE: (R_m q) . (R_n k)\n",
+        "   -> on n - m alone depend: PE(m) . PE(n); RoPE: (R_m q) . (R_n k)\n",
         "      of these know which of the two comes first: RoPE: (R_m q) . (R_n k)\n",
-        "trained on texts of 12 tokens. Accuracy at positions (a guess: 0.125)",
+        "   trained on texts of 12 tokens. Accuracy at positions, counted from 1, of texts that",
         f"   {'':<12}      3-12 of 12     13-36 of 36      3-12 of 36",
-        "   -: learned has no longer texts: the table has 12 positions, the input 36",
-        f"   -> past position 12 in texts of 36: RoPE {table['rope', 36]:.2f}, "
-        f"sinusoidal {table['sinusoidal', 36]:.2f}",
+        "   -: learned cannot read longer texts: the table has 12 positions, the input 36",
+        f"   none knows which tokens occur, not where: {table['none', 12]:.3f}, a guess 0.125",
+        f"   -> texts of 36, positions up to 12 and past it: rope {table['rope', 'old']:.2f}, "
+        f"{table['rope', 36]:.2f}; sinusoidal {table['sinusoidal', 'old']:.2f}, "
+        f"{table['sinusoidal', 36]:.2f}.\n",
+        f"      rope loses by {loses[0]}, sinusoidal by {loses[1]}\n",
         f"look: tensorboard --logdir {log_dir}   http",
     ):
         assert words in found, words
     for name, (y, z) in result["everyday"].items():
         shown = ["  ".join(f"{number:5.2f}" for number in row.tolist()) for row in (y, z)]
-        assert f"   {name:<12}   {shown[0]}    {shown[1]}" in lines
+        assert f"   {name:<16}   {shown[0]}    {shown[1]}" in lines
     for name, largest in result["pairs"].items():
-        assert f"   {name:<45}   {largest:18.6f}" in lines
+        assert f"   {name:<53}   {largest:12.6f}" in lines
     for name, (moved, exchanged) in result["laws"].items():
         assert f"   {name:<29}   {moved:17.6f}   {exchanged:17.6f}" in lines
     for kind in KINDS:
