@@ -120,6 +120,7 @@ def test_a_bar_is_blue_to_the_accuracy_and_red_to_the_confidence(lesson, monkeyp
 
     def noted(pen, place, words, *ink):
         written.append(words)
+        assert min(place) >= 0 and place[0] + pen.textlength(words, ink[1]) <= 450
         return text(pen, place, words, *ink)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
@@ -191,6 +192,7 @@ def test_main_gaps_reach_theory(measured, events):
     assert gaps[0.0][1] > gaps[0.0][0] + 2
     grown = gaps[0.0][1] - gaps[0.0][0]
     assert f"10 times the steps add {grown:.3f} to the gap, and log 10 is 2.303" in text
+    assert "3. Which gap of the logits is best? 10 classes, gradient descent on one example" in text
     assert "after 30 steps   after 300   formula" in text
     for epsilon, formula in ((0.0, math.inf), (0.01, math.log(0.991 / 0.001)), (0.3, 3.1918)):
         first, last = gaps[epsilon]
