@@ -1,27 +1,31 @@
-"""Two networks that play against each other learn to draw new data, but not always all of it.
+"""A GAN can learn to draw samples of some groups of its data and leave out the other groups.
 
-That is a GAN. The generator G makes samples out of noise z, the discriminator D tries to tell them
-from real data, and each is trained against the other. G then draws a sample in one step. What goes
-wrong: G leaves out whole groups of the data, its lost modes. No loss shows that: count them. Here a
-gradient penalty on D keeps all modes. The price: fewer samples lie close to a mode.
+It is two networks that play against each other. The generator G makes samples out of noise z. The
+discriminator D tells them from real data. Each is trained against the other; then G draws new data.
+The groups that it leaves out are its lost modes: draw many samples and count. A penalty holds the
+slope of D near 1, so that D shows G a direction everywhere. Here, in as many steps, all GANs find
+all modes with a penalty of weight 1; they miss most with weight 10, or if D learns too slowly.
+The price of the penalty: fewer samples lie close to a mode.
 
     D raises, G lowers   V = E_p[log D(x)] + E_q[log(1 - D(x))]
     saturating           G lowers E_q[log(1 - D(x))]: hardly any slope where D is sure of a fake
     non-saturating       G lowers E_q[-log D(x)]: full slope there
-    Wasserstein          a score f takes the place of D, without bounds: D raises E_p[f] - E_q[f],
-                         G raises E_q[f]
+    Wasserstein          a score f, any number, takes the place of D, which lies between 0 and 1:
+                         D raises E_p[f] - E_q[f], G raises E_q[f]
     penalty              lambda E[(|grad D(x)| - 1)^2] is added to D's loss, x between real and fake
 
-    E_p, E_q  mean over real data, over what G draws    |grad D|  slope of D, or f, at x
+    E_p, E_q  mean over real data, over what G draws    |grad D|  slope of what D's network gives
     lambda    weight of the penalty                     D(x)      probability that x is real
+
+In code D's network gives the score f, or the logit a of D(x) = sigmoid(a).
 
 Needs          nn_loss.py, nn_optim.py, 02_autograd_basics.py
 Checked here   both slopes of G; modes that eight GANs find, with each loss, with and without the
                penalty, and with a D that learns too slowly
-TensorBoard    samples/ring in samples: a row for each kind of GAN; ring/modes, ring/near by step
-               in ns, wgan, ...: with a penalty of 1 all modes are found, one after another
-Try            in main, write z=2 for z=8: which GANs without penalty find more modes now?
-Answer         those with the non-saturating loss: most of them find all; so the noise matters, too
+TensorBoard    samples/ring in samples: a row for each kind of GAN, a ring where all is found;
+               ring/modes, ring/near by step in ns, wgan, ...: means over the eight GANs of a kind
+Try            in main, write z=2 for z=8: do the non-saturating GANs still lose modes?
+Answer         Most of them find all modes now. So the size of the noise matters, too
 Source         Goodfellow et al. 2014, arXiv:1406.2661; Gulrajani et al. 2017 (penalty, lambda 10),
                arXiv:1704.00028, eq. 3; Fedus et al. 2018 (the penalty with other losses),
                arXiv:1710.08446; Metz et al. 2017 (the ring), arXiv:1611.02163
@@ -58,18 +62,18 @@ BETAS = (0.5, 0.9)  # Adam's, as the authors of the penalty chose them
 
 
 def plain_train(G, D, draw_real, steps, z, lr=2e-3, batch=128):
-    of_g, of_d = (torch.optim.Adam(net.parameters(), lr, BETAS) for net in (G, D))
+    opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr, BETAS) for net in (G, D))
     for _ in range(steps):
-        for _ in range(5):  # D gives logits: log D = logsigmoid(D(x)), log(1 - D): of -D(x)
+        for _ in range(5):  # of logits a: log D = logsigmoid(a), log(1 - D) = logsigmoid(-a)
             real, fake = draw_real(batch), G(torch.randn(batch, z)).detach()
             loss = -F.logsigmoid(D(real)).mean() - F.logsigmoid(-D(fake)).mean()
-            of_d.zero_grad()
+            opt_d.zero_grad()
             loss.backward()
-            of_d.step()
+            opt_d.step()
         loss = -F.logsigmoid(D(G(torch.randn(batch, z)))).mean()
-        of_g.zero_grad()
+        opt_g.zero_grad()
         loss.backward()
-        of_g.step()
+        opt_g.step()
 
 
 def ring(*shape):
@@ -89,22 +93,25 @@ def count_modes(x):
     return (100 * held >= x.size(1)).sum(1), near.float().mean(1)
 
 
-def show_everyday(steps, z=8):
+def show_everyday(steps, z):
     print("1. In everyday code: does a GAN find the eight Gaussians of a ring? 2,000 samples each")
+    print("   A mode is found if 1 % of the samples or more lie close to it: within 0.15")
     G = nn.Sequential(nn.Linear(z, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     D = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
     samples, noise = {"real points": ring(2000)}, torch.randn(2000, z)
     samples["G, untrained"] = G(noise).detach()
     plain_train(G, D, ring, steps, z)
     samples["G, trained"] = G(noise).detach()
-    z_0, (x, y) = noise[0].tolist(), samples["G, trained"][0].tolist()
-    print(f"   from noise {' '.join(f'{number:.1f}' for number in z_0)} comes ({x:.2f}, {y:.2f})")
-    print("                  modes found, of 8   share close (within 0.15) to a mode")
+    first, x = " ".join(f"{number:.1f}" for number in noise[0].tolist()), samples["G, trained"][0]
+    mode = CENTRES[(CENTRES - x).norm(dim=1).argmin()].round(decimals=2) + 0  # no -0.00
+    (x_1, x_2), (c_1, c_2) = x.tolist(), mode.tolist()
+    print(f"   noise {first} gives ({x_1:.2f}, {x_2:.2f}); nearest mode ({c_1:.2f}, {c_2:.2f})")
+    print("                  modes found, of 8   share of samples close to a mode")
     found = {}
     for name, x in samples.items():
         modes, near = count_modes(x[None])
         found[name] = modes.item(), near.item()
-        print(f"   {name:<12}   {modes.item():17}   {near.item():35.3f}")
+        print(f"   {name:<12}   {modes.item():17}   {near.item():32.3f}")
     print(f"   -> modes that the trained G leaves out: {8 - found['G, trained'][0]} of 8")
     return found
 
@@ -113,7 +120,7 @@ def show_everyday(steps, z=8):
 
 
 class MLPs(nn.Module):
-    """S networks side by side, each as nn.Linear starts it: even within 1 / sqrt(inputs)."""
+    """S networks side by side, each started as nn.Linear is: uniform within 1 / sqrt(inputs)."""
 
     def __init__(self, S, sizes):
         super().__init__()
@@ -175,19 +182,20 @@ def minimise(optimizer, losses):
     optimizer.step()
 
 
-def train_step(G, D, of_g, of_d, loss, penalty, d_per_g, batch):
+def train_step(G, D, opt_g, opt_d, loss, penalty, d_per_g, batch):
     """d_per_g steps of D and one of G, for S GANs at once."""
     S, z = G.weights[0].shape[:2]
     for _ in range(d_per_g):
         with torch.no_grad():
             x, y = ring(S, batch), G(torch.randn(S, batch, z))
-        minimise(of_d, discriminator_loss(D, x, y, loss, penalty))
-    minimise(of_g, generator_loss(D(G(torch.randn(S, batch, z))), loss))
+        minimise(opt_d, discriminator_loss(D, x, y, loss, penalty))
+    minimise(opt_g, generator_loss(D(G(torch.randn(S, batch, z))), loss))
 
 
 def show_losses():
-    print("2. Does G still learn where D is sure of a fake? Slope of G's loss by a, D = sigmoid(a)")
-    print("   D(fake)   saturating   non-saturating   Wasserstein (a is the score)")
+    print("2. Does G still learn where D is sure of a fake? Slope of G's loss, d loss / d a")
+    print("   a: what D's network gives: a score for Wasserstein, else D(fake) = sigmoid(a)")
+    print("         a   D(fake)   saturating   non-saturating   Wasserstein")
     d, found = torch.tensor([0.5, 0.1, 0.001]).double(), {}
     for loss in ("saturating", "ns", "wgan"):
         a = d.logit().view(3, 1, 1).requires_grad_()
@@ -195,21 +203,22 @@ def show_losses():
         found[loss] = slope.flatten().tolist()
     for i, share in enumerate(d.tolist()):
         sat, ns, wgan = (column[i] for column in found.values())
-        print(f"   {share:7.3f}   {sat:10.3f}   {ns:14.3f}   {wgan:11.3f}")
-    best = min(("saturating", "ns"), key=lambda loss: found[loss][2])
-    print(f"   -> where D is sure, take: {'non-saturating' if best == 'ns' else best}")
+        print(f"   {a[i].item():7.2f} {share:9.3f}   {sat:10.3f}   {ns:14.3f}   {wgan:11.3f}")
+    best, other = ("non-saturating", "saturating")[:: 1 if ns < sat else -1]
+    print(f"   -> where D is sure ({share:.3f}), G learns more by {best}: slope "
+          f"{min(ns, sat):.3f}, {other} {max(ns, sat):.3f}")  # fmt: skip
     return found
 
 
 # --- 3. which modes are found ------------------------------------------------------------------
 
 
-def train_gans(writer, S, loss, penalty=0.0, steps=600, d_per_g=5, lr_g=2e-3, lr_d=2e-3, z=8,
+def train_gans(writer, S, loss, penalty=0.0, steps=400, d_per_g=5, lr_g=2e-3, lr_d=2e-3, z=8,
                batch=128):  # fmt: skip
     """Train S GANs on the ring: 2,000 samples of each (S, 2000, 2)."""
     G, D = MLPs(S, (z, 64, 64, 2)), MLPs(S, (2, 64, 64, 1))
-    of_g = torch.optim.Adam(G.parameters(), lr_g, BETAS)
-    of_d = torch.optim.Adam(D.parameters(), lr_d, BETAS)
+    opt_g = torch.optim.Adam(G.parameters(), lr_g, BETAS)
+    opt_d = torch.optim.Adam(D.parameters(), lr_d, BETAS)
     for step in tqdm(range(steps + 1), desc=Path(writer.log_dir).name, leave=False, disable=None):
         if step % max(1, steps // 10) == 0 or step == steps:
             with torch.no_grad():
@@ -218,7 +227,7 @@ def train_gans(writer, S, loss, penalty=0.0, steps=600, d_per_g=5, lr_g=2e-3, lr
             writer.add_scalar("ring/modes", modes.float().mean(), step)
             writer.add_scalar("ring/near", near.mean(), step)
         if step < steps:
-            train_step(G, D, of_g, of_d, loss, penalty, d_per_g, batch)
+            train_step(G, D, opt_g, opt_d, loss, penalty, d_per_g, batch)
     return samples
 
 
@@ -244,45 +253,52 @@ def show_ring(seed, log_dir, gans, steps, z):
         torch.manual_seed(seed)
         with SummaryWriter(log_dir / run, purge_step=0) as writer:
             samples[kind] = train_gans(writer, gans, steps=steps, z=z, **settings)
-    found = {}
+    found, words, full = {}, {}, {}
     for kind, x in samples.items():
         modes, near = count_modes(x)
         found[kind] = modes.tolist(), near.mean().item()
-        print(f"   {kind:<30}   {' '.join(map(str, found[kind][0])):<25}   {found[kind][1]:21.3f}")
-    kinds = [kind for kind, _ in SETTINGS.values()]
+        full[kind] = near[modes == 8].mean().item()  # of the GANs that find all
+        words[kind] = " ".join(map(str, found[kind][0]))
+        print(f"   {kind:<30}   {words[kind]:<25}   {found[kind][1]:21.3f}")
+    kinds, least = [kind for kind, _ in SETTINGS.values()], found["points of a whole circle"][1]
     whole = [kind for kind in kinds if min(found[kind][0]) == 8]
+    lost = [kind for kind in kinds if found[kind][1] < least]
     print(f"   -> all {gans} GANs find all modes: {'; '.join(whole) or 'with no kind'}")
-    bare, paid = found[kinds[0]][1], found[kinds[2]][1]
-    print(f"   -> share near a mode, non-saturating: {bare:.2f}; with penalty 1: {paid:.2f}")
+    print("   -> points of a circle do, too, so look at the share, which is below theirs for",
+          *lost, sep="\n      ")  # fmt: skip
+    (_, bare), (_, paid) = found[kinds[0]], found[kinds[2]]
+    print(f"   -> share, non-saturating: {bare:.2f} without penalty, {paid:.2f} with penalty 1")
+    print(f"      without penalty, of GANs that find all: {full[kinds[0]]:.2f} (nan: none does)")
     with SummaryWriter(log_dir / "samples", purge_step=0) as writer:
-        picture = panels({kind: samples[kind] for kind in kinds})
-        writer.add_image("samples/ring", picture, 0, dataformats="HWC")
+        rows = {f"{kind}: {words[kind]} modes": samples[kind] for kind in kinds}
+        writer.add_image("samples/ring", panels(rows), 0, dataformats="HWC")
     return found
 
 
 # --- pictures and the lesson -------------------------------------------------------------------
 
 
-def panels(rows, side=96):
-    """(H, W, 3) uint8: a row for each kind of {kind: clouds (S, B, 2)}, on [-1.5, 1.5] squared."""
-    limits, cells = ((-1.5, 1.5), (-1.5, 1.5)), []
-    for x in torch.cat(list(rows.values())):
-        cells.append(np.histogram2d(-x[:, 1], x[:, 0], side, limits)[0].clip(0, 1))
-    S = len(cells) // len(rows)
-    grid = make_grid(torch.from_numpy(np.stack(cells))[:, None], S, padding=1, pad_value=0.3)[0]
-    image = Image.new("RGB", (grid.size(1), grid.size(0) + 20), "white")
-    image.paste(Image.fromarray((255 * grid).byte().numpy()), (0, 20))
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
-    draw.text((3, 2), "Each row: GANs of one kind. Light: a sample", "black", font)
-    for i, kind in enumerate(rows):
-        draw.text((4, 22 + (side + 1) * i), kind, "orange", font)
-    return np.asarray(image)
+def panels(rows, side=96, top=18):
+    """(H, W, 3) uint8: {words: clouds (S, B, 2)}, a row of each, on [-1.5, 1.5]^2, under its words.
+
+    Points are light on black, the words black on white.
+    """
+    limits, font, strips = ((-1.5, 1.5), (-1.5, 1.5)), ImageFont.load_default(12), []
+    for words, clouds in rows.items():
+        cells = [np.histogram2d(-x[:, 1], x[:, 0], side, limits)[0].clip(0, 1) for x in clouds]
+        cells = torch.from_numpy(np.stack(cells))[:, None]
+        grid = make_grid(cells, len(cells), padding=1, pad_value=0.3)[0]
+        strip = Image.new("RGB", (grid.size(1), grid.size(0) + top), "white")
+        strip.paste(Image.fromarray((255 * grid).byte().numpy()), (0, top))
+        ImageDraw.Draw(strip).text((4, 2), words, "black", font)
+        strips.append(np.asarray(strip))
+    return np.concatenate(strips)
 
 
-def main(seed=0, log_dir=LOG_DIR, gans=8, steps=500, z=8):
+def main(seed=0, log_dir=LOG_DIR, gans=8, steps=400, z=8):
     torch.manual_seed(seed)
     measured = {
-        "everyday": show_everyday(steps),
+        "everyday": show_everyday(steps, z),
         "losses": show_losses(),
         "ring": show_ring(seed, log_dir, gans, steps, z),
     }
