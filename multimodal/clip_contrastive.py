@@ -177,7 +177,7 @@ def train_clip(facts, steps, batch, seed, device, writer, shuffled=False):
 def show_training(seed, log_dir, steps, batch, device):
     facts = all_facts().to(device)
     seen = facts[~unseen(facts)]
-    print(f"2. Which caption of {len(seen)} is of an image? After {steps} steps of {batch} pairs:")
+    print(f"2. Is the own caption found among {len(seen)}, after {steps} steps of {batch} pairs?")
     print("   trained on                 captions found   images found   scale e^t")
     models, rows = {}, {}
     for name, words in (("captions", "their own captions"), ("shuffled", "others' captions")):
@@ -188,7 +188,7 @@ def show_training(seed, log_dir, steps, batch, device):
         print(f"   {words:<26} {to_text:14.2f} {to_image:14.2f} {rows[name]['scale']:11.1f}")
     own, others = (rows[name]["retrieval"][0] for name in ("captions", "shuffled"))
     chance = 1 / len(seen)
-    print(f"   -> it finds {own:.0%}, after others' captions {others:.1%}; chance: {chance:.1%}")
+    print(f"   -> it finds {own:.0%}; with others' captions {others:.1%}; chance: {chance:.1%}")
     return models, rows
 
 
@@ -249,7 +249,7 @@ def show_zero_shot(models, copies, device):
         new, seen = ("   ".join(f"{x:5.2f}" for x in row) for row in numbers)
         print(f"   {words:<34}{new}       {seen}")
     own, others = (rows[name][0]["bare"][0] for name in ("captions", "shuffled"))
-    print(f"   -> words name {own:.0%} of the new pairs, after others' captions {others:.0%}")
+    print(f"   -> words alone name {own:.0%} of the new pairs; after others' captions {others:.0%}")
     return rows
 
 
@@ -269,7 +269,7 @@ def rank_loss(own_u, own_v, u, v, log_scale, rank):
 
 
 def show_ranks(B=12, D=5, ranks=3):
-    print(f"5. {B} pairs on {ranks} processes that average their gradients: is that one process's?")
+    print(f"5. {B} pairs on {ranks} processes, gradients averaged: are they those of one process?")
     print("   vectors of the other processes      loss   relative error of the gradient")
     u, v = (F.normalize(torch.randn(B, D).double(), dim=1).requires_grad_() for _ in range(2))
     parts = list(zip(u.split(B // ranks), v.split(B // ranks), strict=True))
@@ -284,7 +284,7 @@ def show_ranks(B=12, D=5, ranks=3):
     print(f"   {'(one process has all)':<30} {whole:9.6f}")
     off = max(abs(mean - whole) for mean, _ in rows.values())
     right = " or ".join(name for name, (_, error) in rows.items() if error < 1e-9)
-    print(f"   -> the losses differ by {off:.0e}; the gradient is right only {right}")
+    print(f"   -> the losses differ by {off:.0e}; the gradient is right only for vectors {right}")
     return rows
 
 

@@ -162,6 +162,9 @@ def test_images_show_their_facts(lesson):
     assert area.min() > 4
     small, large = (area[facts[:, 0] == size].mean() for size in (0, 1))
     assert large > 1.8 * small
+    for shape, share in enumerate((math.pi, 1.7**2, 1.8**2 / 2, 2.31, math.pi * 0.6975, 2.42)):
+        mean = area[(facts[:, 0] == 0) & (facts[:, 2] == shape)].mean()
+        assert abs(mean / (share * 3.5**2) - 1) < 0.25  # of circle, square, triangle, cross, ...
     axis = torch.arange(24) - 11.5
     x, y = (lit * axis).sum((1, 2)) / area, (lit * axis[:, None]).sum((1, 2)) / area
     for place, side in enumerate((x < 0, x > 0, y < 0, y > 0)):
@@ -189,7 +192,7 @@ def test_encoders_give_unit_vectors_and_ignore_what_follows_the_end(lesson):
         torch.testing.assert_close(out.norm(dim=1), torch.ones(6))
     words = lesson.tokens(torch.tensor([[-1, 0, 0, -1]]))
     other = words.clone()
-    other[0, 5:] = 7
+    other[0, 4:] = 7  # from the first after <end> on
     torch.testing.assert_close(model.text(words), model.text(other))
     changed = words.clone()
     changed[0, 1] = lesson.WORDS.index("blue")
@@ -198,7 +201,10 @@ def test_encoders_give_unit_vectors_and_ignore_what_follows_the_end(lesson):
 
 def test_the_text_encoder_is_a_causal_block_that_normalizes_first(lesson):
     torch.manual_seed(0)
-    text, words = lesson.TextEncoder(5), lesson.tokens(lesson.all_facts()[[3, 100, 200]])
+    text, words = (
+        lesson.TextEncoder(5),
+        lesson.tokens(torch.tensor([[0, 1, 2, 3], [-1, 3, 4, -1], [1, 0, 5, -1]])),
+    )
     block, x = text.block, text.words(words) + text.places(torch.arange(8))
     a = block.norm1(x)
     mask = torch.full((8, 8), float("-inf")).triu(1)
@@ -364,8 +370,8 @@ def test_main_says_what_it_measured(runs, seed):
     for words, row in (("their own captions", own), ("others' captions", others)):
         numbers = re.search(rf"^   {words} +(.*)", tables[1], re.M)[1].split()
         assert numbers == [f"{x:.2f}" for x in row["retrieval"]] + [f"{row['scale']:.1f}"]
-    assert f"finds {own['retrieval'][0]:.0%}, after" in answers[1]
-    assert f"others' captions {others['retrieval'][0]:.1%}; chance: 0.4%" in answers[1]
+    assert f"finds {own['retrieval'][0]:.0%};" in answers[1]
+    assert f"with others' captions {others['retrieval'][0]:.1%}; chance: 0.4%" in answers[1]
     assert all(f"   {shows} " in tables[2] for shows, *_ in result["six"])
     shot, shuffled = (result["zero_shot"][name] for name in ("captions", "shuffled"))
     for start, kind, part in (
@@ -374,7 +380,9 @@ def test_main_says_what_it_measured(runs, seed):
     ):  # fmt: skip
         numbers = re.search(rf"^   {start}.*?((?: +\d\.\d\d)+)$", tables[3], re.M)[1].split()
         assert numbers == [f"{x:.2f}" for row in part for x in row[kind]]
-    assert answers[3].startswith(f"words name {shot[0]['bare'][0]:.0%} of the new pairs")
+    chance = 2 * ["0.03", "0.17", "0.17"]
+    assert re.search(r"^   \(chance\) +(.*)$", tables[3], re.M)[1].split() == chance
+    assert answers[3].startswith(f"words alone name {shot[0]['bare'][0]:.0%} of the new pairs")
     assert answers[3].endswith(f"after others' captions {shuffled[0]['bare'][0]:.0%}")
     (mean, right), (same, wrong) = result["ranks"].values()
     assert abs(mean - same) < 1e-12 and right < 1e-9 and wrong > 0.1
@@ -382,7 +390,7 @@ def test_main_says_what_it_measured(runs, seed):
         assert re.search(rf"^   {name} +{row[0]:.6f} +{row[1]:.3f}$", tables[4], re.M)
     assert re.search(rf"has all\) +{mean:.6f}$", tables[4], re.M)
     assert re.fullmatch(r"the losses differ by (0e\+00|\de-1[5-7]); the gradient is right only "
-                        "with their gradient", answers[4])  # fmt: skip
+                        "for vectors with their gradient", answers[4])  # fmt: skip
     assert out.isascii() and out.splitlines()[-1] == (
         f"look: tensorboard --logdir {folder}   http://localhost:6006/?smoothing=0#timeseries"
     )
