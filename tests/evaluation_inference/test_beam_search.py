@@ -218,6 +218,24 @@ def test_what_is_impossible_is_not_returned_and_nothing_left_to_say_ends_the_sea
 
     found = lesson.beam_search(log_probs, PROMPT, 8, 5, eos=0)
     assert sorted(words for _, _, words in found) == [[0], [1, 0]]
+    assert lesson.plain_beam(log_probs, PROMPT, 8, 5, eos=0) == [found[i][1:] for i in (0, 1)]
+
+
+def test_the_prompts_that_a_wider_beam_loses_are_counted(lesson, tmp_path, monkeypatch, capsys):
+    """Made-up log p of three prompts: at width 4 two of them are worse than at width 1."""
+    means = {"log_prob": -1.0, "length": 2.0, "steps": 2.0}
+    each = {1: [-1.0, -2.0, -3.0], 4: [-1.5, -1.0, -4.0]}
+    monkeypatch.setattr(lesson, "figures", lambda lp, p, width, **o: (dict(means), each[width]))
+    prompts, rests = lesson.beginnings(3, 0)
+    rows = lesson.show_widths(tmp_path, lesson.count_model(0, 50), prompts, rests, (1, 4))
+    assert [rows[0.0, width]["worse"] for width in (1, 4)] == [0, 2]
+    assert re.search(r"^     2\.0 +4 +-1\.00 +2\.00 +2 +2\.00 ", capsys.readouterr().out, re.M)
+
+
+def test_log_p_of_words_is_the_sum_after_the_prompt(lesson):
+    log_probs = random_language(5, 5, 6)
+    found = lesson.beam_search(log_probs, PROMPT, 2, 6, eos=2)[0]
+    assert lesson.log_p_of(log_probs, PROMPT, found[2]) == pytest.approx(found[1], rel=1e-12)
 
 
 def test_one_group_or_no_penalty_is_plain_search(lesson):
@@ -281,9 +299,12 @@ def test_sentences_are_of_the_language_and_prompts_are_their_beginnings(lesson):
         texts.add(" ".join(lesson.WORDS[i] for i in lesson.sentence(rng)))
     assert all(A_SENTENCE.fullmatch(text) for text in texts) and len(texts) > 60
     assert any("often" in text for text in texts)
-    prompts = lesson.beginnings(50, seed=1)
+    prompts, rests = lesson.beginnings(50, seed=1)
     assert {len(prompt) for prompt in prompts} == {4, 5, 6} and len(prompts) == 50
     assert all(prompt[:3].tolist() == [0, 0, 0] and prompt[3] in (1, 2) for prompt in prompts)
+    for prompt, rest in zip(prompts, rests, strict=True):
+        words = " ".join(lesson.WORDS[i] for i in [*prompt[3:].tolist(), *rest])
+        assert A_SENTENCE.fullmatch(words) and rest
 
 
 def test_figures_are_means_over_the_prompts(lesson):
@@ -293,12 +314,13 @@ def test_figures_are_means_over_the_prompts(lesson):
         return torch.tensor([rows.get(word, rows[1]) for word in tokens[:, -1].tolist()]).log()
 
     prompts = [torch.tensor([0]), torch.tensor([1])]
-    row = lesson.figures(log_probs, prompts, 2)
+    row, each = lesson.figures(log_probs, prompts, 2)
+    assert each == pytest.approx([math.log(0.75), 0])
     assert row == pytest.approx(
         {"log_prob": math.log(0.75) / 2, "length": 1.5, "steps": 1.5, "texts": 1.5,
          "first_words": 1.5}
     )  # fmt: skip
-    row = lesson.figures(log_probs, prompts[:1], 4, groups=2, diversity=0.0)
+    row, _ = lesson.figures(log_probs, prompts[:1], 4, groups=2, diversity=0.0)
     assert (row["texts"], row["first_words"]) == (2, 2)
 
 
@@ -330,8 +352,19 @@ def test_main_finds_what_greedy_misses_and_what_is_empty(run):
     score, log_p, words = empty["beam_search", 4, 2.0]
     assert words == [1] * 6 + [0] and score == pytest.approx(log_p / 4)
     assert (
-        "beam_search       4     2.0   A A A A A A         7         0.047   -3.06   -0.77" in out
+        "beam_search       4     2.0   A A A A A A     7         0.047   -3.06   4.00   -0.77\n"
+        in out
     )
+    for title in (
+        "1. In everyday code: which sentence is found where the likeliest first word misleads?",
+        "At the start p(A) = 0.6, p(B) = 0.4. After A p(end) = 0.4, after B p(end) = 0.9.",
+        "found by                      sentence   probability   log p",
+        "2. Which sentence wins if at each step p(A) = 0.6, p(B) = p(C) = 0.15 and p(end) = 0.1?",
+        "(After six words the end is certain. n: words, with the end.)",
+        "score = log p / lp, with the length penalty lp = ((5 + n) / 6)^alpha",
+        "search        width   alpha   best sentence   n   probability   log p     lp   score",
+    ):
+        assert f"{title}\n" in out
     assert (
         "-> width 1 finds A A A A A A, width 4 the likelier (empty); alpha = 2 makes it A A A A A A"
     ) in out
@@ -345,12 +378,26 @@ def test_main_finds_likelier_and_shorter_sentences(run, events):
     assert wide["log_prob"] > narrow["log_prob"] + 0.3
     assert wide["length"] < narrow["length"] - 0.7 and mended["length"] > wide["length"] + 0.5
     assert narrow["steps"] < wide["steps"] < mended["steps"] < 12
+    real = rows["real"]
+    assert 3 < real["length"] < 4.5 and real["log_prob"] < wide["log_prob"] - 0.5
+    for title in (
+        "3. How wide? The best rest of 12 sentences, by a model of a small language (means)",
+        "worse: prompts with a less likely rest than at width 1; calls of the model: at most 12",
+        'alpha   width   log p   words   worse   calls   best rest of "the ..."',
+        f"the true rests {real['log_prob']:6.2f}   {real['length']:5.2f}",
+        f"-> alpha = 0: {narrow['length']:.1f} words at width 1, {wide['length']:.1f} at width 16; "
+        f"the true rests have {real['length']:.1f}",
+    ):
+        assert f"   {title}\n".strip(" ") in out
+    end = [abs(rows[2.0, width]["log_prob"] - mended["log_prob"]) < 0.005 for width in (1, 4, 16)]
+    enough = 1 if all(end) else 4 if end[1] else 16
     assert (
-        f"-> width 1: log p {narrow['log_prob']:.2f}, {narrow['length']:.1f} words; width 16: "
-        f"{wide['log_prob']:.2f}, {wide['length']:.1f} words "
-        f"({mended['length']:.1f} with alpha = 2)"
+        f"-> alpha = 2: {mended['length']:.1f} words at width 16; from width {enough} on log p is "
+        "the same\n"
     ) in out
-    row = r"^     [02]\.0 +\d+ +-\d.\d\d +\d.\d\d +\d+.\d\d   (.+)$"
+    assert all(rows[alpha, 1]["worse"] == 0 for alpha in (0.0, 2.0))
+    assert all(rows[0.0, width]["worse"] <= 2 for width in (4, 16))
+    row = r"^     [02]\.0 +\d+ +-\d.\d\d +\d.\d\d +\d+ +\d+.\d\d   (.+)$"
     texts = re.findall(row, out, re.MULTILINE)
     assert len(texts) == 6 and all(A_SENTENCE.fullmatch(f"the {text}") for text in texts)
     for alpha in (0, 2):
@@ -370,10 +417,15 @@ def test_main_finds_more_beginnings_by_groups_and_fewer_sentences(run, events):
     assert diverse["first_words"] > beam["first_words"] + 0.25
     assert 3 < diverse["texts"] < beam["texts"] - 1 and beam["texts"] > 7.9
     assert (
-        f"-> first words: one group {beam['first_words']:.1f}, groups with lambda = 2 "
-        f"{diverse['first_words']:.1f}; different sentences: {beam['texts']:.1f} and "
-        f"{diverse['texts']:.1f}\n"
+        f"-> first words: {beam['first_words']:.1f} in one group, {diverse['first_words']:.1f} in "
+        f"8 with lambda = 2; different sentences: {beam['texts']:.1f} and {diverse['texts']:.1f}\n"
     ) in out
+    for title in (
+        "4. Do 8 sentences begin with different words? One group, or 8 of one beam",
+        "lambda: what a word loses for each time that earlier groups have chosen it",
+        'groups   lambda   first words   sentences   log p of best   first words after "the"',
+    ):
+        assert f"{title}\n" in out
     assert out.splitlines()[-1].startswith(f"look: tensorboard --logdir {log_dir}   http")
     logged = events(log_dir / "diverse")
     for name in ("first_words", "texts", "log_prob"):
