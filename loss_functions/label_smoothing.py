@@ -300,7 +300,7 @@ def show_networks(number, seed, log_dir, noise, epsilons, n, epochs, sets):
 
 
 def reliability_picture(share, confidence, accuracy, size=20):
-    """(H, W, 3) uint8: a blue bar of accuracy a bin, red between it and the confidence; words."""
+    """(H, W, 3) uint8: a bar a bin, red between accuracy and confidence, blue below both; words."""
     side, left, top = len(share) * size, 30, 60
     base = top + side
     picture = Image.new("RGB", (left + side + 20, base + 40), "white")
@@ -313,8 +313,8 @@ def reliability_picture(share, confidence, accuracy, size=20):
             pen.rectangle((x, min(blue, red), x + size - 2, max(blue, red)), (230, 89, 77))
     pen.line((left, base, left + side, top), "black", 2)  # here both are equal
     for x, y, words in (
-        (4, 2, "blue: accuracy of the examples in this bin"),
-        (4, 20, "red: how far it is from their confidence"),
+        (4, 2, "blue: up to the smaller of accuracy and confidence"),
+        (4, 20, "red below the line: too sure; above: not sure enough"),
         (4, 38, "1  accuracy, upwards"), (14, base - 16, "0"), (left, base + 4, "0"),
         (left + side // 2 - 40, base + 4, "confidence"), (left + side - 8, base + 4, "1"),
     ):  # fmt: skip

@@ -133,8 +133,8 @@ def test_a_bar_is_blue_to_the_accuracy_and_red_to_the_confidence(lesson, monkeyp
         assert (blue[column].item(), red[column].item()) == pytest.approx(expected, abs=5)
     middle = picture[355 - 150 : 365 - 150, 30 + 150].sum(1)  # the diagonal, over the red
     assert (middle == 0).any()
-    assert any("blue: accuracy" in words for words in written)
-    assert any("red: " in words and "confidence" in words for words in written)
+    assert "blue: up to the smaller of accuracy and confidence" in written
+    assert "red below the line: too sure; above: not sure enough" in written
     assert {"confidence", "1  accuracy, upwards", "0", "1"} <= {*written}
 
 
