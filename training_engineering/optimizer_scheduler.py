@@ -1,31 +1,31 @@
 """A learning rate that falls to 0 along a cosine ends with less error than a constant one, each at
-its best size of three; and weight decay in AdamW shrinks all weights alike, in Adam it does not.
+its best size of five. Weight decay in AdamW shrinks all weights alike; in Adam it does not.
 
 An optimizer moves the weights, and a scheduler sets its learning rate for the next step. Start with
 AdamW, a short warm-up (the rate rises in the first steps) and half a cosine down to 0. Weight decay
 pulls weights towards 0, so that a network does not learn the noise of few examples by heart. In
-torch.optim.Adam it goes through the gradient, and is divided by the size of the gradients too.
+torch.optim.Adam it is a part of the gradient, and so it is divided by the gradient's size.
 
     w  one weight    g  its gradient    t  the step: 1, 2, ...    lr  learning rate    <-  becomes
-    m, v     running means of g and g^2, 0 at first. Of their old value a step keeps b1, or b2
-    m', v'   the same, made fair: at first m and v are too small, because they start at 0
+    m, v     running means of g and g^2; they start at 0. In each step m keeps the share b1 = 0.9
+             of its old value, and v keeps b2 = 0.999
+    m', v'   the same, divided so that the start at 0 does not make them too small
     wd       weight decay    eps  a small number against division by 0    s  size of g
 
     m <- b1 m + (1 - b1) g;    m' = m / (1 - b1^t);    v and v' likewise, with b2 and g^2
     AdamW   w <- (1 - lr wd) w - lr m' / (sqrt(v') + eps), so decay leaves (1 - lr wd)^t of w
     Adam    g <- g + wd w first, then the same with wd = 0. If g is noise whose size s is far above
-            wd w, sqrt(v') is about s, so that decay leaves about (1 - lr wd / s)^t of w
+            wd w, sqrt(v') is about s, and decay leaves about (1 - lr wd / s)^t of w
 
-To go on after a stop, load the states of optimizer and scheduler too (train.py does).
-
-Needs          nn_optim.py, train.py
+Needs          nn_optim.py, train.py (which also saves both states, to go on after a stop)
 Checked here   ten lines = torch.optim.AdamW; what decay leaves; five schedules; two hard cases
-TensorBoard    val/loss, train/loss and optim/lr by step in the runs schedule/...: constant ends on
-               top in val/loss. decay/weight by step: adam/s_20 hardly falls, adamw/s_20 does
+TensorBoard    decay/weight by step: adam/s_20 hardly falls, adamw/s_20 does. optim/lr, train/loss
+               and val/loss by step in the runs schedule/...: in val/loss constant ends above cosine
 Try            in show_everyday, write loss = 1000 * F.mse_loss(model(x), y). Which numbers change?
 Answer         None of section 1: Adam's step is divided by the gradient's size, so 1000 cancels
-Source         Kingma & Ba 2015, arXiv:1412.6980, algorithm 1 (Adam); Loshchilov & Hutter, AdamW:
-               arXiv:1711.05101, algorithm 2, cosine: arXiv:1608.03983, equation 5
+Source         Kingma & Ba, arXiv:1412.6980, algorithm 1 (Adam); Loshchilov & Hutter, cosine:
+               arXiv:1608.03983, equation 5; AdamW: arXiv:1711.05101, algorithm 2 (there wd is not
+               multiplied by lr, in PyTorch it is)
 """
 
 import argparse
@@ -48,6 +48,7 @@ from tqdm import tqdm
 
 LOG_DIR = Path(__file__).resolve().parents[1] / "runs/training_engineering/optimizer_scheduler"
 SCHEDULES = ("constant", "step", "cosine", "one_cycle", "warmup_cosine")
+PEAKS = (0.001, 0.003, 0.01, 0.03, 0.1)  # the largest rate of a schedule
 
 
 def draw(log_dir, curves):
@@ -66,9 +67,9 @@ def adamw_step(w, g, m, v, t, lr, wd=0.01, b1=0.9, b2=0.999, eps=1e-8):
     w *= 1 - lr * wd
     m += (1 - b1) * (g - m)
     v += (1 - b2) * (g**2 - v)
-    m_fair = m / (1 - b1**t)
-    v_fair = v / (1 - b2**t)
-    w -= lr * m_fair / (v_fair.sqrt() + eps)
+    m_hat = m / (1 - b1**t)
+    v_hat = v / (1 - b2**t)
+    w -= lr * m_hat / (v_hat.sqrt() + eps)
 
 
 def decay_groups(model, weight_decay):
@@ -101,7 +102,9 @@ def show_everyday(T=10, warmup=2):
     nn.init.ones_(model.weight)
     nn.init.ones_(model.bias)
     optimizer = torch.optim.AdamW(decay_groups(model, weight_decay=0.5), lr=0.1)
-    scheduler = LambdaLR(optimizer, lambda t: warmup_cosine_lr(t, 1.0, T, warmup))  # times 0.1
+    scheduler = LambdaLR(
+        optimizer, lambda t: warmup_cosine_lr(t, 1.0, T, warmup)
+    )  # LambdaLR multiplies lr=0.1 by this
     x, y = torch.ones(1, 1), torch.zeros(1, 1)
     w, m, v, rows = torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(1, 1), []
     for step in range(1, T + 1):
@@ -139,6 +142,7 @@ def mean_path(make, s, steps, pairs=128, **options):
 
 def show_decay(seed, log_dir, steps, lr=0.01, wd=0.1):
     print(f"2. How much of a weight does decay leave after {steps} steps? lr {lr}, wd {wd}")
+    print("   (the gradients are noise of size s, without a direction)")
     print("   size s of the noise   SGD     AdamW   (1 - lr wd)^t   Adam    (1 - lr wd / s)^t")
     left, exact = {}, (1 - lr * wd) ** steps
     for s in (0.01, 2, 20):
@@ -149,12 +153,13 @@ def show_decay(seed, log_dir, steps, lr=0.01, wd=0.1):
             draw(log_dir / make.__name__.lower() / f"s_{s}", {"decay/weight": path})
         sgd, adamw, adam = (left[name, s] for name in ("SGD", "AdamW", "Adam"))
         assert abs(sgd - exact) < 1e-9 and abs(adamw - exact) < 1e-9
-        law = f"{(1 - lr * wd / s) ** steps:.3f}" if s > wd else "only for s far above wd"
+        law = f"{(1 - lr * wd / s) ** steps:.3f}" if s > wd else "-"
         print(f"   {s:<19}   {sgd:.3f}   {adamw:.3f}   {exact:<13.3f}   {abs(adam):.3f}   {law}")
     lost = {key: 1 - share for key, share in left.items()}
-    print(f"   -> from s = 2 to s = 20 Adam's loss by decay changes by a factor "
-          f"{lost['Adam', 20] / lost['Adam', 2]:.2f}, AdamW's by a factor "
-          f"{lost['AdamW', 20] / lost['AdamW', 2]:.2f}")  # fmt: skip
+    print("   (s = 0.01 is far below wd: there decay is the larger part of Adam's gradient)")
+    print(f"   -> decay takes {lost['AdamW', 2]:.2f} of the weight with AdamW if s = 2, "
+          f"{lost['AdamW', 20]:.2f} if s = 20; with Adam {lost['Adam', 2]:.2f} and "
+          f"{lost['Adam', 20]:.2f}")  # fmt: skip
     return left
 
 
@@ -189,17 +194,20 @@ def network(blocks=0, n=64):
     return nn.Sequential(first, *[PostNorm(n) for _ in range(blocks)], nn.Linear(n, 1))
 
 
-def train(seed, name, lr, steps, wd=0.01, blocks=0, N=10_000):
-    """Learn from N examples, another network's answers plus noise. Curves of the loop of section 1.
-
-    {"optim/lr", "train/loss", "val/loss": lists by step}; "val" is 256 new answers without noise.
-    """
+def task(seed, blocks, N):
+    """A network; N examples, another network's answers plus noise; 256 new ones without noise."""
     torch.manual_seed(seed)
     model, teacher = network(blocks), network()
     with torch.no_grad():
         teacher[-1].weight *= 4
         x, x_new = torch.randn(N, 8), torch.randn(256, 8)
         y, y_new = teacher(x) + torch.randn(N, 1), teacher(x_new)
+    return model, x, y, x_new, y_new
+
+
+def train(seed, name, lr, steps, wd=0.01, blocks=0, N=10_000):
+    """The loop of section 1. {"optim/lr", "train/loss", "val/loss": lists by step}."""
+    model, x, y, x_new, y_new = task(seed, blocks, N)
     optimizer = torch.optim.AdamW(decay_groups(model, wd), lr)
     scheduler = make_scheduler(name, optimizer, lr, steps)
     curves = {"optim/lr": [], "train/loss": [], "val/loss": []}
@@ -217,25 +225,29 @@ def train(seed, name, lr, steps, wd=0.01, blocks=0, N=10_000):
 
 
 def show_schedules(log_dir, seeds, steps, peaks):
-    print(f"3. Which schedule? {steps} steps of AdamW. Squared error at the end on new examples, "
-          f"mean of {len(seeds)}")  # fmt: skip
-    cells = "".join(f"   {lr:<6}" for lr in peaks)
-    print(f"   {'':<13}   rate / peak at step       error by peak")
-    print(f"   {'schedule':<13}   0       {steps // 2:<5}   {steps - 1:<5}{cells}")
-    used, ends = {}, {}
+    print(f"3. Which schedule? {steps} steps of AdamW; squared error at the end on new examples")
+    cells = "".join(f"   {lr:<5}" for lr in peaks)
+    print(f"   {'':<13}   rate / peak at step     mean of {len(seeds)} seeds, by peak rate")
+    print(
+        f"   {'schedule':<13}   0       {steps // 2:<5}   {steps - 1:<5}{cells}   best peak's range"
+    )
+    used, ends, best = {}, {}, {}
     for name in tqdm(SCHEDULES, disable=None):
+        errors = {}
         for lr in peaks:
             runs = [train(seed, name, lr, steps) for seed in seeds]
-            ends[name, lr] = sum(curves["val/loss"][-1] for curves in runs) / len(seeds)
+            errors[lr] = [curves["val/loss"][-1] for curves in runs]
+            ends[name, lr] = sum(errors[lr]) / len(seeds)
         draw(log_dir / "schedule" / name, runs[0])  # with the last of the peaks
         used[name] = [rate / lr for rate in runs[0]["optim/lr"]]
+        best[name] = errors[min(peaks, key=lambda lr: ends[name, lr])]
     for name in SCHEDULES:
         shares = "   ".join(f"{used[name][t]:.3f}" for t in (0, steps // 2, steps - 1))
-        print(f"   {name:<13}   {shares}" + "".join(f"   {ends[name, lr]:<6.3f}" for lr in peaks))
-    best = {name: min(ends[name, lr] for lr in peaks) for name in SCHEDULES}
-    shares = [best[name] / best["constant"] for name in ("cosine", "warmup_cosine")]
-    print(f"   -> at its best peak cosine leaves {shares[0]:.2f} of the constant rate's error, "
-          f"warmup_cosine {shares[1]:.2f}")  # fmt: skip
+        cells = "".join(f"   {ends[name, lr]:.3f}" for lr in peaks)
+        print(f"   {name:<13}   {shares}{cells}   {min(best[name]):.3f} to {max(best[name]):.3f}")
+    constant, *falling = [sum(best[name]) / len(seeds) for name in SCHEDULES]
+    print(f"   -> at its best peak constant ends at {constant:.3f}, the four that fall at "
+          f"{min(falling):.3f} to {max(falling):.3f}")  # fmt: skip
     return used, ends
 
 
@@ -244,25 +256,36 @@ def show_schedules(log_dir, seeds, steps, peaks):
 
 def show_hard_cases(seeds, steps, lr=0.03):
     print(f"4. When do warm-up and weight decay matter? Peak {lr}, {steps} steps, as in section 3")
-    print(f"   squared error on new examples            mean    lowest   highest of {len(seeds)}")
+    print("   (PostNorm: blocks x -> LayerNorm(x + f(x)), as in the first transformers)")
+    print(
+        f"   squared error on new examples            mean   lowest   highest of {len(seeds)} seeds"
+    )
     ends = {}
-    for what, name, peak, options in (
-        ("not trained, lr 0", "constant", 0.0, {}),
-        ("4 blocks of PostNorm, no warm-up", "cosine", lr, {"blocks": 4}),
-        ("4 blocks of PostNorm, warm-up", "warmup_cosine", lr, {"blocks": 4}),
-        ("64 examples only, weight decay 0.01", "warmup_cosine", lr, {"N": 64}),
-        ("64 examples only, weight decay 10", "warmup_cosine", lr, {"N": 64, "wd": 10}),
+    for what, name, options in (
+        ("answer the mean of 64 targets", None, {}),
+        ("4 blocks of PostNorm, no warm-up", "cosine", {"blocks": 4}),
+        ("4 blocks of PostNorm, warm-up", "warmup_cosine", {"blocks": 4}),
+        ("64 examples only, weight decay 0.01", "warmup_cosine", {"N": 64}),
+        ("64 examples only, weight decay 10", "warmup_cosine", {"N": 64, "wd": 10}),
     ):
-        errors = [train(seed, name, peak, steps, **options)["val/loss"][-1] for seed in seeds]
+        errors = []
+        for seed in seeds:
+            if name:
+                errors.append(train(seed, name, lr, steps, **options)["val/loss"][-1])
+            else:
+                _, _, y, _, y_new = task(seed, 0, 64)
+                errors.append((y_new - y.mean()).square().mean().item())
         ends[what] = sum(errors) / len(seeds)
-        print(f"   {what:<38}   {ends[what]:.3f}   {min(errors):.3f}    {max(errors):.3f}")
-    _, cold, warm, weak, strong = ends.values()
-    print(f"   -> with blocks warm-up leaves {warm / cold:.2f} of the error, with 64 examples "
-          f"weight decay 10 leaves {strong / weak:.2f} of it")  # fmt: skip
+        print(f"   {what:<36}   {ends[what]:6.3f}   {min(errors):6.3f}   {max(errors):7.3f}")
+    null, cold, warm, weak, strong = ends.values()
+    print(f"   -> with 4 PostNorm blocks warm-up leaves {warm / cold:.2f} of the error")
+    print(f"   -> with 64 examples decay 10 leaves {strong / weak:.2f} of the error of decay 0.01, "
+          f"{strong / null:.2f} of the mean's")  # fmt: skip
+    print(f"   (usual decays are 0.01 to 0.1, in runs of many more steps than {steps})")
     return ends
 
 
-def main(seed=0, log_dir=LOG_DIR, decay_steps=1000, steps=200, runs=3, peaks=(0.003, 0.01, 0.03)):
+def main(seed=0, log_dir=LOG_DIR, decay_steps=1000, steps=200, runs=3, peaks=PEAKS):
     torch.manual_seed(seed)
     seeds = range(seed * runs, (seed + 1) * runs)
     measured = {"everyday": show_everyday(), "decay": show_decay(seed, log_dir, decay_steps)}
