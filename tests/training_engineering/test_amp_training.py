@@ -88,6 +88,7 @@ def test_the_everyday_steps_are_skipped_until_the_gradient_fits(lesson, capsys):
         assert [*cells, f"{after:.0f}"] in [line.split() for line in out.splitlines()]
     assert "-> 3 steps are skipped, until the larger gradient, 4 S = 32768" in out
     assert "below float16's largest, 65504" in out
+    assert "(one example: loss |3 w1 + 4 w2|, so the gradient is (3, 4), of norm 5; cl" in out
 
 
 # --- memory and types --------------------------------------------------------------------------
@@ -268,6 +269,7 @@ def test_the_share_of_log_uniform_gradients_that_fp16_makes_0(log2_scale):
 @pytest.mark.parametrize("overflow_at", [(), (0,), (1, 2, 7), (3, 9)])
 def test_our_scaler_lives_as_torchs(lesson, interval, overflow_at):
     options = {"init_scale": 2.0**7, "growth_interval": interval}
+    assert lesson.LossScaler().interval == torch.amp.GradScaler("cpu").get_growth_interval()
     ours = lesson.life(lesson.LossScaler(growth=4.0, backoff=0.25, **options), 12, overflow_at)
     twin = torch.amp.GradScaler("cpu", growth_factor=4.0, backoff_factor=0.25, **options)
     theirs = lesson.life(twin, 12, overflow_at)
