@@ -265,7 +265,7 @@ def show_ring(seed, log_dir, gans, steps, z):
     lost = [kind for kind in kinds if found[kind][1] < least]
     print(f"   -> all {gans} GANs find all modes: {'; '.join(whole) or 'with no kind'}")
     print("   -> points of a circle do, too, so look at the share, which is below theirs for",
-          *lost, sep="\n      ")  # fmt: skip
+          *(lost or ["no kind"]), sep="\n      ")  # fmt: skip
     (_, bare), (_, paid) = found[kinds[0]], found[kinds[2]]
     print(f"   -> share, non-saturating: {bare:.2f} without penalty, {paid:.2f} with penalty 1")
     print(f"      without penalty, of GANs that find all: {full[kinds[0]]:.2f} (nan: none does)")

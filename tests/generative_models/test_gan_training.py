@@ -294,6 +294,24 @@ def test_the_plain_loop_is_the_loop_of_many_for_one(lesson):
         torch.testing.assert_close(net(x[None])[0], single(x), rtol=1e-3, atol=1e-5)
 
 
+def test_the_first_section_shows_g_before_and_after_training(lesson, monkeypatch, capsys):
+    def train(G, D, draw_real, steps, z):
+        assert (draw_real, steps, z) == (lesson.ring, 9, 3)
+        assert D(G(torch.zeros(4, 3))).shape == (4, 1)
+        nn.init.zeros_(G[-1].weight)
+        G[-1].bias.data = torch.tensor([0.05, 0.98])  # close to the third centre
+
+    monkeypatch.setattr(lesson, "plain_train", train)
+    torch.manual_seed(0)
+    found = lesson.show_everyday(9, 3)
+    assert found["G, trained"] == (1, 1.0) and found["G, untrained"][1] < 0.1
+    out = capsys.readouterr().out
+    assert "gives (0.05, 0.98); nearest mode (0.00, 1.00)\n" in out
+    for name, (modes, near) in found.items():
+        assert f"\n   {name:<12}   {modes:17}   {near:32.3f}\n" in out
+    assert out.endswith("leaves out: 7 of 8\n")
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_main_keeps_its_claims(measured, lesson, seed):
     result, printed = measured[0][seed]
@@ -335,7 +353,7 @@ def test_each_row_is_trained_with_its_own_setting_and_named_by_it(
         run = writer.log_dir.name
         calls[run] = (gans, steps, z, settings, torch.initial_seed())
         x = lesson.ring(gans, 100)
-        x[1] += 0.05  # fewer lie close to a mode
+        x[1, : 5 * len(calls)] = 9.0  # of each kind fewer lie close to a mode
         if "penalty" not in run:
             x[0], x[2] = lesson.CENTRES[0], lesson.CENTRES[3]
         return x
@@ -369,6 +387,7 @@ def test_each_row_is_trained_with_its_own_setting_and_named_by_it(
     near = lesson.count_modes(pictures[0]["non-saturating: 1 8 1 modes"])[1]
     values = found["non-saturating"][1], found["non-saturating, penalty 1"][1], near[1]
     assert share.format(*values) in out
+    assert "is below theirs for\n      no kind\n" in out
     for kind, (words, x) in zip(found, [(None, None)] * 2 + [*pictures[0].items()], strict=True):
         modes = " ".join(map(str, found[kind][0]))
         assert f"\n   {kind:<30}   {modes:<25}   {found[kind][1]:21.3f}\n" in out
