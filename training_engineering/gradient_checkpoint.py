@@ -1,18 +1,19 @@
-"""Checkpointing every block keeps L activations for backward instead of c L; no gradient changes.
+"""With a checkpoint around each block, forward keeps one tensor a block; no gradient changes.
 
 An activation is a tensor that forward computes and keeps, because backward needs it. A checkpoint
-around a part of a network keeps only the input of that part, and runs the part a second time when
-backward comes to it. You need it when a batch does not fit into memory, and you pay with time. A
-checkpoint around a single layer gains nothing: section 4 measures what to wrap. Dropout must drop
-the same numbers in both runs, so a checkpoint also keeps the random number generator's state.
+around a part of a network keeps only the input of that part, and runs the part again, as far as
+backward needs it, when backward comes to it. You need it when a batch does not fit into memory, and
+you pay with time. A checkpoint around a single Linear or activation function gains nothing. Dropout
+must drop the same numbers in both runs, so a checkpoint also keeps the random number generator's
+state.
 
     after forward     c L activations are in memory without checkpoints, S with S segments
-    peak of a step    about S + c L / S: the S inputs, and all of the one segment that runs
+    peak of a step    about S + c L / S: one tensor a segment, and all of the segment that runs
     best S            sqrt(c L), where the peak is about 2 sqrt(c L)
 
     L  blocks of the network     c  activations that one block keeps, 3 here
     S  segments: parts of L / S blocks each, with a checkpoint around each part
-    peak  the most activations that are in memory at one time, in forward or backward
+    peak  the most tensors of an activation's size, gradients too, in memory at one time
 
 Needs          nn_seq.py; 07_custom_autograd_function.py for section 2
 Checked here   gradients equal bit for bit under dropout, from PyTorch's checkpoint and from ours;
@@ -56,6 +57,10 @@ def checkpointed(net, x):
     return x
 
 
+def plain(net, x):
+    return net(x)
+
+
 def two_segments(net, x):  # PyTorch's own loop leaves the last segment without a checkpoint
     return checkpoint_sequential(net, 2, x, use_reentrant=False)
 
@@ -73,61 +78,6 @@ class Block(nn.Module):
 
 def network(L, d, p=0.0):
     return nn.Sequential(*(Block(d, p) for _ in range(L)))
-
-
-def show_everyday(L=4):
-    print(f"1. In everyday code: what do checkpoints change in a step of {L} blocks?")
-    print("   forward                                 activations   matrix products   gradients")
-    print("                                         after forward         of a step        same")
-    net, x = network(L, 4), torch.randn(8, 4)
-    rows = {
-        "net(x)": step(run, net, x, 0),  # step measures: section 2
-        "checkpointed(net, x)": step(checkpointed, net, x),
-        "checkpoint_sequential(net, 2, x, ...)": step(two_segments, net, x),
-    }
-    grads, kept, _, once = rows["net(x)"]
-    for name, (g, after, _, products) in rows.items():
-        same = sum(torch.equal(a, b) for a, b in zip(g, grads, strict=True))
-        print(f"   {name:<37}   {after:11}   {products:15}   {same:3} of {len(grads)}")
-        assert same == len(grads)
-    _, less, _, more = rows["checkpointed(net, x)"]
-    print(f"   -> a checkpoint around each block: {less} activations instead of {kept}, {more} "
-          f"products instead of {once}")  # fmt: skip
-    return {name: row[1:] for name, row in rows.items()}
-
-
-# --- 2. from scratch ---------------------------------------------------------------------------
-
-
-class Checkpoint(torch.autograd.Function):
-    """`Checkpoint.apply(f, x)` is f(x), but keeps x alone and runs f again in backward.
-
-    PyTorch's older form, use_reentrant=True, works so. It restores the CPU's random numbers only.
-    """
-
-    @staticmethod
-    def forward(ctx, f, x):
-        """f(x). Keep f and torch.get_rng_state(), as it is before f runs, as attributes of ctx.
-
-        Keep x by ctx.save_for_backward. PyTorch records nothing else here. Exercise.
-        """
-        ctx.f, ctx.random = f, torch.get_rng_state()
-        ctx.save_for_backward(x)
-        return f(x)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        """Run f again on a detached x that asks for a gradient: returns (None, gradient of x).
-
-        f sees the random numbers of the first run, within torch.random.fork_rng(devices=[]), so
-        that those outside stay. y.backward(grad_y) gives f's parameters their gradients. Exercise.
-        """
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.set_rng_state(ctx.random)  # the dropout of the first run
-            y = ctx.f(x)
-        y.backward(grad_y)
-        return None, x.grad
 
 
 class Memory(TorchDispatchMode):
@@ -168,17 +118,73 @@ def step(forward, net, x, *how):
     return [w.grad for w in net.parameters()], after, memory.peak // x.nbytes, memory.products
 
 
+def show_everyday(L=4):
+    print(f"1. In everyday code: what do checkpoints change in a step of {L} blocks?")
+    print("   forward                                 activations   matrix products   gradients")
+    print("                                         after forward         of a step        same")
+    net, x = network(L, 4), torch.randn(8, 4)
+    rows = {
+        "net(x)": step(plain, net, x),
+        "checkpointed(net, x)": step(checkpointed, net, x),
+        "checkpoint_sequential(net, 2, x, ...)": step(two_segments, net, x),
+    }
+    grads, kept, _, once = rows["net(x)"]
+    for name, (g, after, _, products) in rows.items():
+        same = sum(torch.equal(a, b) for a, b in zip(g, grads, strict=True))
+        print(f"   {name:<37}   {after:11}   {products:15}   {same:3} of {len(grads)}")
+        assert same == len(grads)
+    print("   (The second run stops before a checkpoint's last Linear: backward has all it needs.)")
+    _, less, _, more = rows["checkpointed(net, x)"]
+    print(f"   -> a checkpoint around each block: {less} activations instead of {kept}, {more} "
+          f"products instead of {once}")  # fmt: skip
+    return {name: row[1:] for name, row in rows.items()}
+
+
+# --- 2. from scratch ---------------------------------------------------------------------------
+
+
+class Checkpoint(torch.autograd.Function):
+    """`Checkpoint.apply(f, x)` is f(x), but keeps x alone and runs f again in backward.
+
+    PyTorch's older form, use_reentrant=True, works so. Ours restores the CPU's random numbers only.
+    """
+
+    @staticmethod
+    def forward(ctx, f, x):
+        """f(x). Keep f and torch.get_rng_state(), as it is before f runs, as attributes of ctx.
+
+        Keep x by ctx.save_for_backward. PyTorch records nothing else here. Exercise.
+        """
+        ctx.f, ctx.random = f, torch.get_rng_state()
+        ctx.save_for_backward(x)
+        return f(x)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        """Run f again on a detached x that asks for a gradient: returns (None, gradient of x).
+
+        f sees the random numbers of the first run, within torch.random.fork_rng(devices=[]), so
+        that those outside stay. y.backward(grad_y) gives f's parameters their gradients. Exercise.
+        """
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.set_rng_state(ctx.random)  # the dropout of the first run
+            y = ctx.f(x)
+        y.backward(grad_y)
+        return None, x.grad
+
+
 def first_half(net, x, call, options):
     """net(x) for two halves: the first one, f, as call(f, x, **options)."""
     return net[1](call(net[0], x, **options))
 
 
 def show_scratch(L=4, B=32, d=8, p=0.2):
-    print(f"2. {L} blocks, dropout {p}, a checkpoint around their first half f: right gradients?")
-    print("   call                                    parameters without   largest relative")
-    print("                                                   a gradient   difference of others")
+    print(f"2. {L} blocks, dropout {p}, a checkpoint around the first half f: right gradients?")
+    print("   call                                    parameters without   of the others, largest")
+    print("                                                   a gradient      relative difference")
     net, x = nn.Sequential(network(L // 2, d, p), network(L // 2, d, p)), torch.randn(B, d)
-    expected, found = step(run, net, x, 0)[0], {}
+    expected, found = step(plain, net, x)[0], {}
     new, old = {"use_reentrant": False}, {"use_reentrant": True}
     for name, start, call, options in (
         ("checkpoint(f, x, use_reentrant=False)", x, checkpoint, new),
@@ -192,11 +198,13 @@ def show_scratch(L=4, B=32, d=8, p=0.2):
         pairs = [(g, e) for g, e in zip(grads, expected, strict=True) if g is not None]
         off = max(((g - e).norm() / e.norm()).item() for g, e in pairs)
         found[name] = len(grads) - len(pairs), off
-        print(f"   {name:<37}   {found[name][0]:13} of {len(grads)}   {off:20.2g}")
-    default, _, reentrant, _, ours = found.values()
+        print(f"   {name:<37}   {found[name][0]:13} of {len(grads)}   {off:22.2g}")
+    default, forgot, reentrant, _, ours = found.values()
     assert default == ours == (0, 0)
-    print(f"   -> parameters that get no gradient: {default[0]} with use_reentrant=False, "
-          f"{reentrant[0]} with True")  # fmt: skip
+    print("   (A Function is recorded only if a tensor given to it requires a gradient. x is data,")
+    print("   which does not, and the parameters inside f are not given to it.)")
+    print(f"   -> {default[0]} parameters without a gradient with use_reentrant=False, "
+          f"{reentrant[0]} with True; wrong by {forgot[1]:.2g} without the state")  # fmt: skip
     return found
 
 
@@ -217,14 +225,15 @@ def run(net, x, S):
 
 
 def show_segments(log_dir, L, B, d):
-    net, x, after, peaks = network(L, d), torch.randn(B, d), {}, {}
+    net, x, after, peaks, products = network(L, d), torch.randn(B, d), {}, {}, {}
     c = step(run, net[:1], x, 0)[1]
     print(f"3. How many activations are in memory? L = {L} blocks in S segments, c = {c} a block")
-    print("   segments S   after forward   peak, measured   peak, S + c L / S")
+    print("   segments S   after forward   peak, measured   peak, S + c L / S   matrix products")
     formula = {S: S + c * L // S for S in range(1, L + 1) if L % S == 0}
     for S in (0, *formula):  # every S that divides L
-        _, after[S], peaks[S], _ = step(run, net, x, S)
-        print(f"   {S or 'none':>10}   {after[S]:13}   {peaks[S]:14}   {formula.get(S, '-'):>17}")
+        _, after[S], peaks[S], products[S] = step(run, net, x, S)
+        print(f"   {S or 'none':>10}   {after[S]:13}   {peaks[S]:14}   {formula.get(S, '-'):>17}"
+              f"   {products[S]:15}")  # fmt: skip
     assert all(after[S] == (S or c * L) for S in after)
     assert all(abs(peaks[S] - formula[S]) <= 1 for S in formula)
     for name, curve in (("measured", peaks), ("formula", formula)):
@@ -232,9 +241,10 @@ def show_segments(log_dir, L, B, d):
             for S in formula:
                 writer.add_scalar("memory/peak", curve[S], S)
     best = min(formula, key=peaks.get)
-    print(f"   -> the peak is least with S = {best}: {peaks[best]} activations instead of "
-          f"{peaks[0]}; sqrt(c L) = {math.sqrt(c * L):.1f}")  # fmt: skip
-    return {"c": c, "after": after, "peaks": peaks, "best": best}
+    more, root = f"for {products[best]} products, not {products[0]}", math.sqrt(c * L)
+    print(f"   -> the peak is least with S = {best}: {peaks[best]}, not {peaks[0]}, {more}; "
+          f"sqrt(c L) = {root:.1f}")  # fmt: skip
+    return {"c": c, "after": after, "peaks": peaks, "products": products, "best": best}
 
 
 # --- 4. which layers to wrap? ------------------------------------------------------------------
@@ -273,7 +283,7 @@ def show_wrapping(L, B, d):
         _, after, _, products = step(run_wrapped, net, x, wraps)
         rows[name] = after, products
         print(f"   {name:<20}   {after:12}   {products:15}")
-    print("   (A layer alone keeps no more than its input anyway. A second run ends as soon as all")
+    print("   (A Linear or a SiLU keeps no more than its input anyway. A second run ends once all")
     print("   that was kept is back: before the product of the last Linear in a checkpoint.)")
     kept, once = rows["nothing"]
     free = [name for name, row in rows.items() if row[0] < kept and row[1] == once]

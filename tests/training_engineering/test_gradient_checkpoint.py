@@ -217,17 +217,20 @@ def test_main_counts_what_theory_says(lesson, tmp_path, seed, events, capsys):
     missing = [row[0] for row in result["scratch"].values()]
     off = [row[1] for row in result["scratch"].values()]
     assert missing == [0, 0, 8, 8, 0] and off[0] == off[2] == off[3] == off[4] == 0 < 0.05 < off[1]
-    assert f"preserve_rng_state=False                     0 of 16   {off[1]:20.2g}" in printed
-    assert "-> parameters that get no gradient: 0 with use_reentrant=False, 8 with True" in printed
+    assert f"preserve_rng_state=False                     0 of 16   {off[1]:22.2g}" in printed
+    assert "-> 0 parameters without a gradient with use_reentrant=False, 8 with True; " in printed
+    assert f"; wrong by {off[1]:.2g} without the state\n" in printed
 
     segments = result["segments"]
     peaks = segments["peaks"]
     assert segments["c"] == 3 and segments["after"] == {S: S or 36 for S in (0, 1, 2, 3, 4, 6, 12)}
     assert segments["best"] == 6 and min(peaks.values()) == peaks[6] == 12 and peaks[0] == 40
     for S in (1, 2, 3, 4, 6, 12):
-        assert re.search(rf"^ +{S} +{S} +{peaks[S]} +{S + 36 // S}$", printed, re.MULTILINE)
-    assert re.search(r"^ +none +36 +40 +-$", printed, re.MULTILINE)
-    assert "least with S = 6: 12 activations instead of 40; sqrt(c L) = 6.0" in printed
+        assert re.search(
+            rf"^ +{S} +{S} +{peaks[S]} +{S + 36 // S} +{95 - S}$", printed, re.MULTILINE
+        )
+    assert re.search(r"^ +none +36 +40 +- +71$", printed, re.MULTILINE)
+    assert "least with S = 6: 12, not 40, for 89 products, not 71; sqrt(c L) = 6.0\n" in printed
     for run, curve in (("measured", peaks), ("formula", {S: S + 36 / S for S in range(1, 13)})):
         logged = events(tmp_path / run).Scalars("memory/peak")
         assert [e.step for e in logged] == [1, 2, 3, 4, 6, 12]
@@ -258,7 +261,7 @@ def test_each_table_has_its_title_and_heads(lesson, tmp_path, capsys):
             "after forward",
             "of a step",
         ),
-        (titles[1], "call", "parameters without", "largest relative", "a gradient"),
+        (titles[1], "call", "parameters without", "of the others, largest", "relative difference"),
         (titles[2], "segments S", "after forward", "peak, measured", "peak, S + c L / S"),
         (titles[3], "a checkpoint around", "activations", "matrix products", "after forward"),
     ):
