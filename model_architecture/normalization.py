@@ -2,29 +2,29 @@
 
 A norm stands between layers. It shifts and scales the numbers that share a mean so that their mean
 is 0 and their variance 1. If all of them grow five times, its output stays as it is: no later layer
-can see how large they were. So choose a norm by what it may not see: section 3. In train(), each
-output of BatchNorm depends on the whole batch. For eval() it keeps averages of mean and variance:
-running <- (1 - m) running + m batch, with momentum m = 0.1.
+can see how large they were. So choose a norm by what it may not see: section 3. BatchNorm's outputs
+depend on the whole batch in train(). In eval() it uses stored averages of mean and variance, so
+there it does see the size: running <- (1 - m) running + m batch, with momentum m = 0.1.
 
     y = w * (x - mean) / sqrt(var + eps) + b         RMSNorm: y = w * x / sqrt(mean of x^2 + eps)
 
     x  (B, C, L): B examples, C channels, L positions; in an image, positions have rows and columns
-    mean, var  over the axes below; var is divided by their count     eps  1e-5: a divisor above 0
-    w, b  learned, one a channel; in LayerNorm one for each number under a mean; RMSNorm has no b
+    mean, var  over the axes below; var is the mean of (x - mean)^2    eps  1e-5: a divisor above 0
+    w, b  learned, one a channel (InstanceNorm: if affine=True); in LayerNorm one a number of a mean
 
-    norm           one mean for each               axes     seen in
-    BatchNorm      channel                         (0, 2)   image classifiers
-    GroupNorm      example and group of channels            U-Nets; detection (small batches)
-    InstanceNorm   example and channel             2        style transfer: contrast shall go
-    LayerNorm      example and position            1        Transformers; in Llama it is RMSNorm
+    norm           one mean for each               axes           seen in
+    BatchNorm      channel                         (0, 2)         image classifiers
+    GroupNorm      example and group of channels   2, part of 1   U-Nets; detection (small batches)
+    InstanceNorm   example and channel             2              style transfer: contrast must go
+    LayerNorm      example and position            1              Transformers; in Llama: RMSNorm
 
 Needs          nn_linear.py, nn_conv2d.py, train.py
-Checked here   plain = torch; complete BatchNorm = torch; the error of a batch's mean; what each
-               norm cannot see; accuracy with four norms and with none, on two tasks
+Checked here   plain = torch; our BatchNorm = torch's; the error of a batch's mean; what each norm
+               cannot see; accuracy with four norms and with none, on two tasks
 TensorBoard    accuracy/loudness_batch_32 by step: BatchNorm rises to 1, three norms stay near 0.25;
                accuracy/form_batch_2: there BatchNorm ends below GroupNorm
 Try            in network, write bias=True: which norms can then hear how loud a wave is?
-Answer         GroupNorm, LayerNorm and none reach 1.00 too; InstanceNorm subtracts the bias again
+Answer         GroupNorm, LayerNorm: conv(5 x) + b is not 5 (conv(x) + b). InstanceNorm subtracts b
 Source         arXiv:1502.03167 (BatchNorm), 1607.06450 (LayerNorm), 1607.08022 (InstanceNorm),
                1803.08494 (GroupNorm, eq. 7), 1910.07467 (RMSNorm)
 """
@@ -74,21 +74,25 @@ def show_everyday():
     batch = nn.BatchNorm1d(2)(x)  # 2 channels; nn.BatchNorm2d is for images (B, C, H, W)
     group = nn.GroupNorm(1, 2)(x)  # 1 group that holds both channels
     instance = nn.InstanceNorm1d(2)(x)
-    layer = nn.LayerNorm(2)(x.mT).mT  # x.mT is (B, L, C): channels last, as in a Transformer
+    layer = nn.LayerNorm(2)(x.mT).mT  # .mT swaps the last two axes: (B, L, C), as in Transformers
     rms = nn.RMSNorm(2, eps=1e-5)(x.mT).mT
-    rows = {"x": x, "BatchNorm1d(2)": batch, "GroupNorm(1, 2)": group,
-            "InstanceNorm1d(2)": instance, "LayerNorm(2)": layer, "RMSNorm(2)": rms}  # fmt: skip
-    plain = (x, normalize(x, (0, 2)), group_normalize(x, 1),
-             normalize(x, 2), normalize(x, 1), rms_normalize(x, 1))  # fmt: skip
-    print("1. In everyday code: what do five norms make of two examples of two channels?")
-    print("                       example 0:                     example 1:")
-    print("   call of torch.nn    channel 0      channel 1       channel 0      channel 1")
-    for name, y in rows.items():
-        pairs = [" ".join(f"{number:6.2f}" for number in pair) for pair in y.flatten(0, 1).tolist()]
-        print(f"   {name:<17}  {'  '.join(pairs)}")
-    off = max((y - z).abs().max().item() for y, z in zip(rows.values(), plain, strict=True))
-    print(f"   -> the plain functions above give the same: largest difference {off:.0e}")
-    return rows, off
+    rows = [
+        ("x", "", x, x),
+        ("BatchNorm1d(2)", "channel: 4", batch, normalize(x, (0, 2))),
+        ("GroupNorm(1, 2)", "example: 4", group, group_normalize(x, 1)),
+        ("InstanceNorm1d(2)", "example and channel: 2", instance, normalize(x, 2)),
+        ("LayerNorm(2)", "example and position: 2", layer, normalize(x, 1)),
+        ("RMSNorm(2)", "example and position: 2", rms, rms_normalize(x, 1)),
+    ]
+    print("1. In everyday code: what do five norms make of 2 examples of 2 channels, 2 positions?")
+    print("                       one mean for each:        example 0                 example 1")
+    print("   call of torch.nn    of how many numbers    " + 2 * "   channel 0    channel 1 ")
+    for name, mean, y, _ in rows:
+        pairs = [" ".join(f"{number:5.2f}" for number in pair) for pair in y.flatten(0, 1).tolist()]
+        print(f"   {name:<17}   {mean:<23}   {'  '.join(pairs)}")
+    off = max((y - plain).abs().max().item() for *_, y, plain in rows)
+    print(f"   -> normalize, group_normalize, rms_normalize give the same: within {off:.0e}")
+    return {name: y for name, _, y, _ in rows}, off
 
 
 # --- 2. BatchNorm, complete --------------------------------------------------------------------
@@ -110,10 +114,10 @@ class BatchNorm(nn.Module):
         """Move running_mean and running_var, in place, towards mean and variance of x over `axes`.
 
         Count the batch in num_batches_tracked. running <- (1 - m) running + m batch, where m is the
-        momentum, or 1 / num_batches_tracked without one. This variance divides by n - 1. Exercise.
+        momentum. This variance divides by n - 1. Exercise.
         """
         self.num_batches_tracked += 1
-        m = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        m = self.momentum
         self.running_mean.copy_((1 - m) * self.running_mean + m * x.mean(axes))
         self.running_var.copy_((1 - m) * self.running_var + m * x.var(axes, correction=1))
 
@@ -121,35 +125,34 @@ class BatchNorm(nn.Module):
         C = len(self.running_mean)
         if x.dim() < 2 or x.shape[1] != C or (self.training and x.numel() < 2 * C):
             raise ValueError(f"x must be (B, {C}, ...), 2 values a channel, not {tuple(x.shape)}")
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # sums in 16 bits may overflow
         axes, shape = (0, *range(2, x.dim())), (-1, *[1] * (x.dim() - 2))
         if self.training:
-            self.track(wide.detach(), axes)
-            y = normalize(wide, axes, self.eps)
+            self.track(x.detach(), axes)
+            y = normalize(x, axes, self.eps)
         else:
             mean, var = self.running_mean.view(shape), self.running_var.view(shape)
-            y = (wide - mean) / (var + self.eps).sqrt()
-        return (y * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
+            y = (x - mean) / (var + self.eps).sqrt()
+        return y * self.weight.view(shape) + self.bias.view(shape)
 
 
 def show_batch_norm(trials):
-    print(f"2. What does BatchNorm keep of one batch? {trials:,} channels of mean 5, variance 4")
-    print("   batch    running_mean:            4 / B   running_var:   variance if      complete")
-    print("   size B   mean of (it - 5)^2               mean of it     divided by B   minus torch")
+    print(f"2. What does BatchNorm keep of one batch? {trials:,} channels of mean 5, variance 4;")
+    print("   momentum=1: the last batch alone")
+    print("   batch    (running_mean - 5)^2,   4 / B:     running_var,   our class")
+    print("   size B   mean over channels      expected   mean           minus torch's")
     kept = {}
     for B in (2, 8, 32, 128):
         ours, library = BatchNorm(trials, momentum=1.0), nn.BatchNorm1d(trials, momentum=1.0)
-        ours, library = ours.double(), library.double()  # momentum 1 keeps the last batch alone
+        ours, library = ours.double(), library.double()
         x = 5 + 2 * torch.randn(B, trials, dtype=torch.float64)
         off = (ours(x) - library(x)).abs().max(), (ours.eval()(x) - library.eval()(x)).abs().max()
         error, var = (library.running_mean - 5).square().mean(), library.running_var.mean()
-        kept[B] = [t.item() for t in (error, var, x.var(0, correction=0).mean(), max(off))]
-        print("   {:6}   {:18.4f}   {:8.4f}   {:12.3f}   {:13.3f}   {:11.0e}".format(
+        kept[B] = error.item(), var.item(), max(off).item()
+        print("   {:6} {:22.4f} {:10.4f} {:13.3f} {:15.0e}".format(
             B, kept[B][0], 4 / B, *kept[B][1:]))  # fmt: skip
     few, many = (math.sqrt(kept[B][0]) for B in (2, 128))
-    print(f"   -> a mean of 2 examples is off by {few:.1f}, one of 128 by {many:.1f}; for B = 2, "
-          f"running_var\n      is {kept[2][1] / kept[2][2]:.0f} times the variance divided by B: "
-          "it divides by B - 1")  # fmt: skip
+    print(f"   -> the mean of 2 examples is typically off by {few:.1f}, of 128 by {many:.1f};")
+    print(f"      running_var divides by B - 1: by B it would be {kept[2][1] / 2:.2f} for B = 2")
     return kept
 
 
@@ -166,10 +169,11 @@ def norms_of(x, trained):
 
 
 def show_blindness(B=4, C=4, L=8):
-    print("3. What can a norm not see? Largest change of its output for example 0, where in x")
-    print("                            other examples   example 0   its channel 0   all numbers")
-    print("   norm                          times 5      times 5       times 5         plus 3")
-    trained, x = BatchNorm(C), 2 * torch.arange(C).view(C, 1) + torch.randn(B, C, L)
+    print("3. What can a norm not see? x changes in 4 ways: how far does example 0's output move?")
+    print("                           other examples   example 0   its channel 0   all numbers")
+    print("   norm                           times 5     times 5         times 5        plus 3")
+    trained, rise = BatchNorm(C, momentum=1.0), 2 * torch.arange(C).view(C, 1)
+    x = rise + 3 * torch.randn(B, C, L)
     trained(x), trained.eval()
     others, example, channel = x.clone(), x.clone(), x.clone()
     others[1:] *= 5
@@ -179,17 +183,17 @@ def show_blindness(B=4, C=4, L=8):
     moved = {}
     for name, y in norms_of(x, trained).items():
         moved[name] = [(outputs[name] - y)[0].abs().max().item() for outputs in after]
-        print("   {:<22} {:13.2f} {:12.2f} {:13.2f} {:14.2f}".format(name, *moved[name]))
-    deaf = [name for name, changes in moved.items() if changes[1] < 0.01]
-    company = [name for name, changes in moved.items() if changes[0] > 0.01]
-    print(f"   -> no later layer can see how large example 0 was behind\n      {', '.join(deaf)};\n"
-          f"      its output depends on other examples in: {', '.join(company)}")  # fmt: skip
+        print("   {:<23} {:14.2f} {:11.2f} {:15.2f} {:13.2f}".format(name, *moved[name]))
+    blind = [name for name, changes in moved.items() if changes[1] < 0.01]
+    mixing = [name for name, changes in moved.items() if changes[0] > 0.01]
+    print("   -> behind these norms, no later layer can see how large example 0 was:\n      "
+          f"{', '.join(blind)};\n      these mix examples: {', '.join(mixing)}")  # fmt: skip
     return moved
 
 
 # --- 4. trained: the form of a wave, or its loudness -------------------------------------------
 
-NAMES = ("none", "BatchNorm", "GroupNorm", "LayerNorm", "InstanceNorm")
+NAMES = ("none", "BatchNorm", "GroupNorm", "LayerNorm over C and L", "InstanceNorm")
 
 
 def signals(n, task):
@@ -205,7 +209,7 @@ def signals(n, task):
 
 def norm_layer(name, C):
     """GroupNorm with one group is LayerNorm over C and L; with C groups it is InstanceNorm."""
-    groups = {"GroupNorm": 4, "LayerNorm": 1, "InstanceNorm": C}
+    groups = {"GroupNorm": 4, "LayerNorm over C and L": 1, "InstanceNorm": C}
     if name in groups:
         return nn.GroupNorm(groups[name], C)
     return nn.BatchNorm1d(C) if name == "BatchNorm" else nn.Identity()
@@ -239,8 +243,9 @@ def fit(name, task, B, steps, seed):
 
 def show_tasks(seed, log_dir, names, sizes, steps):
     columns = [("form", B) for B in sizes] + [("loudness", sizes[-1])]
-    print(f"4. Which of 4 forms, or 4 loudnesses, has a wave? Accuracy after {steps} batches of B")
-    print("   (guess 0.25)  " + "".join(f"   {task}, B = {B:<2}" for task, B in columns))
+    print("4. Does a network learn a wave's form (sine, square, saw, triangle) or its loudness?")
+    print(f"   Accuracy on 1000 other waves after {steps} batches of B waves; a guess has 0.25")
+    print("   norm                  " + "".join(f"   {task}, B = {B:<2}" for task, B in columns))
     table = {}
     for name in tqdm(names, leave=False, disable=None):
         row, table[name] = "", []
@@ -249,11 +254,13 @@ def show_tasks(seed, log_dir, names, sizes, steps):
                 for step, accuracy in fit(name, task, B, steps, seed).items():
                     writer.add_scalar(f"accuracy/{task}_batch_{B}", accuracy, step)
                 table[name].append(accuracy)
-                row += f"   {accuracy:{len(task) + 7}.2f}"
-        tqdm.write(f"   {name:<12}{row}")
-    small, *_, loud = (a - b for a, b in zip(table["BatchNorm"], table["GroupNorm"], strict=True))
-    print(f"   -> BatchNorm minus GroupNorm: {small:+.2f} for forms in batches of {sizes[0]}, "
-          f"{loud:+.2f} for loudness")  # fmt: skip
+                row += f"   {accuracy:{len(task) + 8}.2f}"
+        tqdm.write(f"   {name:<22}{row}")
+    gaps = [a - b for a, b in zip(table["BatchNorm"], table["GroupNorm"], strict=True)]
+    each = [f"{gap:+.2f} ({task}, B = {B})" for gap, (task, B) in zip(gaps, columns, strict=True)]
+    form, loud = ("BatchNorm" if gap > 0 else "GroupNorm" for gap in (gaps[0], gaps[-1]))
+    print(f"   -> BatchNorm minus GroupNorm: {', '.join(each)}\n      better: {form} for forms in "
+          f"batches of {sizes[0]}, {loud} for loudness")  # fmt: skip
     return table
 
 

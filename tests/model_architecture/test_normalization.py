@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 F64 = torch.float64
-HALF = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # after three batches in 16 bits
-SMALL = {"trials": 4000, "names": ("BatchNorm", "GroupNorm"), "sizes": (2,), "steps": 120}
+SMALL = {"trials": 4000, "names": ("BatchNorm", "GroupNorm"), "sizes": (2,), "steps": 96}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,7 @@ def test_layer_norm_is_rms_norm_of_what_is_centred(lesson):
     assert moved.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("dtype", list(HALF))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_torch_widens_half_precision_and_rounds_last(lesson, dtype):
     torch.manual_seed(0)
     x = (300 * torch.randn(4, 6, 5)).to(dtype)  # 300^2 is beyond float16
@@ -140,11 +139,11 @@ def test_mean_0_and_variance_1_over_the_axes_of_a_norm_and_over_no_others(lesson
 TWINS = {  # of torch, options, shape
     "three axes": (nn.BatchNorm1d, {"eps": 1e-3, "momentum": 0.3}, (5, 6, 7)),
     "no length": (nn.BatchNorm1d, {}, (5, 6)),
-    "cumulative": (nn.BatchNorm2d, {"momentum": None}, (2, 6, 3, 5)),
+    "images": (nn.BatchNorm2d, {"momentum": 0.2}, (2, 6, 3, 5)),
 }
 
 
-@pytest.mark.parametrize("dtype", [F64, torch.float32, *HALF])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
 @pytest.mark.parametrize("name", TWINS)
 def test_batch_norm_outputs_gradients_and_state_are_torchs(lesson, name, dtype):
     torch.manual_seed(0)
@@ -155,14 +154,14 @@ def test_batch_norm_outputs_gradients_and_state_are_torchs(lesson, name, dtype):
     ours.load_state_dict(library.state_dict())
     ours, library = ours.to(dtype), library.to(dtype)
     x = (3 + 2 * torch.randn(shape)).to(dtype)
-    tolerance = HALF.get(dtype, 1e-5 if dtype == torch.float32 else 1e-12)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     for mode in (True, True, True, False):
         leaves = [x.clone().requires_grad_() for _ in range(2)]
         pair = [m.train(mode)(leaf) for m, leaf in zip((ours, library), leaves, strict=True)]
         assert pair[0].dtype == dtype
         torch.testing.assert_close(*pair, rtol=tolerance, atol=tolerance)
         for out in pair:
-            (out.float() if dtype in HALF else out).sin().sum().backward()
+            out.sin().sum().backward()
         torch.testing.assert_close(
             leaves[0].grad, leaves[1].grad, rtol=tolerance, atol=2 * tolerance
         )
@@ -172,19 +171,6 @@ def test_batch_norm_outputs_gradients_and_state_are_torchs(lesson, name, dtype):
     state, expected = ours.state_dict(), library.state_dict()
     assert state.keys() == expected.keys()
     torch.testing.assert_close(dict(state), dict(expected), rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("dtype", list(HALF))
-def test_half_input_with_float32_weights_stays_half_and_is_tracked_in_float32(lesson, dtype):
-    torch.manual_seed(0)
-    x = (3 + 2 * torch.randn(64, 6, 9)).to(dtype)
-    ours, library = lesson.BatchNorm(6), nn.BatchNorm1d(6)
-    for mode in (True, False):
-        y, expected = ours.train(mode)(x), library.train(mode)(x.float()).to(dtype)
-        assert y.dtype == dtype
-        torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
-    torch.testing.assert_close(ours.running_mean, library.running_mean, rtol=1e-6, atol=0)
-    torch.testing.assert_close(ours.running_var, library.running_var, rtol=1e-6, atol=0)
 
 
 def test_running_variance_is_unbiased_and_momentum_weighs_the_new(lesson):
@@ -204,13 +190,6 @@ def test_running_statistics_weigh_an_old_batch_less_by_a_power(lesson):
     expected = (weights * x.var(1, correction=1)).sum(0) + 0.7**30  # it began at 1
     torch.testing.assert_close(norm.running_var, expected)
     torch.testing.assert_close(norm.running_mean, (weights * x.mean(1)).sum(0))
-
-
-def test_half_precision_sums_do_not_overflow(lesson):
-    x = torch.full((4, 2, 100), 6e4, dtype=torch.float16)
-    x[:, :, ::2] = -6e4
-    y = lesson.BatchNorm(2).half()(x)
-    torch.testing.assert_close(y.abs(), torch.ones_like(y), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (1, 3), (0, 3), (3,), (1, 3, 1)])
@@ -234,15 +213,16 @@ def test_the_table_of_batches_tells_the_noise_of_a_mean_and_the_divisor(lesson, 
     torch.manual_seed(0)
     kept = lesson.show_batch_norm(20_000)
     out = capsys.readouterr().out
-    for B, (error, var, by_n, off) in kept.items():
+    for B, (error, var, off) in kept.items():
         assert error == pytest.approx(4 / B, rel=0.03)  # the standard error is 0.01
-        assert var == pytest.approx(4, rel=0.03) and by_n / var == pytest.approx((B - 1) / B)
+        assert var == pytest.approx(4, rel=0.03)
         assert off < 1e-10
-        row = f"   {B:6}   {error:18.4f}   {4 / B:8.4f}   {var:12.3f}   {by_n:13.3f}   {off:11.0e}"
+        row = f"   {B:6} {error:22.4f} {4 / B:10.4f} {var:13.3f} {off:15.0e}"
         assert row in out.splitlines()
-    assert "20,000 channels of mean 5, variance 4" in out
-    assert "-> a mean of 2 examples is off by 1.4, one of 128 by 0.2; for B = 2, running_var" in out
-    assert "is 2 times the variance divided by B: it divides by B - 1\n" in out
+    assert " 20,000 channels of mean 5, variance 4;\n" in out
+    assert "-> the mean of 2 examples is typically off by 1.4, of 128 by 0.2;\n" in out
+    by_B = f"{kept[2][1] / 2:.2f}"
+    assert f"running_var divides by B - 1: by B it would be {by_B} for B = 2\n" in out
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -282,16 +262,23 @@ def test_what_moves_the_output_of_which_norm(lesson, capsys, seed):
         for change, moves in zip(changes, expected[name], strict=True):
             assert change > 0.1 if moves else change < 1e-3
     torch.manual_seed(seed)
-    x = 2 * torch.arange(4).view(4, 1) + torch.randn(4, 4, 8)
+    x = 2 * torch.arange(4).view(4, 1) + 3 * torch.randn(4, 4, 8)
     largest = [0, 4 * x[0].abs().max().item(), 4 * x[0, 0].abs().max().item(), 3]
     assert moved["no norm"] == pytest.approx(largest, abs=1e-5)
+    # in eval() the output moves as x does, divided by each channel's standard deviation
+    std = (x.transpose(0, 1).flatten(1).var(1) + 1e-5).sqrt()
+    largest = [0, (4 * x[0] / std[:, None]).abs().max(), 4 * x[0, 0].abs().max() / std[0]]
+    assert moved["BatchNorm in eval()"] == pytest.approx(
+        [float(number) for number in (*largest, 3 / std.min())], abs=1e-4
+    )
+    assert moved["BatchNorm in eval()"][1] < 0.6 * moved["no norm"][1]
     out = capsys.readouterr().out
     assert all(len(line) <= 100 for line in out.splitlines())
     rows = [line[26:].split() for line in out.splitlines() if line[3:25].strip() in moved]
     assert rows == [[f"{change:.2f}" for change in changes] for changes in moved.values()]
     assert "GroupNorm of 2 groups, InstanceNorm, LayerNorm over C and L, LayerNorm over C," in out
     assert "RMSNorm over C;\n" in out
-    assert out.endswith("its output depends on other examples in: BatchNorm in train()\n")
+    assert out.endswith("      these mix examples: BatchNorm in train()\n")
 
 
 def test_the_rows_are_the_norms_that_they_say(lesson):
@@ -317,7 +304,7 @@ def test_the_rows_are_the_norms_that_they_say(lesson):
 
 def test_every_network_has_its_norm_between_convolution_and_relu(lesson):
     kinds = {"none": nn.Identity, "BatchNorm": nn.BatchNorm1d}
-    groups = {"GroupNorm": (4, 4), "LayerNorm": (1, 1), "InstanceNorm": (16, 32)}
+    groups = {"GroupNorm": (4, 4), "LayerNorm over C and L": (1, 1), "InstanceNorm": (16, 32)}
     for name in lesson.NAMES:
         layers = list(lesson.network(name))
         assert [type(layer) for layer in layers[:6:3]] == [nn.Conv1d] * 2
@@ -391,14 +378,15 @@ def test_try_with_a_bias_all_but_instance_norm_hear_the_scale(lesson, edited, bi
     code = edited(lesson, "bias=False", f"bias={bias}")
     x = torch.randn(2, 1, 32)
     hears = {}
-    for name in ("GroupNorm", "LayerNorm", "InstanceNorm"):
+    layer_norm = "LayerNorm over C and L"
+    for name in ("GroupNorm", layer_norm, "InstanceNorm"):
         model = code.network(name).eval()
         hears[name] = not torch.allclose(model(x), model(50 * x), rtol=1e-2, atol=1e-3)
-    assert hears == {"GroupNorm": bias, "LayerNorm": bias, "InstanceNorm": False}
+    assert hears == {"GroupNorm": bias, layer_norm: bias, "InstanceNorm": False}
     if bias:
-        names = ("none", "GroupNorm", "InstanceNorm")
+        names = ("none", "GroupNorm", layer_norm, "InstanceNorm")
         heard = [list(code.fit(name, "loudness", 16, 80, 0).values())[-1] for name in names]
-        assert min(heard[:2]) > 0.6 and heard[2] < 0.35
+        assert min(heard[:3]) > 0.6 and heard[3] < 0.35
 
 
 # --- main --------------------------------------------------------------------------------------
@@ -432,7 +420,7 @@ def test_main_prints_and_logs_what_it_measures(runs, events, seed):
     assert lines[-1].startswith(f"look: tensorboard --logdir {log_dir}   http://localhost:6006/?")
 
     rows, off = measured["everyday"]
-    assert off < 1e-5 and f"give the same: largest difference {off:.0e}\n" in out
+    assert off < 1e-5 and f"rms_normalize give the same: within {off:.0e}\n" in out
     expected = {
         "x": [1, 3, 10, 14, 5, 7, 20, 24],
         "BatchNorm1d(2)": [-1.34, -0.45, -1.30, -0.56, 0.45, 1.34, 0.56, 1.30],
@@ -442,9 +430,17 @@ def test_main_prints_and_logs_what_it_measures(runs, events, seed):
         "RMSNorm(2)": [0.14, 0.30, 1.41, 1.38, 0.34, 0.40, 1.37, 1.36],
     }
     assert list(rows) == list(expected)
-    for line, (name, numbers) in zip(lines[3:9], expected.items(), strict=True):
+    means = (
+        "",
+        "channel: 4",
+        "example: 4",
+        "example and channel: 2",
+        *2 * ["example and position: 2"],
+    )
+    for line, mean, (name, numbers) in zip(lines[3:9], means, expected.items(), strict=True):
         assert rows[name].flatten().tolist() == pytest.approx(numbers, abs=6e-3)
-        assert line.split() == [*name.split(), *(f"{number:.2f}" for number in numbers)]
+        words = [*name.split(), *mean.split(), *(f"{number:.2f}" for number in numbers)]
+        assert line.split() == words and len(line) <= 100
 
     table = measured["table"]
     for name, numbers in table.items():
@@ -457,17 +453,27 @@ def test_main_prints_and_logs_what_it_measures(runs, events, seed):
         ]
         for tag, last in zip(sorted(run.Tags()["scalars"]), numbers, strict=True):
             logged = run.Scalars(tag)
-            assert [event.step for event in logged] == list(range(15, 121, 15))
+            assert [event.step for event in logged] == list(range(12, 97, 12))
             assert logged[-1].value == pytest.approx(last)
     small, loud = (a - b for a, b in zip(*table.values(), strict=True))
-    assert f"{small:+.2f} for forms in batches of 2, {loud:+.2f} for loudness\n" in out
+    assert f"minus GroupNorm: {small:+.2f} (form, B = 2), {loud:+.2f} (loudness, B = 2)\n" in out
+    assert "better: GroupNorm for forms in batches of 2, BatchNorm for loudness\n" in out
 
 
 def test_main_says_how_long_it_trains_in_which_batches(lesson, tmp_path, capsys):
     table = lesson.show_tasks(0, tmp_path, ("BatchNorm", "GroupNorm"), (2, 3), 2)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("4. ") and lines[0].endswith("Accuracy after 2 batches of B")
-    assert lines[1].endswith("   form, B = 2    form, B = 3    loudness, B = 3 ")
-    small, _, loud = (a - b for a, b in zip(*table.values(), strict=True))
-    words = f"{small:+.2f} for forms in batches of 2, {loud:+.2f} for loudness"
-    assert lines[-1] == f"   -> BatchNorm minus GroupNorm: {words}"
+    assert lines[0].startswith("4. ") and " after 2 batches of B waves" in lines[1]
+    assert lines[2].endswith("   form, B = 2    form, B = 3    loudness, B = 3 ")
+    gaps = [f"{a - b:+.2f}" for a, b in zip(*table.values(), strict=True)]
+    words = "{} (form, B = 2), {} (form, B = 3), {} (loudness, B = 3)".format(*gaps)
+    assert lines[-2] == f"   -> BatchNorm minus GroupNorm: {words}"
+
+
+def test_the_better_norm_is_named_by_the_numbers(lesson, monkeypatch, tmp_path, capsys):
+    accuracy = {("BatchNorm", "form"): 0.7, ("GroupNorm", "form"): 0.6,
+                ("BatchNorm", "loudness"): 0.3, ("GroupNorm", "loudness"): 0.5}  # fmt: skip
+    monkeypatch.setattr(lesson, "fit", lambda name, task, *_: {1: accuracy[name, task]})
+    lesson.show_tasks(0, tmp_path, ("BatchNorm", "GroupNorm"), (4, 8), 2)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "      better: BatchNorm for forms in batches of 4, GroupNorm for loudness"
