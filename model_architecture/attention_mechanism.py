@@ -8,14 +8,14 @@ token could simply read it. Several heads are several attentions side by side, e
 weights.
 
     score    s_ij = q_i . k_j / sqrt(d)              how well key j fits query i
-    weight   p_ij = exp(s_ij) / sum_j exp(s_ij)      the softmax of row i of the scores
+    weight   p_ij = exp(s_ij) / sum_l exp(s_il)      the softmax of row i of the scores
     output   y_i = sum_j p_ij v_j                    in code: softmax(q k^T / sqrt(d)) v
 
     T  number of positions     C  numbers per position     B  sequences (batch)     H  heads
     d  numbers per query and key, C / H     causal  query i sees the keys up to i alone
 
-If the numbers of q and k are independent, of mean 0 and variance 1, then q . k has variance d: not
-divided by sqrt(d), the scores of a large d leave nearly all weight to one key.
+If the numbers of q and k are independent, of mean 0 and variance 1, then q . k has variance d: if a
+large d is not divided out by sqrt(d), one key gets nearly all weight, whatever the scores do.
 
 Needs          nn_linear.py, nn_loss.py
 Checked here   plain = complete = torch.nn, with gradients and masks; what True in a mask means; no
@@ -26,7 +26,7 @@ TensorBoard    attention/lookup in lookup/attention: the framed cell, where the 
 Try            in show_everyday, write q = 10 * torch.tensor(...): which value comes out?
 Answer         1, 10: the value of the first key, whose weight is 59049 / 59050 = 1.000
 Source         Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Dao et al. 2022 (FlashAttention,
-               the fused kernel), arXiv:2205.14135
+               one that never keeps all weights), arXiv:2205.14135
 """
 
 import argparse
@@ -66,31 +66,19 @@ def attention(q, k, v):
     return weights @ v, weights
 
 
-def multi_head(x, W_q, W_k, W_v, W_o, H):
-    """Self-attention with H heads: x (B, T, C) -> (B, T, C), by weights W (C, C) without biases.
-
-    q = x W_q^T, so k, v. Head h takes the h-th C / H numbers of q, k and v; the outputs of the
-    heads side by side go through W_o^T. Exercise.
-    """
-    q, k, v = x @ W_q.T, x @ W_k.T, x @ W_v.T  # (B, T, C) each
-    heads = []
-    for q_h, k_h, v_h in zip(q.chunk(H, -1), k.chunk(H, -1), v.chunk(H, -1), strict=True):
-        heads.append(attention(q_h, k_h, v_h)[0])  # (B, T, C / H)
-    return torch.cat(heads, -1) @ W_o.T
-
-
 def show_everyday():
-    print("1. In everyday code: one query reads from two keys; d = 4, so scores are q . k / 2")
+    print("1. In everyday code: one query reads from two keys; d = 4, so scores are q . k / 2.")
+    print("   1.099 is log 3, so the weights are 3 : 1")
     q = torch.tensor([[2.0, 0.0, 0.0, 0.0]])
     k = torch.tensor([[math.log(3), 0.0, 0.0, 0.0], [0.0, 5.0, 0.0, 0.0]])
     v = torch.tensor([[1.0, 10.0], [5.0, 30.0]])
     y = F.scaled_dot_product_attention(q, k, v)  # the call; below, the two lines that it stands for
     by_hand, weights = attention(q, k, v)
 
-    print("   the query is (2, 0, 0, 0)")
+    print(f"   the query is ({', '.join(f'{number:g}' for number in q[0].tolist())})")
     print("   key                         score   weight   value")
     for j in range(2):
-        score, key = q[0] @ k[j] / 2, ", ".join(f"{number:.3g}" for number in k[j].tolist())
+        score, key = q[0] @ k[j] / 2, ", ".join(f"{number:.4g}" for number in k[j].tolist())
         print(f"   ({key})".ljust(28) + f"   {score:5.3f}    {weights[0, j]:5.3f}   "
               f"{v[j, 0]:5.3f} {v[j, 1]:6.3f}")  # fmt: skip
     print(f"   output by torch        {y[0, 0]:5.3f} {y[0, 1]:6.3f}")
@@ -172,6 +160,19 @@ def show_lookup(seed, log_dir, steps, K=8, V=8, n=2000):
 
 
 # --- 3. heads and masks, complete --------------------------------------------------------------
+
+
+def multi_head(x, W_q, W_k, W_v, W_o, H):
+    """Self-attention with H heads: x (B, T, C) -> (B, T, C), by weights W (C, C) without biases.
+
+    q = x W_q^T, so k, v. Head h takes the h-th C / H numbers of q, k and v; the outputs of the
+    heads side by side go through W_o^T. Exercise.
+    """
+    q, k, v = x @ W_q.T, x @ W_k.T, x @ W_v.T  # (B, T, C) each
+    heads = []
+    for q_h, k_h, v_h in zip(q.chunk(H, -1), k.chunk(H, -1), v.chunk(H, -1), strict=True):
+        heads.append(attention(q_h, k_h, v_h)[0])  # (B, T, C / H)
+    return torch.cat(heads, -1) @ W_o.T
 
 
 def attention_weights(q, k, mask=None, is_causal=False):
@@ -304,10 +305,9 @@ def compare(pair, inputs):
 
 
 def show_twins(B=2, H=3, T=7, d=5):
-    print("3. Is it torch's? Complete minus plain or torch's, largest difference, float64")
-    print(
-        "   mask: boolean (True: allowed), added to the scores, or causal; padding: keys left out"
-    )
+    print("3. Do the versions agree? Ours with masks, minus the plain one or torch's: largest")
+    print("   difference, float64. mask: boolean (True: allowed), added to the scores, or causal;")
+    print("   padding: keys left out")
     print("             mask      compared with                    outputs   gradients")
     ours, torchs = scaled_dot_product_attention, F.scaled_dot_product_attention
     qkv = [torch.randn(B, H, T, d, dtype=F64, requires_grad=True) for _ in range(3)]
@@ -368,6 +368,9 @@ def show_masks():
     print(f"   -> True: attention_weights {keeps[0]}, F {keeps[1]}, nn.MultiheadAttention "
           f"{keeps[2]} that key;")  # fmt: skip
     print("      ~mask turns one into the other")
+    nothing = [row[0] for row in rows["-inf -inf -inf, added"]]
+    shown = ", ".join("nan" if math.isnan(weight) else f"{weight:g}" for weight in nothing)
+    print(f"   -> no key allowed: weights {shown} in this order; nan spoils all that follows")
     return rows
 
 
@@ -409,7 +412,8 @@ def show_causality(log_dir, T=8, C=12):
 
 
 def show_cache(T=12, C=24):
-    print(f"6. Can old keys and values be kept? {T} tokens one by one, minus all {T} at once")
+    print("6. A model writes one token at a time: may it keep old keys and values? Outputs")
+    print(f"   token by token, minus those of all {T} tokens at once")
     module, x = MultiHeadAttention(C, 4).double(), torch.randn(1, T, C, dtype=F64)
     full, cached, alone, trap, cache = module(x, is_causal=True), [], [], [], {}
     for token in x.split(1, dim=1):  # (1, 1, C)
@@ -427,9 +431,10 @@ def show_cache(T=12, C=24):
         print(f"   {name:<41}   {difference:27.6f}")
     numbers = sum(kept.numel() for kept in cache.values())
     only_first = (torch.cat(trap, dim=1) - full[:, :1]).abs().max()  # token 0 sees itself alone
-    print(f"   -> {numbers} numbers for {T} tokens: {numbers / (T * C):g} C per token and layer;")
-    print(f"      F's is_causal lets a single query see key 0 alone (within {only_first:.0e}):")
-    print("      leave it out for one token")
+    each = numbers / (T * C)
+    print(f"   -> {numbers} numbers for {T} tokens: {each:g} C per token and layer, C = {C};")
+    print(f"      F's is_causal=True lets a lone query see key 0 only (within {only_first:.0e}):")
+    print("      for one token, leave it out")
     return off, numbers
 
 
@@ -438,20 +443,25 @@ def show_cache(T=12, C=24):
 
 def show_scale(keys=64, queries=512):
     print(
-        f"7. Why sqrt(d)? Largest of {keys} weights of a query, mean over {queries} random queries"
+        f"7. Why sqrt(d)? Means over {queries} random queries with {keys} keys: the largest weight"
     )
-    print("          q . k, not divided           q . k / sqrt(d)")
-    print("      d   variance   largest weight    variance   largest weight")
+    print("   p, and its slope p (1 - p) by its own score")
+    print("          q . k, not divided                 q . k / sqrt(d)")
+    print("      d   variance   largest p    slope      variance   largest p    slope")
     table = {}
     for d in (4, 64, 1024):
         scores, row = torch.randn(queries, d) @ torch.randn(d, keys), []
         for name, s in (("unscaled", scores), ("scaled", scores / math.sqrt(d))):
-            table[name, d] = s.var().item(), s.softmax(-1).amax(-1).mean().item()
-            row.append(f"{table[name, d][0]:8.1f}   {table[name, d][1]:14.3f}")
-        print(f"   {d:4}   " + "    ".join(row))
-    one, divided = table["unscaled", d][1], table["scaled", d][1]
+            p = s.softmax(-1).amax(-1)  # (queries,)
+            table[name, d] = s.var().item(), p.mean().item(), (p * (1 - p)).mean().item()
+            row.append("{:8.1f}   {:9.3f}   {:6.3f}".format(*table[name, d]))
+        print(f"   {d:4}   " + "      ".join(row))
+    one, divided = table["unscaled", d], table["scaled", d]
     print(
-        f"   -> at d = {d} one key takes {one:.0%} of the weight, divided by sqrt(d) {divided:.0%}"
+        f"   -> at d = {d} one key takes {one[1]:.0%} of the weight, with sqrt(d) {divided[1]:.0%};"
+    )
+    print(
+        f"      the slope, by which a gradient is multiplied, {one[2]:.3f} against {divided[2]:.3f}"
     )
     return table
 
@@ -476,20 +486,17 @@ def saved_megabytes(run, *tensors):
 
 
 def show_fused(lengths, H=4, d=32):
-    print(
-        f"8. What does length cost? MiB kept for backward, {H} heads of {d} numbers, float32: ours"
-    )
-    print(
-        "   keeps all T x T weights; F.scaled_dot_product_attention, fused here, never has them all"
-    )
-    print("      T       ours      fused   4 H T (T + d) bytes")
+    print("8. What does length cost? MiB kept for backward, float32: ours keeps all T x T weights,")
+    print("   F.scaled_dot_product_attention, fused here, never has them all")
+    print(f"   formula: 4 bytes x H T (T + d), H = {H} heads of d = {d} numbers, T positions")
+    print("      T       ours      fused    formula")
     runs = {"ours": scaled_dot_product_attention, "fused": F.scaled_dot_product_attention}
     kept = {}
     for T in lengths:
         tensors = [torch.randn(1, H, T, d, requires_grad=True) for _ in range(3)]
         kept[T] = {name: saved_megabytes(run, *tensors) for name, run in runs.items()}
         print(f"   {T:4}   {kept[T]['ours']:8.2f}   {kept[T]['fused']:8.2f}   "
-              f"{4 * H * T * (T + d) / 2**20:19.2f}")  # fmt: skip
+              f"{4 * H * T * (T + d) / 2**20:8.2f}")  # fmt: skip
     growth = {name: kept[lengths[-1]][name] / kept[lengths[0]][name] for name in runs}
     print(f"   -> {lengths[-1] / lengths[0]:.0f} times the length costs {growth['ours']:.0f} times "
           f"the memory, fused {growth['fused']:.0f} times")  # fmt: skip

@@ -338,10 +338,11 @@ def test_main_is_torchs_and_sees_nothing_later(run):
 
 
 def test_main_scales(run):
-    for (name, d), (variance, largest) in run[0]["scale"].items():
+    for (name, d), (variance, largest, slope) in run[0]["scale"].items():
         assert variance == pytest.approx(d if name == "unscaled" else 1, rel=0.25)
         if d == 1024:
             assert largest > 0.9 if name == "unscaled" else 0.05 < largest < 0.25
+            assert slope < 0.05 if name == "unscaled" else slope > 0.07
     assert all(row["ours"] > 2.5 * row["fused"] for row in run[0]["kept"].values())
 
 
@@ -352,6 +353,7 @@ def test_the_largest_weight_is_a_mean_over_queries(lesson):
     scores = torch.randn(7, 4) @ torch.randn(4, 5)
     largest = [max(row.softmax(0).tolist()) for row in scores]
     assert table["unscaled", 4][1] == pytest.approx(sum(largest) / 7)
+    assert table["unscaled", 4][2] == pytest.approx(sum(p * (1 - p) for p in largest) / 7)
 
 
 def test_what_main_prints(run):
@@ -360,14 +362,14 @@ def test_what_main_prints(run):
     assert [line[0] for line in lines if re.match(r"\d\. ", line)] == list("12345678")
     lookup, kept, scale = result["lookup"], result["kept"], result["scale"]
     worst = max(max(row[-1]) for row in result["twins"])
-    one, divided = (scale[name, 1024][1] for name in ("unscaled", "scaled"))
+    one, divided = (scale[name, 1024] for name in ("unscaled", "scaled"))
     for words in (
         "   the query is (2, 0, 0, 0)",
-        "   (1.1, 0, 0, 0)              1.099    0.750   1.000 10.000",
+        "   (1.099, 0, 0, 0)            1.099    0.750   1.000 10.000",
         "   (0, 5, 0, 0)                0.000    0.250   5.000 30.000",
         "   output by torch        2.000 15.000",
         "   output by attention    2.000 15.000",
-        "7. Why sqrt(d)? Largest of 64 weights of a query, mean over 512 random queries",
+        "7. Why sqrt(d)? Means over 512 random queries with 64 keys: the largest weight",
         "   -> 0.750 times the first value plus 0.250 times the second is 2.000 15.000",
         f"always the most frequent value {lookup['commonest']:16.3f}",
         f"a random guess {0.125:32.3f} {0.125:30.3f}",
@@ -378,10 +380,12 @@ def test_what_main_prints(run):
         "   -> True: attention_weights keeps, F keeps, nn.MultiheadAttention blocks that key;",
         "   True        later   (j > i)         28     0.0000    0.0000",
         "   -> with is_causal=True 0 of the 28 later inputs have an influence",
-        "   -> 576 numbers for 12 tokens: 2 C per token and layer;",
-        "lets a single query see key 0 alone (within ",
-        f"-> at d = 1024 one key takes {one:.0%} of the weight, divided by sqrt(d) {divided:.0%}",
-        f"    128   {kept[128]['ours']:8.2f}   {kept[128]['fused']:8.2f}                  0.31",
+        "   -> 576 numbers for 12 tokens: 2 C per token and layer, C = 24;",
+        "is_causal=True lets a lone query see key 0 only (within ",
+        f"-> at d = 1024 one key takes {one[1]:.0%} of the weight, with sqrt(d) {divided[1]:.0%};\n",
+        f"by which a gradient is multiplied, {one[2]:.3f} against {divided[2]:.3f}\n",
+        "-> no key allowed: weights 0, 0, nan in this order",
+        f"    128   {kept[128]['ours']:8.2f}   {kept[128]['fused']:8.2f}       0.31",
         "   -> 2 times the length costs 3 times the memory, fused 2 times",
         f"look: tensorboard --logdir {log_dir}   http",
     ):
@@ -393,13 +397,16 @@ def test_what_main_prints(run):
         row = f"   {is_causal!s:<9}   up to i (j <= i)   {36:7d}   {seen.min():8.4f}"
         assert f"{row}   {seen.max():7.4f}" in lines
     for d in (4, 64, 1024):
-        cells = [f"{v:8.1f}   {w:14.3f}" for v, w in (scale["unscaled", d], scale["scaled", d])]
-        assert f"   {d:4}   {cells[0]}    {cells[1]}" in lines
+        cells = [
+            f"{v:8.1f}   {p:9.3f}   {slope:6.3f}"
+            for v, p, slope in (scale["unscaled", d], scale["scaled", d])
+        ]
+        assert f"   {d:4}   {cells[0]}      {cells[1]}" in lines
     names = ("kept in a cache", "not kept: each token sees itself alone",
              "kept, but F.scaled_dot...(is_causal=True)")  # fmt: skip
     for words, off in zip(names, result["cache"][0], strict=True):
         assert f"   {words:<41}   {off:27.6f}" in lines
-    within = float(found.split("key 0 alone (within ")[1].split(")")[0])
+    within = float(found.split("key 0 only (within ")[1].split(")")[0])
     assert within < 1e-12
 
 
