@@ -382,7 +382,7 @@ def test_what_main_prints(run):
         "   -> with is_causal=True 0 of the 28 later inputs have an influence",
         "   -> 576 numbers for 12 tokens: 2 C per token and layer, C = 24;",
         "is_causal=True lets a lone query see key 0 only (within ",
-        f"-> at d = 1024 one key takes {one[1]:.0%} of the weight, with sqrt(d) {divided[1]:.0%};\n",
+        f"at d = 1024 one key takes {one[1]:.0%} of the weight, with sqrt(d) {divided[1]:.0%};\n",
         f"by which a gradient is multiplied, {one[2]:.3f} against {divided[2]:.3f}\n",
         "-> no key allowed: weights 0, 0, nan in this order",
         f"    128   {kept[128]['ours']:8.2f}   {kept[128]['fused']:8.2f}       0.31",
