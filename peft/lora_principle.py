@@ -18,7 +18,7 @@ modules_to_save=["head"]). The authors' script for RoBERTa base: r = 8, alpha = 
 Needs          nn_linear.py, nn_optim.py, model_architecture/attention_mechanism.py
 Checked here   plain = complete = a layer of weight W_0 + update; merging; saving; taking off;
                accuracy by rank, alpha and layers; the update of all weights, cut to a low rank
-TensorBoard    val/accuracy by step in full, lora_1, lora_4, ... and head: head ends far below;
+TensorBoard    val/accuracy by step: full, lora_1, ...; head, the last layer alone, ends far below;
                update/singular_value by index: full falls fast, lora_4 is 0 from index 4 on
 Try            in LoRA.__init__, write torch.ones for torch.zeros: what do tables 1 and 2 say?
 Answer         LoRA changes the output before it has learned anything; A moves in the first step
@@ -274,7 +274,7 @@ METHODS = {  # run: what is trained with the head, target_modules, r, alpha
     "lora_4_qv": ("LoRA, q_proj and v_proj", ALL[:2], 4, 8),
     "lora_4_alpha_1": ("LoRA, all six, smaller steps", ALL, 4, 1),
     "lora_4_untrained": ("LoRA, network never trained", ALL, 4, 8),
-    "head": ("nothing else", (), "-", "-"),
+    "head": ("nothing but the head", (), "-", "-"),
 }
 
 
@@ -298,7 +298,7 @@ def show_methods(seed, log_dir, steps, n, methods):
     fit(start, prototypes, "old", steps)
     old, new = (sequences(n, prototypes, task) for task in ("old", "new"))
     rows, models = {"before": (accuracy(start, new), accuracy(start, old), 0)}, {}
-    print("   accuracy by guessing: 0.25; with the other task's answers: 0.33")
+    print("   head: the last layer; accuracy by guessing 0.25, with the other task's answers 0.33")
     print("                                                         accuracy   old task: old head,")
     print("   trained, with the head          r   alpha   numbers   new task   LoRA taken off")
     print(f"   not yet trained on it           -       -         0   {rows['before'][0]:8.3f}   "
@@ -341,7 +341,8 @@ def cut_to_rank(M, r):
 @torch.no_grad()
 def show_why(start, full, val, ranks=(0, 1, 2, 4, 8, 16, 32)):
     print("5. Why? The update of all weights, W - W_0 of six layers, cut to r of 32 directions")
-    print("    r   share of its squares kept   of as large a matrix of noise   accuracy, new task")
+    print("   all other weights, the head too: as trained on the new task")
+    print("    r   share of its squares kept    same share, for random noise   accuracy, new task")
     rows = {}
     for r in ranks:
         model, kept, whole = copy.deepcopy(full), torch.zeros(2), torch.zeros(2)

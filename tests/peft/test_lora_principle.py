@@ -357,6 +357,7 @@ def test_the_networks_table_counts_and_loads(lesson, capsys):
     assert [numbers for numbers, *_ in rows.values()] == [512, 1024, 2304]
     assert all(before > 1e-3 and after == 0 for _, before, after in rows.values())
     out = capsys.readouterr().out
+    assert out.startswith("3. Put LoRA of r = 4 into a transformer: what is trained, saved and ")
     assert "   q_proj v_proj                             512     3.9%" in out
     assert out.endswith(
         "-> a second task adds 18% of 13,124 numbers or less; a loaded copy is off by 0\n"
@@ -383,10 +384,11 @@ def test_enough_is_the_first_rank_within_five_points_of_the_whole(lesson, monkey
     monkeypatch.setattr(lesson, "accuracy", lambda model, data: next(scores))
     ranks, start, full = (0, 2, 8, 32), lesson.Transformer(), lesson.Transformer()
     rows = lesson.show_why(start, full, None, ranks=ranks)
-    title, head, *lines, last = capsys.readouterr().out.splitlines()
+    title, others, head, *lines, last = capsys.readouterr().out.splitlines()
     assert title.endswith("W - W_0 of six layers, cut to r of 32 directions")
+    assert others == "   all other weights, the head too: as trained on the new task"
     assert " ".join(head.split()) == (
-        "r share of its squares kept of as large a matrix of noise accuracy, new task"
+        "r share of its squares kept same share, for random noise accuracy, new task"
     )
     assert [line.split()[0] for line in lines] == ["0", "2", "8", "32"]
     assert lines[1].split()[3] == "0.910"
@@ -420,6 +422,8 @@ def test_main_adapts_with_few_numbers_and_restores_the_old_task(run):
     line = next(z for z in out.splitlines() if z.startswith("   LoRA, network never trained"))
     assert line.split()[-2:] == [f"{new['lora_4_untrained']:.3f}", "-"]
     assert f"   LoRA, all six layers            1       2       708   {new['lora_1']:8.3f}" in out
+    assert "   head: the last layer; accuracy by guessing 0.25, with the other" in out
+    assert f"   nothing but the head            -       -       132   {new['head']:8.3f}" in out
     assert f"   all weights                     -       -    13,124   {new['full']:8.3f}" in out
 
 
