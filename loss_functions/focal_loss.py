@@ -4,7 +4,7 @@ the probability 0.99 pull less on a network than one example whose right answer 
 In detection one object stands against a hundred or more pieces of background, the easy negatives.
 By cross-entropy each pulls little, but 1,000 together pull as much as eleven hard ones (section 3).
 Focal loss multiplies the loss of an example by a factor that is near 0 where the network is sure
-and right. Here gamma = 2 ranks better after few positives, and worse where most positives are
+and right. Here gamma = 2 ranks better with 20 positive examples, but worse if most labels "yes" are
 wrong (section 5). alpha mainly moves p: a bound on p other than 0.5 does the same (section 4).
 
     p_t    = p for y = 1, 1 - p for y = 0        a_t = alpha for y = 1, 1 - alpha for y = 0
@@ -16,8 +16,9 @@ wrong (section 5). alpha mainly moves p: a bound on p other than 0.5 does the sa
     gamma  0 or more: how much less easy examples count      alpha  the weight of a yes, 0 to 1
 
 With K classes p_t is the softmax probability of the right class, and alpha has a weight for each.
-The p that has the least loss is no probability, and a formula turns it into one. For trained
-networks this mends what alpha did; for gamma = 2 it can be worse than nothing (section 6).
+With alpha or gamma, the p of the least loss is rarely the share of positives; a formula turns it
+into that share. In trained networks it mends what alpha did; for gamma = 2 it can make p worse
+(section 6).
 
 Needs          nn_loss.py, nn_optim.py
 Checked here   plain = complete = torchvision.ops.sigmoid_focal_loss = the softmax form with 2
@@ -243,8 +244,8 @@ def fit(seed, train, x_val, alpha, gamma, epochs, prior=0.01):
 def show_networks(seed, log_dir, n, epochs):
     print(f"4. What do alpha and gamma do to a network? {n:,} points, one in 100 positive")
     print(f"   judged on {n:,} others. Average precision: is the ranking good? 1 is best")
-    print("   yes: points with p > 0.5; right: those of them that are positive; CE: how many are")
-    print("   positive among as many points, those with the highest p by cross_entropy")
+    print("   yes: points with p > 0.5; right: those of them that are positive; CE: take as many")
+    print("   points as yes has, those with the highest p by cross_entropy; how many are positive?")
     print("   easy: share of the loss that the negatives with p < 0.1 (by cross_entropy) have")
     print("   trained by      average precision     yes   right    CE     easy")
     train, (x, y) = rare_class(seed, n, n)

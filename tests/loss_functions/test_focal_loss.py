@@ -258,7 +258,8 @@ def test_main_takes_easy_negatives_out_of_the_loss(measured):
             name, row["AP"], row["yes"], row["right"], row["CE"], row["easy"]) in text  # fmt: skip
     assert "(always 0.01)               0.010       0       0     0\n" in text
     for words in ("judged on 4,000 others. Average precision", "yes: points with p > 0.5; right: ",
-                  "positive among as many points, those with the highest p by cross_entropy",
+                  "those of them that are positive; CE: take as many\n   points as yes has, those "
+                  "with the highest p by cross_entropy; how many are positive?\n",
                   "easy: share of the loss that the negatives with p < 0.1",
                   "average precision     yes   right    CE     easy\n"):  # fmt: skip
         assert words in text
