@@ -1,10 +1,10 @@
-"""Skips keep a deep network's gradient from vanishing; with He's weights plain ones let it explode.
+"""Skips keep a deep network's gradient from vanishing, but a plain sum h + f(h) can let it explode.
 
 A skip adds the input h of a block to what the block makes of it: the output is h + f(h). So the
 block learns what to change in h, and the gradient has a second way back to h, around f. Without
-skips, 32 layers with nn.Linear's own weights let almost no gradient through. He's larger weights
-keep its size without skips too, but 16 of ResNet's blocks learn far slower so (section 4). Sums
-grow from block to block: multiply f by a small a, or let f read norm(h), as language models do.
+skips, 32 layers with nn.Linear's own weights let almost no gradient through. Larger weights,
+Kaiming He's, keep its size. Yet 16 of ResNet's blocks learn far slower without skips (section 4).
+Sums grow with every block: multiply f by a small a, or let f read norm(h), as language models do.
 
                 next h           |g_0|^2 / |g_L|^2, an average over random weights
     no skip     f(h)             (v / 2)^L
@@ -69,7 +69,7 @@ def show_everyday(depth=20):
         scaled.append(residual(scaled[-1], lambda h: f(h) / depth))
     print("1. In everyday code: a skip is one plus sign. Here f(h) = h / 2, and h begins at 2")
     print("                     h after      h after    gradient of the last h")
-    print(f"   next h            1 layer    {depth:>2} layers    for the first h")
+    print(f"   next h            1 layer    {depth:>2} layers    with respect to the first h")
     rows = ("f(h)", plain), ("h + f(h)", skip), (f"h + f(h) / {depth}", scaled)
     for name, states in rows:
         (slope,) = torch.autograd.grad(states[-1], h)

@@ -64,7 +64,7 @@ def test_everyday_is_powers_of_a_half_of_three_halves_and_of_little_more_than_on
     for name, factor in (("f(h)", 0.5), ("h + f(h)", 1.5), ("h + f(h) / 8", 1 + 0.5 / 8)):
         assert found[name] == pytest.approx((2 * factor, 2 * factor**8, factor**8))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == "   next h            1 layer     8 layers    for the first h"
+    assert lines[2] == "   next h            1 layer     8 layers    with respect to the first h"
     assert lines[3].split()[1:] == ["1", "0.007812", "0.003906"]
     assert lines[4].split()[3:] == ["3", "51.26", "25.63"]
     assert lines[-1] == "   -> the gradient stays between 0.1 and 10 with: h + f(h) / 8"
