@@ -21,7 +21,7 @@ the base 10000 is raised, mostly with some more training.
 Needs          nn_linear.py, attention_mechanism.py
 Checked here   order lost and seen; plain = complete; which scores know the offset alone; accuracy
                past the length of the training texts
-TensorBoard    val/accuracy by length of text, a run for each encoding: all but none begin at 1;
+TensorBoard    val/accuracy by length of text, a run for each encoding: all but 'none' begin at 1;
                sinusoidal falls fastest, and learned has one point, as its table ends there
 Try            in show_everyday, write (plain_rope(z), z) for (plain_rope(z), plain_rope(z)): does
                RoPE still tell the sentences apart if only q is turned?
@@ -225,7 +225,8 @@ def show_pairs(T=64, d=32):
     for name, largest in rows.items():
         print(f"   {name:<53}   {largest:12.6f}")
     mixed, ordered = list(rows.values())[3:]
-    print(f"   -> mixed pairs are wrong by up to {mixed:.1f}, put in order by {ordered:.6f}")
+    print(f"   -> the wrong pairing is off by up to {mixed:.1f};")
+    print(f"      with the numbers of x put in order first, by {ordered:.6f}")
     print("      (i, i + d/2) is Hugging Face's LLaMA; (2i, 2i + 1) Meta's, and the paper")
     return rows
 
@@ -290,10 +291,10 @@ def train_echo(kind, V, T, back, steps):
 def show_extrapolation(seed, log_dir, lengths, steps, V=8, back=2):
     T, last = lengths[0], lengths[-1]
     print(f"4. Does it go on past the trained length? Task: say the token {back} places back;")
+    print(f"   trained on texts of {T} tokens. Accuracy; '{T + 1}-{last} of {last}': at the")
     print(
-        f"   trained on texts of {T} tokens. Accuracy at positions, counted from 1, of texts that"
+        f"   positions {T + 1} to {last} of texts of {last} tokens; 1 is the first (guess: {1 / V})"
     )
-    print(f"   have the length behind 'of' (a guess: {1 / V})")
     heads = [f"{back + 1}-{T} of {T}", *(f"{T + 1}-{length} of {length}" for length in lengths[1:])]
     print(f"   {'':<12}" + "".join(f"{head:>16}" for head in [*heads, f"{back + 1}-{T} of {last}"]))
     table = {}
@@ -314,9 +315,8 @@ def show_extrapolation(seed, log_dir, lengths, steps, V=8, back=2):
         LearnedPositions(T, 2)(last)
     except ValueError as error:
         print(f"   -: learned cannot read longer texts: {error}")
-    print(
-        f"   none knows which tokens occur, not where: {table['none', T]:.3f}, a guess {1 / V:.3f}"
-    )
+    guess = f"{table['none', T]:.3f}; a guess {1 / V:.3f}"
+    print(f"   'none' knows which tokens occur, not where: {guess}")
     shown, loses = [], []
     for kind in ("rope", "sinusoidal"):
         old, past = table[kind, "old"], table[kind, last]

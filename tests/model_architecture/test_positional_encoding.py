@@ -311,14 +311,16 @@ def test_what_main_prints(run):
         "   no positions        1.00   1.00   0.58   0.58     1.00   1.00   0.58   0.58",
         "   RoPE                0.82   1.18   0.68   0.68     1.09   0.91   0.53   0.53",
         "   -> the same numbers for both sentences with: no positions",
-        f"   -> mixed pairs are wrong by up to {mixed:.1f}, put in order by {ordered:.6f}",
+        f"   -> the wrong pairing is off by up to {mixed:.1f};\n"
+        f"      with the numbers of x put in order first, by {ordered:.6f}\n",
         "   score of positions m and n      both moved by one   m and n exchanged",
         "   -> on n - m alone depend: PE(m) . PE(n); RoPE: (R_m q) . (R_n k)\n",
         "      of these know which of the two comes first: RoPE: (R_m q) . (R_n k)\n",
-        "   trained on texts of 12 tokens. Accuracy at positions, counted from 1, of texts that",
+        "   trained on texts of 12 tokens. Accuracy; '13-36 of 36': at the\n"
+        "   positions 13 to 36 of texts of 36 tokens; 1 is the first (guess: 0.125)\n",
         f"   {'':<12}      3-12 of 12     13-36 of 36      3-12 of 36",
         "   -: learned cannot read longer texts: the table has 12 positions, the input 36",
-        f"   none knows which tokens occur, not where: {table['none', 12]:.3f}, a guess 0.125",
+        f"   'none' knows which tokens occur, not where: {table['none', 12]:.3f}; a guess 0.125",
         f"   -> texts of 36, positions up to 12 and past it: rope {table['rope', 'old']:.2f}, "
         f"{table['rope', 36]:.2f}; sinusoidal {table['sinusoidal', 'old']:.2f}, "
         f"{table['sinusoidal', 36]:.2f}.\n",
