@@ -3,9 +3,9 @@
 It is two networks that play against each other. The generator G makes samples out of noise z. The
 discriminator D tells them from real data. Each is trained against the other; then G draws new data.
 The groups that it leaves out are its lost modes: draw many samples and count. A penalty holds the
-slope of D near 1, so that D shows G a direction everywhere. Here, in as many steps, all GANs find
-all modes with a penalty of weight 1; they miss most with weight 10, or if D learns too slowly.
-The price of the penalty: fewer samples lie close to a mode.
+slope of D near 1, so that D shows G a direction everywhere. Here, in the same number of steps, all
+GANs find all modes with a penalty of weight 1; they miss most with weight 10, or if D learns too
+slowly. The price of the penalty: fewer samples lie close to a mode.
 
     D raises, G lowers   V = E_p[log D(x)] + E_q[log(1 - D(x))]
     saturating           G lowers E_q[log(1 - D(x))]: hardly any slope where D is sure of a fake
@@ -245,6 +245,7 @@ SETTINGS = {  # run: kind, arguments of train_gans
 
 def show_ring(seed, log_dir, gans, steps, z):
     print(f"3. Which GANs find all modes? {gans} of each kind, {steps} steps of G")
+    print("   (slow D: it learns a fifth as often, at a tenth of the rate)")
     print("   kind                             modes found by each, of 8   share close to a mode")
     angle = 2 * math.pi * torch.rand(1, 2000)
     circle = torch.stack([angle.cos(), angle.sin()], dim=-1)  # finds all, and knows no mode
@@ -264,11 +265,11 @@ def show_ring(seed, log_dir, gans, steps, z):
     whole = [kind for kind in kinds if min(found[kind][0]) == 8]
     lost = [kind for kind in kinds if found[kind][1] < least]
     print(f"   -> all {gans} GANs find all modes: {'; '.join(whole) or 'with no kind'}")
-    print("   -> points of a circle do, too, so look at the share, which is below theirs for",
+    print("   -> a circle finds all 8, too, so look at the share: it is below the circle's for",
           *(lost or ["no kind"]), sep="\n      ")  # fmt: skip
     (_, bare), (_, paid) = found[kinds[0]], found[kinds[2]]
     print(f"   -> share, non-saturating: {bare:.2f} without penalty, {paid:.2f} with penalty 1")
-    print(f"      without penalty, of GANs that find all: {full[kinds[0]]:.2f} (nan: none does)")
+    print(f"      without penalty, the GANs that find all 8 alone: {full[kinds[0]]:.2f}")
     with SummaryWriter(log_dir / "samples", purge_step=0) as writer:
         rows = {f"{kind}: {words[kind]} modes": samples[kind] for kind in kinds}
         writer.add_image("samples/ring", panels(rows), 0, dataformats="HWC")

@@ -228,6 +228,7 @@ def show_betas(seed, log_dir, vae, images, x, betas, steps):
     best, top = max(rows, key=lambda name: rows[name]["elbo"]), rows[f"beta {max(models):g}"]
     high, used = max(models), top["active"] or "none"
     print(f"   -> ELBO: best for {best}; with beta {high:g} a code uses {used} of {vae.K} units")
+    print("      pixels, small: left, samples look real; right, each image has a like sample")
     return {"rows": rows, "real": real}
 
 
@@ -245,7 +246,7 @@ def linear_elbo(w, s, x, q):
 
 
 def show_bound(n, w=2.0, s=0.5):
-    print(f"5. How far is the ELBO below log p(x)? Of {n} x ~ N({w:g} z, {s:g}^2) it is known")
+    print(f"5. How far is the ELBO below log p(x)? For {n} x ~ N({w:g} z, {s:g}^2)")
     print("   q(z | x)                       log p(x)      ELBO   difference   KL(q || p(z | x))")
     wide = (w**2 + s**2) ** 0.5  # deviation of x
     x, gaps = wide * torch.randn(n, dtype=F64), {}
@@ -293,7 +294,7 @@ def show_gradients(n):
         (a, va), (b, vb) = rows[mu]
         print(f"   {mu:2}   {2 * mu:4}   {a:7.3f}   {va:8.3f}   {4:7}   {b:7.3f}   {vb:8.2f}   "
               f"{mu**4 + 14 * mu**2 + 15:19}")  # fmt: skip
-    print(f"   -> at mu = 4 REINFORCE needs {vb / va:.0f} times as many z: so much more it varies")
+    print(f"   -> at mu = 4 REINFORCE varies {vb / va:.0f} times as much, so it needs more z")
     return rows
 
 

@@ -4,13 +4,14 @@ vectors from which a linear classifier names shapes better than from those of an
 Two views of one example, such as two changed copies of an image, are turned into vectors. The loss
 pulls these two together and pushes those of other examples, the negatives, away. With the pull
 alone all vectors could become one (collapse); section 3 shows negatives that do not prevent it.
-Take InfoNCE for two kinds of views (image and caption), NT-Xent for two views by one network, and
-the triplet loss where each example comes with a negative of its own.
+Take InfoNCE (noise-contrastive estimation) for two kinds of views (image and caption), NT-Xent
+(normalised, temperature-scaled cross-entropy) for two views by one network, and the triplet loss
+where each example comes with a negative of its own.
 
     cosine     s_ij = q_i . k_j for vectors of length 1: 1 is alike, -1 is opposite
     InfoNCE    L = -mean over i of log( exp(s_ii / t) / sum_j exp(s_ij / t) ),   j = 1 ... N
     NT-Xent    the same for the 2N views of N images; j runs over the 2N - 1 other views
-    triplet    mean of max(0, |a - p| - |a - n| + margin)
+    triplet    mean of max(0, |a - p| - |a - n| + margin)     (Schroff et al.: distances squared)
     bound      log N - L, on average over batches, is at most I
 
     q_i, k_i  the vectors of two views of example i of N     t  the temperature, above 0
@@ -20,8 +21,9 @@ the triplet loss where each example comes with a negative of its own.
 Needs          nn_loss.py, nn_conv2d.py, nn_optim.py
 Checked here   plain losses = those with checks = loops, triplet = torch's; four trainings
                without labels, one of them a collapse; the bound, where I is known
-TensorBoard    views/loss and views/uniformity by step, a run for each training: uniformity goes to
-               0 in triplet_hardest only; bound/nats by 10 I: each run N_2 ... ends flat at log N
+TensorBoard    views/loss and views/uniformity (how evenly vectors spread; 0: all equal) by step,
+               a run for each training: uniformity goes to 0 in triplet_hardest only; bound/nats by
+               10 times I: no run N_2, N_16, N_256 passes log N, however large I is
 Try            in show_everyday, write t = 0.05 for t = 0.5: which losses change?
 Answer         all of InfoNCE and NT-Xent but those of equal vectors, which stay log 3 and log 5
 Source         van den Oord et al. 2018, arXiv:1807.03748; Chen et al. 2020, arXiv:2002.05709;
@@ -86,7 +88,7 @@ def show_everyday():
     print("   vectors                      InfoNCE   NT-Xent   triplet")
     rows = {"each k equals its q": [info, both, triplet]}
     ones = torch.ones(3, 2)
-    others = {"each k is another's q": (q, q.roll(1, 0)), "all equal, q as well": (ones, ones)}
+    others = {"each k is another's q": (q, q.roll(1, 0)), "all vectors equal": (ones, ones)}
     for name, (a, k) in others.items():
         triplet = nn.TripletMarginLoss(margin=1.0)(a, k, k.roll(-1, 0))
         rows[name] = [info_nce_plain(a, k, t), nt_xent_plain(a, k, t), triplet]
@@ -96,7 +98,7 @@ def show_everyday():
     order = sorted(rows, key=lambda name: rows[name][0])
     print(f"   -> InfoNCE, best first: {'; '.join(order)}")
     guess = [math.log(3), math.log(5), 1.0]
-    off = max(abs(a - b) for a, b in zip(rows["all equal, q as well"], guess, strict=True))
+    off = max(abs(a - b) for a, b in zip(rows["all vectors equal"], guess, strict=True))
     print(f"   -> equal vectors give log 3 = {guess[0]:.3f}, log 5 = {guess[1]:.3f} and the margin,"
           f" within {off:.0e}")  # fmt: skip
     return rows
@@ -320,18 +322,22 @@ def show_training(seed, log_dir, batch, images, steps):
     print("   accuracy     of a linear classifier of the encoder's 256 outputs, fitted to"
           f" {images // 5}")  # fmt: skip
     print(f"                labelled images, on {images // 2:,} others")
-    print("   uniformity   0: all vectors are equal; -3.75: their directions are random")
+    print("   uniformity   of the 32 numbers that a head makes of the 256, which the loss sees;")
+    print("                0: all are equal; -3.75: their directions are random")
+    print("   (losses of NT-Xent and triplet have different scales)")
     print("   trained by                       accuracy   first loss   last loss   uniformity")
     torch.manual_seed(seed)
     unlabelled = draw_shapes(images)[0]
     labelled, test = draw_shapes(images // 5), draw_shapes(images // 2)
     torch.manual_seed(seed)
+    start = encoder()
+    with torch.no_grad():  # its batch norms see views, as those of the others do
+        for i in range(min(steps, 50)):
+            start(augment(unlabelled.roll(-i * batch, dims=0)[:batch]))
     rows = {
         "a guess": {"accuracy": 1 / len(SHAPES)},
         "nothing: the pixels": {"accuracy": linear_probe(nn.Flatten(), labelled, test)},
-        "nothing: an untrained encoder": {
-            "accuracy": linear_probe(encoder().eval(), labelled, test)
-        },
+        "nothing: an untrained encoder": {"accuracy": linear_probe(start.eval(), labelled, test)},
     }
     for words, row in rows.items():
         print(f"   {words:<31}  {row['accuracy']:9.3f}")
@@ -339,7 +345,7 @@ def show_training(seed, log_dir, batch, images, steps):
         "nt_xent": f"NT-Xent, {2 * batch - 2} negatives",
         "triplet_random": "triplet, a random negative",
         "triplet_hardest": "triplet, the nearest one",
-        "triplet_semi_hard": "triplet, the nearest beyond p",
+        "triplet_semi_hard": "triplet, semi-hard: beyond p",
     }
     for name, words in trainings.items():
         with SummaryWriter(log_dir / name, purge_step=0) as writer:
@@ -348,19 +354,17 @@ def show_training(seed, log_dir, batch, images, steps):
         rows[words] = row
         print(f"   {words:<31}  {row['accuracy']:9.3f}   {row['first']:10.3f}   {row['last']:9.3f}"
               f"   {row['uniformity']:10.3f}")  # fmt: skip
-    untrained = [row for words, row in rows.items() if words not in trainings.values()]
-    most = max(row["accuracy"] for row in untrained)
-    above = sum(rows[words]["accuracy"] > most for words in trainings.values())
     best = max(rows, key=lambda words: rows[words]["accuracy"])
-    print(f"   -> {above} of 4 trainings end above all rows without one; the best is {best}")
+    untrained = [row["accuracy"] for row in rows.values() if "uniformity" not in row]
+    print(f"   -> the best is {best}: {rows[best]['accuracy']:.3f}; without training at most "
+          f"{max(untrained):.3f}")  # fmt: skip
     for words in trainings.values():
         if rows[words]["uniformity"] > -0.02:
-            print(f"   -> collapsed: {words}.")
+            print(f"   -> collapsed: {words}, accuracy {rows[words]['accuracy']:.3f}")
     first = rows[trainings["triplet_hardest"]]["first"]
-    print(
-        f"      With the nearest negatives the loss begins at {first:.3f}; equal vectors give the"
-    )
-    print(f"      margin, 1, which is {'less' if first > 1 else 'no less'}")
+    lower = "lower, so collapse lowers the loss" if first > 1 else "not lower"
+    print(f"   -> with the nearest negatives the loss begins at {first:.3f}; if all vectors are")
+    print(f"      equal it is the margin, 1: {lower}")
     return rows
 
 
@@ -391,9 +395,9 @@ def lower_bound(rho, N, batches):
 
 def show_bound(log_dir, pairs):
     print(
-        "4. How much information can a batch of N pairs show? log N - L, in nats, for random pairs"
+        "4. How much information can a batch of N pairs show? I, the mutual information, is known;"
     )
-    print("   whose I is known; the best possible score takes the place of the cosine")
+    print("   log N - L in nats, L the InfoNCE with the best possible score in place of the cosine")
     rhos, bounds, most = (0.5, 0.9, 0.99, 0.999), {}, 0.0
     truth = {rho: -2 * math.log(1 - rho**2) for rho in rhos}  # d = 4
     head = "   ".join(f"I = {truth[rho]:6.3f}" for rho in rhos)
@@ -410,8 +414,9 @@ def show_bound(log_dir, pairs):
         with SummaryWriter(log_dir / "bound" / name, purge_step=0) as writer:
             for rho in rhos:
                 writer.add_scalar("bound/nats", values[rho], round(10 * truth[rho]))
-    shown = ", ".join(f"{bounds[N][0.999]:.2f} (log N {math.log(N):.2f})" for N in bounds)
-    print(f"   -> of {truth[0.999]:.2f} nats N = 2, 16, 256 show {shown}")
+    shown = ", ".join(f"N = {N} {bounds[N][0.999]:.2f}" for N in bounds)
+    print(f"   -> a batch shows at most log N: of {truth[0.999]:.2f} nats {shown};")
+    print("      more needs a larger batch")
     print(f"      Each number is a mean over batches, with a standard error of at most {most:.3f}")
     return bounds, truth
 

@@ -1,5 +1,5 @@
 """KL divergence measures how badly one distribution stands in for another, and its order matters:
-of two Gaussians fitted to two far modes, one by each order, one is wide and one keeps to a mode.
+a Gaussian fitted to two far peaks (modes) covers both in one order, only one of them in the other.
 
 It is a loss where the target is a distribution and not one right class. In distillation a small
 network, the student, learns all class probabilities of a large one, the teacher. F.kl_div wants
@@ -12,6 +12,8 @@ logarithms first and the target second. With exchanged arguments it gives anothe
     p_k, q_k   probabilities of outcome k     mu, sigma   mean and standard deviation
     z, v       logits (before the softmax) of student and teacher    log  natural: KL is in nats
     T          temperature: the larger, the more even the probabilities
+    alpha      share of the soft loss; the cross-entropy with the labels has 1 - alpha
+
 In KL(p || q) a place where p is likely and q near 0 is expensive, so the best q is wide. In
 KL(q || p) a place where q is likely and p near 0 is expensive, so the best q may keep to one mode.
 
@@ -107,11 +109,11 @@ def show_everyday():
     soft = distillation_plain(z, v, labels, T=2.0, alpha=1.0).item()
     hard = distillation_plain(z, v, labels, T=2.0, alpha=0.0).item()
     both = distillation_plain(z, v, labels, T=2.0, alpha=0.5).item()
-    print("   Distillation: student's z = (1, 0), teacher's v = (0, 2), label 1, T = 2")
+    print("   Distillation: student's logits z = (1, 0), teacher's v = (0, 2), label 1, T = 2")
     print(
         f"   soft loss {soft:.4f}   cross-entropy of the label {hard:.4f}   alpha 0.5: {both:.4f}"
     )
-    print(f"   -> alpha 0.5 is the mean of the two, within {abs(both - (soft + hard) / 2):.0e}")
+    print(f"   -> alpha is the teacher's share: at 0.5 the loss is the mean of both, {both:.4f}")
     return list(calls.values()), by_hand, (soft, hard, both)
 
 
@@ -222,7 +224,7 @@ def show_fits(log_dir):
         _, sigma, kl = min(fits[d, "reverse", -d], fits[d, "reverse", 0.0], key=lambda fit: fit[2])
         print(f"   -> modes at +-{d:g}: the least KL(q || p), {kl:.4f}, is at sigma {sigma:.2f};")
         wide = fits[d, "forward", 0.0][1]
-        print(f"      the least KL(p || q) at {wide:.2f}; each mode has 1")
+        print(f"      the least KL(p || q) at {wide:.2f}; each mode has sigma 1")
     return fits
 
 
@@ -264,8 +266,8 @@ def show_temperature():
         rows[T] = raw.norm().item(), scaled.norm().item()
         print(f"   {T:3}   {rows[T][0]:14.5f}   {rows[T][1]:19.4f}")
     falls, change = rows[1][0] / rows[64][0], rows[64][1] / rows[1][1]
-    print(f"   -> from T = 1 to 64 the first falls {falls:,.0f} times, the second becomes")
-    print(f"      {change:.1f} times what it was: with T^2, alpha means nearly the same at each T")
+    print(f"   -> from T = 1 to 64 the first gets {falls:,.0f} times smaller, the second")
+    print(f"      {change:.1f} times what it was: without T^2 alpha would have to grow with T")
     return rows
 
 
@@ -422,6 +424,7 @@ def show_seed(seed, log_dir, x, few, test, epochs):
     print(
         f"   classifier of the outputs with {len(few[0])} labels, on {len(test[0]):,} test points"
     )
+    print("   (InfoNCE: without a teacher, two noisy views of a point belong together)")
     print("   outputs of                          accuracy")
     teacher, untrained = network(256, 64), network(256, 64).requires_grad_(False)
 
@@ -440,9 +443,12 @@ def show_seed(seed, log_dir, x, few, test, epochs):
         draw(log_dir / "seed" / name, {"probe/accuracy": seen})
         probes |= {"a student at the start": seen[0], f"a student, {name}": seen[-1]}
     for name, value in probes.items():
-        print(f"   {name.replace('_', ' '):<33}   {value:8.3f}")
+        shown = {"a student, no_teacher": "a student, by InfoNCE alone"}.get(name, name)
+        print(f"   {shown.replace('_', ' '):<33}   {value:8.3f}")
     copied, blind = probes["a student, teacher"], probes["a student, untrained_teacher"]
-    print(f"   -> copied from a trained teacher {copied:.3f}, from an untrained one {blind:.3f}")
+    alone = probes["a student, no_teacher"]
+    print(f"   -> copied from a trained teacher {copied:.3f}, from an untrained one {blind:.3f};")
+    print(f"      without a teacher {alone:.3f}")
     return probes
 
 

@@ -120,6 +120,9 @@ def test_both_generator_gradients_are_those_of_the_docstring(lesson, logit):
         (grad,) = torch.autograd.grad(lesson.generator_loss(a, loss).sum(), a)
         assert grad.item() == pytest.approx(expected, rel=1e-9)
     assert lesson.generator_loss(a, "ns").item() == pytest.approx(-math.log(D))
+    two = torch.cat([a, a + 1], dim=-2)  # a mean over the batch
+    mean = (F.softplus(-a) + F.softplus(-a - 1)).item() / 2
+    assert lesson.generator_loss(two, "ns").item() == pytest.approx(mean)
     assert lesson.generator_loss(a, "saturating").item() == pytest.approx(math.log1p(-D))
 
 
@@ -383,11 +386,11 @@ def test_each_row_is_trained_with_its_own_setting_and_named_by_it(
     whole = [kind for kind, _ in lesson.SETTINGS.values() if "penalty" in kind]
     assert f"-> all 3 GANs find all modes: {'; '.join(whole)}\n" in out
     share = "-> share, non-saturating: {:.2f} without penalty, {:.2f} with penalty 1\n"
-    share += "      without penalty, of GANs that find all: {:.2f} (nan: none does)\n"
+    share += "      without penalty, the GANs that find all 8 alone: {:.2f}\n"
     near = lesson.count_modes(pictures[0]["non-saturating: 1 8 1 modes"])[1]
     values = found["non-saturating"][1], found["non-saturating, penalty 1"][1], near[1]
     assert share.format(*values) in out
-    assert "is below theirs for\n      no kind\n" in out
+    assert "it is below the circle's for\n      no kind\n" in out
     for kind, (words, x) in zip(found, [(None, None)] * 2 + [*pictures[0].items()], strict=True):
         modes = " ".join(map(str, found[kind][0]))
         assert f"\n   {kind:<30}   {modes:<25}   {found[kind][1]:21.3f}\n" in out

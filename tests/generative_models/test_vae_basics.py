@@ -420,7 +420,7 @@ def test_main_says_what_it_measured(lesson, runs, seed):
         row = re.search(rf"^ +{mu} +{2 * mu} +(-?\d+\.\d.*)", tables[5], re.M)[1].split()
         assert row == [f"{a:.3f}", f"{va:.3f}", "4", f"{b:.3f}", f"{vb:.2f}",
                        str(mu**4 + 14 * mu**2 + 15)]  # fmt: skip
-    assert f"needs {vb / va:.0f} times as many z" in answers[5]
+    assert f"varies {vb / va:.0f} times as much, so it needs more z" in answers[5]
     rows, sizes = betas["rows"], TINY if seed else SMALL
     assert list(rows) == ["mean image", *(f"beta {beta}" for beta in sizes["betas"]), "beta 1"]
     for name, row in rows.items():

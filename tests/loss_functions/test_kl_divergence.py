@@ -206,7 +206,8 @@ def test_everyday_values_are_those_by_hand(lesson, capsys):
         "   soft loss 1.0296   cross-entropy of the label 1.3133   alpha 0.5: 1.1714",
     ):
         assert line + "\n" in out
-    assert "= 0.1438; KL(q || p) = 0.1308\n" in out and "-> alpha 0.5 is the mean of the two" in out
+    assert "= 0.1438; KL(q || p) = 0.1308\n" in out
+    assert "at 0.5 the loss is the mean of both, 1.1714\n" in out
 
 
 def test_plain_losses_are_the_complete_ones_and_torchs(lesson):
@@ -349,8 +350,8 @@ def test_main_measures_what_the_formulas_say(measured, events):
     for end in (
         "+-2: the least KL(q || p), 0.2303, is at sigma 2.02;",
         "+-3: the least KL(q || p), 0.5074, is at sigma 1.02;",
-        "the least KL(p || q) at 2.20; each mode has 1",
-        "the least KL(p || q) at 3.10; each mode has 1",
+        "the least KL(p || q) at 2.20; each mode has sigma 1",
+        "the least KL(p || q) at 3.10; each mode has sigma 1",
     ):
         assert end + "\n" in out
     for T, (raw, scaled) in rows.items():
@@ -358,8 +359,8 @@ def test_main_measures_what_the_formulas_say(measured, events):
         assert f"   {T:3}   {raw:14.5f}   {scaled:19.4f}\n" in out
     assert list(rows) == [1, 4, 16, 64] and 0.4 < rows[64][1] / rows[1][1] < 2.5
     falls = rows[1][0] / rows[64][0]
-    assert f"the first falls {falls:,.0f} times, the second becomes\n" in out
-    assert f"      {rows[64][1] / rows[1][1]:.1f} times what it was: with T^2" in out
+    assert f"the first gets {falls:,.0f} times smaller, the second\n" in out
+    assert f"      {rows[64][1] / rows[1][1]:.1f} times what it was: without T^2" in out
     assert result["least"] > 0 and f"of the 1,000 is {result['least']:.4f}, above 0" in out
     for head in (
         "call                                            value   what it is",
@@ -413,8 +414,11 @@ def test_main_seed_beats_the_start_the_points_and_an_untrained_teacher(measured,
         assert curve[-1].value == pytest.approx(probes[f"a student, {name}"], abs=1e-6)
         assert curve[0].value == pytest.approx(start, abs=1e-6)
     for name, value in probes.items():
-        assert f"   {name.replace('_', ' '):<33}   {value:8.3f}\n" in out
+        shown = name.replace("no_teacher", "by InfoNCE alone").replace("_", " ")
+        assert f"   {shown:<33}   {value:8.3f}\n" in out
     blind = probes["a student, untrained_teacher"]
+    alone = probes["a student, no_teacher"]
     assert (
-        f"-> copied from a trained teacher {copied:.3f}, from an untrained one {blind:.3f}" in out
+        f"-> copied from a trained teacher {copied:.3f}, from an untrained one {blind:.3f};" in out
     )
+    assert f"      without a teacher {alone:.3f}\n" in out
