@@ -323,7 +323,9 @@ def measured(lesson, tmp_path_factory):
 def test_main_decays_as_predicted(lesson, measured, events):
     steps = SMALL["decay_steps"]
     for seed, (result, log_dir, printed) in enumerate(measured):
-        assert "   size s of the noise   SGD     AdamW   (1 - lr wd)^t   Adam    (1 - lr wd" in printed
+        assert (
+            "   size s of the noise   SGD     AdamW   (1 - lr wd)^t   Adam    (1 - lr wd" in printed
+        )
         left = result["decay"]
         assert abs(left["Adam", 0.01]) < 0.01  # lr in each step, for the decay alone fills g
         for s in (2, 20):
