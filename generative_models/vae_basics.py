@@ -109,7 +109,9 @@ def show_everyday(steps):
         print(f"   {text}   {m.item():7.2f}   {s.item():5.2f}   {back}   {shares[-1]:22.2f}")
     print(f"   none of the two{1 - sum(shares):58.2f}")
     print(f"   -> {sum(shares):.0%} of what is decoded from noise are the two patterns")
-    print(f"      D + R is {loss:.2f}; to say which of two it is costs at least log 2 = 0.69")
+    print(
+        f"      D + R is {loss:.2f}; to tell two equally likely patterns takes log 2 = 0.69 or more"
+    )
     return {"loss": loss.item(), "shares": shares, "mu": mu[:, 0].tolist()}
 
 
@@ -204,9 +206,10 @@ def nearest_distance(a, b):
 
 def show_betas(seed, log_dir, vae, images, x, betas, steps):
     print(f"4. Which beta? VAEs of {vae.K} units after {steps} steps; a sample's pixels are 0 or 1")
-    print("                                       units of   pixels of 784 that differ: from a")
-    print("                                        R above   sample to its   test image to its")
-    print("                     D       R     ELBO     0.1   nearest image   nearest sample")
+    print("   used: units with R above 0.1. Pixels of 784 that differ, means; small is good:")
+    print("   real: from a sample to the nearest training image (do samples look real?)")
+    print("   all: from a test image to the nearest of 500 samples (are all kinds drawn?)")
+    print("                     D       R     ELBO    used    pixels: real              all")
     models, training = {1: vae}, toss(images[:4000])
     for beta in betas:
         with SummaryWriter(log_dir / f"beta_{beta:g}", purge_step=0) as writer:
@@ -228,7 +231,9 @@ def show_betas(seed, log_dir, vae, images, x, betas, steps):
     best, top = max(rows, key=lambda name: rows[name]["elbo"]), rows[f"beta {max(models):g}"]
     high, used = max(models), top["active"] or "none"
     print(f"   -> ELBO: best for {best}; with beta {high:g} a code uses {used} of {vae.K} units")
-    print("      pixels, small: left, samples look real; right, each image has a like sample")
+    none, one = rows["mean image"]["away"], rows["beta 1"]["away"]
+    print(f"   -> pixels off: a sample of the mean image {none:.0f}, of beta 1 {one:.0f},")
+    print(f"      a real image {real[0]:.0f}")
     return {"rows": rows, "real": real}
 
 
@@ -284,6 +289,7 @@ def gradient_samples(f, mu, sigma, n):
 
 def show_gradients(n):
     print(f"6. Why z = mu + sigma eps? {n:,} estimates of d E[z^2] / d mu = 2 mu, for sigma = 1")
+    print("   REINFORCE knows f(z) = z^2 alone, not its slope: it weighs f by how eps made z")
     print("               by 2 z, through z = mu + eps          by z^2 eps (REINFORCE)")
     print("   mu   2 mu      mean   variance   formula      mean   variance   mu^4 + 14 mu^2 + 15")
     rows = {}

@@ -4,8 +4,9 @@ the probability 0.99 pull less on a network than one example whose right answer 
 In detection one object stands against a hundred or more pieces of background, the easy negatives.
 By cross-entropy each pulls little, but 1,000 together pull as much as eleven hard ones (section 3).
 Focal loss multiplies the loss of an example by a factor that is near 0 where the network is sure
-and right. Here gamma = 2 ranks better with 20 positive examples, but worse if most labels "yes" are
-wrong (section 5). alpha mainly moves p: a bound on p other than 0.5 does the same (section 4).
+and right. Average precision says how good a ranking is: 1 if all positive examples (y = 1) get a
+higher p than the others. Here it is better for gamma = 2 with only 20 positives, and worse if most
+labels "yes" are wrong (section 5). alpha changes mostly how many get p > 0.5 (section 4).
 
     p_t    = p for y = 1, 1 - p for y = 0        a_t = alpha for y = 1, 1 - alpha for y = 0
     FL     = -a_t (1 - p_t)^gamma log p_t        cross-entropy for gamma = 0 and a_t = 1
@@ -16,9 +17,8 @@ wrong (section 5). alpha mainly moves p: a bound on p other than 0.5 does the sa
     gamma  0 or more: how much less easy examples count      alpha  the weight of a yes, 0 to 1
 
 With K classes p_t is the softmax probability of the right class, and alpha has a weight for each.
-With alpha or gamma, the p of the least loss is rarely the share of positives; a formula turns it
-into that share. In trained networks it mends what alpha did; for gamma = 2 it can make p worse
-(section 6).
+With alpha or gamma, p is not the share of positives among examples like x. Section 6 turns it into
+that share by a formula, which mends alpha's change in trained networks, but not always gamma's.
 
 Needs          nn_loss.py, nn_optim.py
 Checked here   plain = complete = torchvision.ops.sigmoid_focal_loss = the softmax form with 2
@@ -243,10 +243,10 @@ def fit(seed, train, x_val, alpha, gamma, epochs, prior=0.01):
 
 def show_networks(seed, log_dir, n, epochs):
     print(f"4. What do alpha and gamma do to a network? {n:,} points, one in 100 positive")
-    print(f"   judged on {n:,} others. Average precision: is the ranking good? 1 is best")
-    print("   yes: points with p > 0.5; right: those of them that are positive; CE: take as many")
-    print("   points as yes has, those with the highest p by cross_entropy; how many are positive?")
-    print("   easy: share of the loss that the negatives with p < 0.1 (by cross_entropy) have")
+    print(f"   judged on {n:,} others. Average precision: 1 if all positive points come first")
+    print("   yes: points with p > 0.5; right: how many of them are positive; CE: how many are so")
+    print("   among as many points, if cross_entropy picks those of its highest p")
+    print("   easy: share of the loss from negatives of which cross_entropy is sure (p < 0.1)")
     print("   trained by      average precision     yes   right    CE     easy")
     train, (x, y) = rare_class(seed, n, n)
     rows, first = {}, None
@@ -265,6 +265,8 @@ def show_networks(seed, log_dir, n, epochs):
     print(f"   (always 0.01)   {average_precision(0.01 + 0 * y, y):17.3f}   {0:5}   {0:5}   {0:3}")
     aps = [row["AP"] for row in rows.values()]
     off = max(abs(row["right"] - row["CE"]) for row in rows.values())
+    print(f"   -> easy negatives have {rows['cross_entropy']['easy']:.1%} of cross_entropy's loss, "
+          f"{rows['gamma_2']['easy']:.2%} of gamma_2's")  # fmt: skip
     print(f"   -> the average precisions differ by {max(aps) - min(aps):.3f} at most")
     print("   -> with another bound than 0.5 cross_entropy finds as many, give or take "
           f"{off} of {y.sum():.0f}")  # fmt: skip

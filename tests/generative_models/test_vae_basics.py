@@ -396,7 +396,13 @@ def test_main_says_what_it_measured(lesson, runs, seed):
     assert [table[0] for table in tables] == list("123456")
     share, loss = sum(result["everyday"]["shares"]), result["everyday"]["loss"]
     assert answers[0].startswith(f"{share:.0%} of what is decoded")
-    assert f"      D + R is {loss:.2f}; to say" in tables[0]
+    for head in ("used    pixels: real              all\n", "   used: units with R above 0.1."):
+        assert head in tables[3]
+    rows, real = result["betas"]["rows"], result["betas"]["real"]
+    none, one = rows["mean image"]["away"], rows["beta 1"]["away"]
+    assert f"a sample of the mean image {none:.0f}, of beta 1 {one:.0f},\n" in tables[3]
+    assert f"      a real image {real[0]:.0f}\n" in tables[3]
+    assert f"      D + R is {loss:.2f}; to tell" in tables[0]
     assert re.search(rf"^   none of the two +{1 - share:.2f}$", tables[0], re.M)
     assert f"differ by {result['loss']:.0e}" in answers[1]
     assert [line.split()[0] for line in tables[0].splitlines()[2:4]] == ["1", "0"]

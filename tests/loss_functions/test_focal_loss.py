@@ -258,9 +258,11 @@ def test_main_takes_easy_negatives_out_of_the_loss(measured):
             name, row["AP"], row["yes"], row["right"], row["CE"], row["easy"]) in text  # fmt: skip
     assert "(always 0.01)               0.010       0       0     0\n" in text
     for words in ("judged on 4,000 others. Average precision", "yes: points with p > 0.5; right: ",
-                  "those of them that are positive; CE: take as many\n   points as yes has, those "
-                  "with the highest p by cross_entropy; how many are positive?\n",
-                  "easy: share of the loss that the negatives with p < 0.1",
+                  "how many of them are positive; CE: how many are so\n   among as many points, if "
+                  "cross_entropy picks those of its highest p\n",
+                  "easy: share of the loss from negatives of which cross_entropy is sure (p < 0.1)",
+                  "-> easy negatives have {:.1%} of cross_entropy's loss, {:.2%} of gamma_2's"
+                  .format(rows["cross_entropy"]["easy"], rows["gamma_2"]["easy"]),
                   "average precision     yes   right    CE     easy\n"):  # fmt: skip
         assert words in text
     aps = [row["AP"] for row in rows.values()]
