@@ -377,7 +377,9 @@ def test_what_main_prints(run):
         f"{lookup['mean'][0]:.0%}, the most frequent value {lookup['commonest']:.0%}",
         f"   -> the largest of all is {worst:.0e}; numbers near 1 are rounded by 1e-16",
         "True False False        1.00  0.00  0.00    1.00  0.00  0.00    0.00  0.50  0.50",
-        "   -> True: attention_weights keeps, F keeps, nn.MultiheadAttention blocks that key;",
+        "   difference, float64. mask: boolean (True: allowed), added to the scores, or causal;",
+        "   -> True: attention_weights keeps, F keeps, nn.MultiheadAttention blocks that key;\n"
+        "      ~mask turns one into the other\n",
         "   True        later   (j > i)         28     0.0000    0.0000",
         "   -> with is_causal=True 0 of the 28 later inputs have an influence",
         "   -> 576 numbers for 12 tokens: 2 C per token and layer, C = 24;",
