@@ -2,9 +2,11 @@
 
 import importlib.util
 import inspect
+import io
 import logging
 import os
 import sys
+from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -66,6 +68,22 @@ def insects_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("dataset")
     drawings.write_hymenoptera_sample(root / "hymenoptera_sample", train=3, val=2)
     return root
+
+
+def run_of_three_seeds(call, folders):
+    """[(what call(seed, log_dir) returned, log_dir, what it printed)] for the seeds 0, 1 and 2."""
+    runs = []
+    for seed in range(3):
+        log_dir, out = folders.mktemp("runs"), io.StringIO()
+        with redirect_stdout(out):
+            result = call(seed, log_dir)
+        runs.append((result, log_dir, out.getvalue()))
+    return runs
+
+
+@pytest.fixture(scope="session")
+def three_seeds():
+    return run_of_three_seeds
 
 
 def edited_copy(lesson, old, new, *more):

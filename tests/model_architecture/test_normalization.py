@@ -1,6 +1,4 @@
-import io
 import math
-from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -393,15 +391,10 @@ def test_try_with_a_bias_all_but_instance_norm_hear_the_scale(lesson, edited, bi
 
 
 @pytest.fixture(scope="module")
-def runs(lesson, tmp_path_factory):
+def runs(lesson, three_seeds, tmp_path_factory):
     """For each of three seeds what main returned and printed, and where it logged."""
-    found = []
-    for seed in range(3):
-        log_dir, out = tmp_path_factory.mktemp("runs"), io.StringIO()
-        with redirect_stdout(out):
-            measured = lesson.main(seed, log_dir, **SMALL)
-        found.append((measured, out.getvalue(), log_dir))
-    return found
+    found = three_seeds(lambda *seed_and_dir: lesson.main(*seed_and_dir, **SMALL), tmp_path_factory)
+    return [(measured, printed, log_dir) for measured, log_dir, printed in found]
 
 
 def test_batch_norm_hears_loudness_and_group_norm_forms_in_batches_of_two(runs):

@@ -1,7 +1,5 @@
 import copy
-import io
 import math
-from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -351,15 +349,10 @@ def test_the_conclusion_is_drawn_from_the_right_columns(lesson, monkeypatch, tmp
 
 
 @pytest.fixture(scope="module")
-def runs(lesson, tmp_path_factory):
+def runs(lesson, three_seeds, tmp_path_factory):
     """For each of three seeds what main returned and printed, and where it logged."""
-    found = []
-    for seed in range(3):
-        log_dir, out = tmp_path_factory.mktemp("runs"), io.StringIO()
-        with redirect_stdout(out):
-            measured = lesson.main(seed, log_dir, **SMALL)
-        found.append((measured, out.getvalue(), log_dir))
-    return found
+    found = three_seeds(lambda *seed_and_dir: lesson.main(*seed_and_dir, **SMALL), tmp_path_factory)
+    return [(measured, printed, log_dir) for measured, log_dir, printed in found]
 
 
 @pytest.mark.parametrize("seed", range(3))

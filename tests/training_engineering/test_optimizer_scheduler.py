@@ -308,16 +308,9 @@ def test_only_matrices_decay_in_training(lesson, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def measured(lesson, tmp_path_factory):
+def measured(lesson, three_seeds, tmp_path_factory):
     """(result, folder, printed) of three seeds."""
-    runs = []
-    for seed in range(3):
-        log_dir = tmp_path_factory.mktemp("runs")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.stdout", out := io.StringIO())
-            result = lesson.main(seed=seed, log_dir=log_dir, **SMALL)
-        runs.append((result, log_dir, out.getvalue()))
-    return runs
+    return three_seeds(lambda *seed_and_dir: lesson.main(*seed_and_dir, **SMALL), tmp_path_factory)
 
 
 def test_main_decays_as_predicted(lesson, measured, events):
